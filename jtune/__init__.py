@@ -1,0 +1,37 @@
+"""jtune: fine-tune large language models on JAX.
+
+What a person wants in a REPL is here; each name is imported when it is first used, so `import jtune` is cheap.
+
+>>> import jtune
+>>> model, params = jtune.load_model("path/to/checkpoint", dtype="float32")   # doctest: +SKIP
+>>> logits = model.apply({"params": params}, input_ids)                        # doctest: +SKIP
+>>> jtune.show(jtune.lora.add(params, targets=("q_proj", "v_proj")))           # doctest: +SKIP
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jtune.data import get_template, load_tokenizer
+    from jtune.inspect import show
+    from jtune.interop.load import load_model
+    from jtune.tuning import lora, trainable_mask
+
+__version__ = "0.1.0"
+__all__ = ["get_template", "load_model", "load_tokenizer", "lora", "show", "trainable_mask"]
+
+_HOME = {
+    "get_template": "jtune.data",
+    "load_model": "jtune.interop.load",
+    "load_tokenizer": "jtune.data",
+    "lora": "jtune.tuning",
+    "show": "jtune.inspect",
+    "trainable_mask": "jtune.tuning",
+}
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'jtune' has no attribute {name!r}; it has {', '.join(__all__)}")
+    module = import_module(_HOME[name])
+    return getattr(module, name)

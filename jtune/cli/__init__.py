@@ -1,0 +1,1 @@
+"""The command line: one file, `main.py`, that names each command and where it lives."""

@@ -1,0 +1,186 @@
+"""`jtune COMMAND CASE.yaml [key=value ...]`: choose the command, run it, turn faults into messages and exit codes."""
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from jtune.errors import ConfigError, JtuneError
+
+
+class Command(NamedTuple):
+    run: Callable[[list[str]], int]
+    help: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the return value is the process's exit status (see `jtune.errors`)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage(argv[1] if len(argv) > 1 else None))
+        return 0
+    _set_up_logging()
+    try:
+        return _command(argv[0]).run(argv[1:])
+    except JtuneError as error:
+        print(f"jtune {argv[0]}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"jtune {argv[0]}: out of memory: {str(error).splitlines()[0]}\n{_LESS_MEMORY}", file=sys.stderr)
+        return 1
+
+
+_LESS_MEMORY = (
+    "What makes it smaller, in this order: per_device_train_batch_size=1 with gradient_accumulation_steps raised to "
+    "match; remat=full; a smaller cutoff_len; finetuning_type=lora; more devices (mesh_fsdp)."
+)
+
+
+def usage(argument: str | None = None) -> str:
+    if argument is not None:
+        from jtune.config import explain
+
+        return explain(argument)
+    commands = "\n".join(f"  {name:9} {command.help}" for name, command in COMMANDS.items())
+    return (
+        "usage: jtune COMMAND CASE.yaml [key=value ...]    or    jtune COMMAND --key value ...\n\n"
+        f"{commands}\n  help      this text; with the name of an argument, what it means\n\n"
+        "The arguments are LLaMA-Factory's. To see it work: jtune quickstart"
+    )
+
+
+def _command(name: str) -> Command:
+    if name in COMMANDS:
+        return COMMANDS[name]
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"{name!r} is not a command.{hint} There are: {', '.join(COMMANDS)}.")
+
+
+def _set_up_logging() -> None:
+    """jtune's own lines plain on stdout; the libraries' only when something is wrong."""
+
+    class Format(logging.Formatter):
+        def format(self, record):
+            prefix = "warning: " if record.levelno >= logging.WARNING else ""
+            return prefix + super().format(record)
+
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(Format("%(message)s"))
+    logger = logging.getLogger("jtune")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns, and hangs, when datasets forks after use
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def _load(argv: list[str], command: str):
+    """The configuration; and the platform chosen before jax looks for devices."""
+    from jtune.config import load_config
+
+    config = load_config(argv, command=command)
+    if config.training.use_cpu:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+    return config
+
+
+def _option(argv: list[str], name: str, default: str | None = None) -> str | None:
+    """Take `name VALUE` or `name=VALUE` out of `argv`; options of a command, not arguments of a run."""
+    for i, word in enumerate(argv):
+        if word == name:
+            if i + 1 == len(argv):
+                raise ConfigError(f"{name} needs a value")
+            value = argv[i + 1]
+            del argv[i : i + 2]
+            return value
+        if word.startswith(name + "="):
+            del argv[i]
+            return word.removeprefix(name + "=")
+    return default
+
+
+def _switch(argv: list[str], name: str) -> bool:
+    if name in argv:
+        argv.remove(name)
+        return True
+    return False
+
+
+def _train(argv: list[str]) -> int:
+    config = _load(argv, "train")
+    from jtune.train.run import run
+
+    run(config)
+    return 0
+
+
+def _data(argv: list[str]) -> int:
+    as_json = _switch(argv, "--json")
+    rows = _option(argv, "--rows", "3")
+    if rows is None or not rows.isdecimal():
+        raise ConfigError(f"--rows takes a whole number, not {rows!r}")
+    config = _load(argv, "data")
+    from jtune.data import preview
+
+    preview.run(config, rows=int(rows), as_json=as_json)
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    config = _load(argv, "export")
+    from jtune.interop.export import run
+
+    run(config)
+    return 0
+
+
+def _inspect(argv: list[str]) -> int:
+    config = _load(argv, "inspect")
+    from jtune.train.run import inspect
+
+    inspect(config)
+    return 0
+
+
+def _quickstart(argv: list[str]) -> int:
+    from jtune.quickstart.run import run
+
+    return run(argv)
+
+
+def _version(argv: list[str]) -> int:
+    from importlib.metadata import version
+
+    import jax
+
+    names = ("jtune", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+    print("\n".join(f"{name:17} {version(name)}" for name in names))
+    print(f"{'devices':17} {', '.join(f'{d.platform}:{d.id} {d.device_kind}' for d in jax.devices())}")
+    return 0
+
+
+COMMANDS = {
+    "train": Command(_train, "fine-tune (do_train), evaluate (do_eval): everything the YAML says"),
+    "data": Command(_data, "show what the model is fed, trained-on tokens marked; --rows N, --json"),
+    "inspect": Command(_inspect, "show the parameter tree: shapes, dtypes, bytes, sharding, what trains"),
+    "export": Command(_export, "merge the adapter and write a Hugging Face checkpoint"),
+    "quickstart": Command(_quickstart, "make a small model and data set on the spot and train it, offline"),
+    "version": Command(_version, "versions and devices"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

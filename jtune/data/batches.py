@@ -1,0 +1,329 @@
+"""The batches of a run: every update is a pure function of its number, as arrays of one of a few static shapes.
+
+`plan_batches` looks at lengths only. `BatchPlan.update(step)` then reads that update's examples and lays them out.
+Arrays are `[accum, batch, seq]`; shard s of the batch axis owns rows s * batch/shards up to (s+1) * batch/shards.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from jtune.data.layout import Shape, choose_shapes, costs, place, rows_needed, rung
+from jtune.data.order import Epochs, plan_epochs
+from jtune.data.pack import Packs, pack
+from jtune.errors import DataError
+
+IGNORED = -100  # a label that does not count
+
+# Rows that are planned at a time: a few tens of megabytes of temporary arrays.
+PLANNED_ENTRIES = 2**20
+
+
+class Examples(Protocol):
+    """What is needed of an encoded dataset (see encode.py)."""
+
+    lengths: np.ndarray  # int32 [n], tokens
+    labelled: np.ndarray  # int32 [n], t with labels[t + 1] != -100
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
+        """`input_ids` and `labels`, int32 `[length]`."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What every update of a run holds. Make it with `plan_batches`; steps count from 0, but `epoch_at` from 1."""
+
+    encoded: Examples
+    epochs: Epochs
+    shards: int
+    packs: Packs | None  # rows that are made once for the run; None: examples are laid out update by update
+    shapes: tuple[Shape, ...]
+    shape_of: np.ndarray  # uint8 [max_steps], index into shapes
+    capacities: Mapping[tuple, int]
+    padding_share: float  # of the token slots of all used microbatches of the run, exact
+
+    @property
+    def max_steps(self) -> int:
+        return self.epochs.max_steps
+
+    @property
+    def num_epochs(self) -> int:
+        return self.epochs.num_epochs
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return self.epochs.updates_per_epoch
+
+    def epoch_at(self, step: int) -> float:
+        """The Trainer's `epoch` after `step` updates (see `Epochs.epoch_at`)."""
+        return self.epochs.epoch_at(step)
+
+    def label_capacity(self, shape: tuple[int, int, int]) -> int:
+        """No microbatch of `shape` has more labelled targets than this on a shard; a multiple of 128, or all tokens."""
+        return self.capacities[tuple(shape)]
+
+    def examples(self, step: int) -> np.ndarray:
+        """Indices of the examples of update `step`, int32, in the order of the run."""
+        rows = self.epochs.rows(step)
+        return rows if self.packs is None else self.packs.take(rows)[0]
+
+    def tokens(self, step: int) -> int:
+        """Tokens of update `step`, padding not counted."""
+        return int(self.encoded.lengths[self.examples(step)].sum())
+
+    def update(self, step: int) -> dict[str, np.ndarray]:
+        """The arrays of update `step`, each `[accum, batch, seq]`: a pure function of `step`, at the same cost for all.
+
+        Returns:
+          input_ids, targets (the next token of the segment, 0 where it does not count), positions (from 0 in each
+          segment), segment_ids (from 1 in each row, 0 is padding), int32; loss_weights (1 where the target counts),
+          float32.
+
+        Raises:
+          DataError: the data is not what it was when the plan was made.
+        """
+        rows = self.epochs.rows(step)
+        shape = self.shapes[self.shape_of[step]]
+        if self.packs is not None:
+            examples, slots = self.packs.take(rows)
+        else:
+            examples = rows
+            sizes = self.encoded.lengths[rows][None], self.encoded.labelled[rows][None]
+            slots = place(*sizes, shape, self.shards)[0][0]
+        arrays = fill(self.encoded, examples, slots, shape.accum * shape.batch, shape.seq)
+        _check_capacity(arrays["loss_weights"], shape.accum * self.shards, self.capacities[shape], f"update {step}")
+        return {key: x.reshape(shape) for key, x in arrays.items()}
+
+
+def plan_batches(
+    encoded: Examples,
+    *,
+    stage: str,
+    packing: bool,
+    cutoff_len: int,
+    per_device_batch_size: int,
+    batch_shards: int,
+    accumulation: int,
+    seed: int,
+    shuffle: bool,
+    num_epochs: float,
+    max_steps: int = -1,
+    drop_last: bool = False,
+) -> BatchPlan:
+    """Plan all updates of a run.
+
+    With `packing`, rows of `cutoff_len` tokens are made once, in the order of the dataset, and are what is then
+    shuffled and counted: `per_device_batch_size` rows on each shard. The blocks of stage pt, `cutoff_len` long, are such
+    rows as they are. Without, an update holds the examples that LLaMA-Factory's would, laid out in at most four shapes.
+    A microbatch never has more tokens on a shard than `per_device_batch_size` of the longest row.
+
+    The microbatches that hold anything come first; the train step may leave out the others (all segment 0, weight 0).
+
+    Args:
+      stage: "sft" or "pt".
+      seed: of the order (`data_seed`, or else `seed`).
+      num_epochs, max_steps: the Trainer's; `max_steps` wins when it is positive.
+
+    Raises:
+      DataError: nothing to train on, or an example that does not fit into a row.
+    """
+    if stage not in ("sft", "pt"):
+        raise ValueError(f"stage {stage!r} has no single sequence per example: expected 'sft' or 'pt'")
+    packs = pack(encoded.lengths, cutoff_len) if packing else None
+    epochs = plan_epochs(
+        len(encoded) if packs is None else len(packs),
+        batch=per_device_batch_size * batch_shards,
+        accumulation=accumulation,
+        num_train_epochs=num_epochs,
+        max_steps=max_steps,
+        drop_last=drop_last,
+        seed=seed,
+        shuffle=shuffle,
+    )
+    tables = list(_tables(epochs))
+    if packs is None:
+        shapes, shape_of, peaks, slots = _plan_layouts(encoded, epochs, tables, per_device_batch_size, batch_shards)
+        lengths = np.append(encoded.lengths, 0)
+    else:
+        shapes, shape_of = [Shape(accumulation, epochs.batch, cutoff_len)], np.zeros(epochs.max_steps, np.uint8)
+        labelled = np.append(packs.sums(encoded.labelled), 0)
+        peaks = [max(labelled[t].reshape(-1, per_device_batch_size).sum(axis=1).max() for t in tables)]
+        slots = sum(int((t[:, :: epochs.batch] >= 0).sum()) for t in tables) * epochs.batch * cutoff_len
+        lengths = np.append(packs.sums(encoded.lengths), 0)
+    capacities = {s: _capacity(peak, s.batch * s.seq // batch_shards) for s, peak in zip(shapes, peaks)}
+    real = sum(int(lengths[t].sum()) for t in tables)
+    return BatchPlan(encoded, epochs, batch_shards, packs, tuple(shapes), shape_of, capacities, 1 - real / slots)
+
+
+def _tables(epochs: Epochs) -> Iterator[np.ndarray]:
+    """All updates of the run in pieces, int32 `[updates, rows of an update]`, -1 (it picks an appended 0) for none."""
+    for epoch in range(epochs.num_epochs):
+        table = epochs.table(epoch)
+        yield from np.array_split(table, -(-table.size // PLANNED_ENTRIES))
+
+
+def _plan_layouts(encoded: Examples, epochs: Epochs, tables: list[np.ndarray], per_device: int, shards: int):
+    """Lay out every update. Returns the shapes, the shape of each update (an index), for each shape the most labelled
+    targets of a (microbatch, shard), and the token slots of all microbatches that are used."""
+    lengths, labelled = np.append(encoded.lengths, 0), np.append(encoded.labelled, 0)
+    by_length = [-np.sort(-lengths[t], axis=1) for t in tables]
+    chosen = choose_shapes(
+        by_length[0], updates=epochs.max_steps, longest=int(lengths.max()), per_device=per_device, shards=shards
+    )
+    rows = [np.concatenate([rows_needed(x, seq) for x in by_length]) for _, seq in chosen]
+    shape_of = np.argmin([costs(r, *shape, shards) for r, shape in zip(rows, chosen)], axis=0)
+    kept = np.unique(shape_of)
+    shape_of = np.searchsorted(kept, shape_of).astype(np.uint8)
+
+    shapes, peaks, slots = [], [], 0
+    ends = np.cumsum([len(t) for t in tables])[:-1]
+    for i, (batch, seq) in enumerate(chosen[k] for k in kept):
+        microbatches = -(-rows[kept[i]][shape_of == i] // batch)
+        slots += int(microbatches.sum()) * batch * seq
+        shapes.append(Shape(int(microbatches.max()), batch, seq))
+        mine = (t[which] for t, which in zip(tables, np.split(shape_of == i, ends)) if which.any())
+        peaks.append(max(int(place(lengths[t], labelled[t], shapes[i], shards)[1].max()) for t in mine))
+    return shapes, shape_of, peaks, slots
+
+
+def _capacity(peak: int, tokens: int) -> int:
+    """`peak` rounded up to a multiple of 128 (an array of static size is gathered), at most all `tokens` of a shard."""
+    return min(tokens, max(128, -(-int(peak) // 128) * 128))
+
+
+def _check_capacity(loss_weights: np.ndarray, groups: int, capacity: int, name: str) -> None:
+    most = int(loss_weights.reshape(groups, -1).sum(axis=1).max())
+    if most > capacity:
+        raise DataError(
+            f"{name} has {most} labelled targets on a shard, planned were at most {capacity}: "
+            "the encoded rows have changed since the plan was made. Start again with overwrite_cache: true."
+        )
+
+
+def fill(encoded: Examples, examples: np.ndarray, slots: np.ndarray, rows: int, seq: int) -> dict[str, np.ndarray]:
+    """Read `examples` and lay them, as segments in this order, into `slots` (the row of each): arrays `[rows, seq]`.
+
+    The target of a position is the label of the next one within the example; the last position of an example has none.
+    """
+    order = np.argsort(slots, kind="stable")
+    examples, slots = examples[order], slots[order]
+    read = [encoded[int(i)] for i in examples]
+    lengths = np.array([len(r["input_ids"]) for r in read])
+    number = np.arange(len(read))
+    row_first = np.maximum.accumulate(np.where(np.diff(slots, prepend=-1) != 0, number, 0))
+    ends = np.cumsum(lengths)
+    begins = ends - lengths
+    columns = begins - begins[row_first]
+    if (columns + lengths).max() > seq:
+        raise DataError(
+            f"example {examples[(columns + lengths).argmax()]} no longer fits into its row of {seq} tokens: "
+            "the encoded rows have changed since the plan was made. Start again with overwrite_cache: true."
+        )
+
+    targets = np.append(np.concatenate([r["labels"] for r in read])[1:], IGNORED)
+    targets[ends[lengths > 0] - 1] = IGNORED
+    counts = targets != IGNORED
+    positions = np.arange(ends[-1]) - np.repeat(begins, lengths)
+    where = np.repeat(slots * seq + columns, lengths) + positions
+
+    def laid(values, dtype=np.int32):
+        flat = np.zeros(rows * seq, dtype)
+        flat[where] = values
+        return flat.reshape(rows, seq)
+
+    return {
+        "input_ids": laid(np.concatenate([r["input_ids"] for r in read])),
+        "targets": laid(np.where(counts, targets, 0)),
+        "positions": laid(positions),
+        "segment_ids": laid(np.repeat(number - row_first + 1, lengths)),
+        "loss_weights": laid(counts, np.float32),
+    }
+
+
+class EvalBatch(NamedTuple):
+    """One step of an evaluation."""
+
+    arrays: dict[str, np.ndarray]  # as of an update, [batch, seq]
+    example: np.ndarray  # int32 [batch, seq]: which of `indices`; EvalPlan.slots - 1 where there is padding
+    indices: np.ndarray  # int32 [k], k < EvalPlan.slots: the examples in here
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """An evaluation over all examples, in steps of one static shape. Make it with `eval_batches`; iterate over it."""
+
+    encoded: Examples
+    shards: int
+    packs: Packs
+    shape: tuple[int, int]  # batch, seq
+    slots: int  # for sums over the examples of a step; the last is for padding
+    label_capacity: int  # as of a BatchPlan
+    group_of: np.ndarray  # int32 [n], the Trainer's batch that each example belongs to
+    group_weights: np.ndarray  # int64 [groups], examples (packed rows, with packing) in each
+
+    def __len__(self) -> int:
+        return -(-len(self.packs) // self.shape[0])
+
+    def __getitem__(self, step: int) -> EvalBatch:
+        if not 0 <= step < len(self):
+            raise IndexError(f"evaluation step {step} of {len(self)}")
+        batch, seq = self.shape
+        rows = np.arange(step * batch, min((step + 1) * batch, len(self.packs)))
+        examples, slots = self.packs.take(rows)
+        arrays = fill(self.encoded, examples, slots, batch, seq)
+        _check_capacity(arrays["loss_weights"], self.shards, self.label_capacity, f"evaluation step {step}")
+        first = np.zeros((batch, 1), np.int64)
+        first[: len(rows), 0] = self.packs.starts[rows] - self.packs.starts[rows[0]]
+        segments = arrays["segment_ids"]
+        example = np.where(segments > 0, first + segments - 1, self.slots - 1).astype(np.int32)
+        return EvalBatch(arrays, example, examples)
+
+    def mean_loss(self, losses: np.ndarray, counts: np.ndarray) -> float:
+        """The Trainer's `eval_loss`: the mean over tokens in each of its batches, then over batches by their size.
+
+        A batch without a labelled target, which would be nan there, is left out.
+
+        Args:
+          losses, counts: float `[n]`, sum of the token losses of each example and number of its targets.
+        """
+        groups = len(self.group_weights)
+        losses, counts = (np.bincount(self.group_of, x, groups) for x in (losses, counts))
+        weights = np.where(counts > 0, self.group_weights, 0)
+        return float((weights * losses / np.maximum(counts, 1)).sum() / max(weights.sum(), 1))
+
+
+def eval_batches(
+    encoded: Examples, *, per_device_batch_size: int, batch_shards: int, packing: bool = False, cutoff_len: int
+) -> EvalPlan:
+    """Plan an evaluation: all examples, once, packed into rows; `per_device_batch_size` rows on each shard.
+
+    Sums are formed example by example, so how examples lie in memory does not show in the figures: they are always
+    packed, into rows of the longest example. With `packing`, rows are of `cutoff_len` tokens, and a row is what the
+    Trainer would take for an example.
+
+    Raises:
+      DataError: there is no example.
+    """
+    if len(encoded) == 0:
+        raise DataError("no evaluation examples are left: see the data report for what was skipped, and why")
+    seq = cutoff_len if packing else rung(int(encoded.lengths.max()))
+    packs = pack(encoded.lengths, seq)
+    per_device = min(per_device_batch_size, -(-len(packs) // batch_shards))
+    batch = per_device * batch_shards
+
+    group = per_device_batch_size * batch_shards
+    unit_of = np.arange(len(encoded))
+    if packing:
+        unit_of[packs.examples] = np.repeat(np.arange(len(packs)), np.diff(packs.starts))
+    group_of = unit_of // group
+    units = len(packs) if packing else len(encoded)
+    weights = np.bincount(np.arange(units) // group)
+
+    peak = np.add.reduceat(packs.sums(encoded.labelled), np.arange(0, len(packs), per_device)).max()
+    slots = 1 + int(np.add.reduceat(np.diff(packs.starts), np.arange(0, len(packs), batch)).max())
+    capacity = _capacity(peak, per_device * seq)
+    return EvalPlan(encoded, batch_shards, packs, (batch, seq), slots, capacity, group_of.astype(np.int32), weights)

@@ -1,0 +1,1 @@
+"""A complete small run that needs nothing but this package: `jtune quickstart`."""

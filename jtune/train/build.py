@@ -1,0 +1,248 @@
+"""The parts a run is put together from; each can be called alone in a REPL."""
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import xxhash
+from jax.sharding import Mesh, NamedSharding
+
+from jtune import tuning
+from jtune.config import FinetuningArguments, ModelArguments, TrainingArguments
+from jtune.data import BatchPlan, Encoded, EvalPlan, eval_batches
+from jtune.interop import hf
+from jtune.models import CausalLM, DecoderConfig, abstract_params, init_params, logical_axes
+from jtune.sharding import batch_sharding, batch_shards, replicated, shard_like, tree_shardings
+from jtune.train.digest import digests, named_leaves
+from jtune.train.evaluate import evaluate, make_eval_step
+from jtune.train.loop import Cadence, Improvement
+from jtune.train.state import TrainState, init_state, state_shardings
+from jtune.train.step import Metrics, make_loss_sum, make_train_step
+
+log = logging.getLogger("jtune")
+
+
+class Model(NamedTuple):
+    """A model that is ready to train: what it is, where it came from, and its parameters on the mesh."""
+
+    module: CausalLM
+    decoder: DecoderConfig
+    source: dict[str, Any]  # the Hugging Face config.json
+    params: Any
+    mask: Any  # tree of bool: what trains
+
+
+def use_compile_cache(folder: str | None) -> None:
+    """Keep compiled programs on disk, so that the second run of a shape compiles nothing.
+
+    Compiled programs are code: the folder is the user's own and readable by nobody else.
+    """
+    path = Path(folder) if folder else Path.home() / ".cache" / "jtune" / "compiled"
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def compute_dtype(training: TrainingArguments, pure_bf16: bool, stored: str | None) -> jnp.dtype:
+    """What matrix products are computed in: `bf16` or `fp16` if asked for, else what the weights are stored in.
+
+    On CPU without `bf16`/`fp16` it is float32, as there is nothing to gain. TPUs have no float16 units.
+    """
+    platform = jax.default_backend()
+    if training.fp16 and platform == "tpu":
+        log.info("fp16: TPUs compute in bfloat16 instead, which needs no loss scaling")
+        return jnp.dtype(jnp.bfloat16)
+    if training.fp16:
+        return jnp.dtype(jnp.float16)
+    if training.bf16 or pure_bf16 or (platform != "cpu" and stored == "bfloat16"):
+        return jnp.dtype(jnp.bfloat16)
+    return jnp.dtype(jnp.float32)
+
+
+def load_model(
+    args: ModelArguments,
+    finetuning: FinetuningArguments,
+    decoder: DecoderConfig,
+    source: dict[str, Any],
+    mesh: Mesh,
+    *,
+    dtype: jnp.dtype,
+    remat: str,
+    seed: int,
+) -> Model:
+    """Weights read straight to their place, adapters and freezing applied, trainable leaves in float32.
+
+    Frozen leaves are kept in the compute dtype if that is smaller than what is stored: no float32 copy of them exists.
+    """
+    abstract = abstract_params(decoder, jnp.float32)
+    shardings = tree_shardings(logical_axes(decoder), abstract, mesh)
+    if args.train_from_scratch:
+        log.info("drawing random weights (train_from_scratch)")
+        params = jax.jit(lambda key: init_params(decoder, key, jnp.float32), out_shardings=shardings)(
+            jax.random.key(seed)
+        )
+    else:
+        log.info("reading weights of %s", args.model_name_or_path)
+        params = hf.load_params(args.model_name_or_path, decoder, dtype=None, shardings=shardings)
+    params, mask = tuning.prepare(
+        params, finetuning, decoder, adapters=args.adapter_name_or_path, key=jax.random.key(seed), frozen_dtype=dtype
+    )
+    params = jax.tree.map(lambda x, s: jax.device_put(x, s), params, placement(params, mesh))
+    module = CausalLM(decoder, dtype=dtype, remat=remat, attention=attention_backend(args.flash_attn))
+    return Model(module, decoder, source, params, mask)
+
+
+def attention_backend(flash_attn: str) -> str:
+    """`disabled` and `sdpa` ask for plain attention; everything else for the best kernel of the platform."""
+    return "xla" if flash_attn in ("disabled", "sdpa") else "auto"
+
+
+def placement(params: Any, mesh: Mesh) -> Any:
+    """Shardings of a prepared tree: what was read keeps its place, what was added (adapters) is placed by size."""
+    added = shard_like(params, mesh)
+    on_mesh = lambda x: isinstance(x.sharding, NamedSharding) and x.sharding.mesh.shape == mesh.shape
+    return jax.tree.map(lambda x, s: x.sharding if on_mesh(x) else s, params, added)
+
+
+def abstract_state(trainable: Any, tx: optax.GradientTransformation, mesh: Mesh, *, float16: bool) -> TrainState:
+    """The training state as `ShapeDtypeStruct`s with shardings: optimizer moments lie where their parameters lie."""
+    shapes = jax.eval_shape(lambda t: init_state(t, tx, float16=float16), trainable)
+    shardings = state_shardings(shapes, jax.tree.map(lambda x: x.sharding, trainable), tx, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def shardings_of(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def compile_steps(
+    module: CausalLM,
+    tx: optax.GradientTransformation,
+    plan: BatchPlan,
+    frozen: Any,
+    state_like: TrainState,
+    mesh: Mesh,
+    *,
+    max_grad_norm: float,
+    dropout_key: jax.Array | None,
+) -> Callable[[TrainState, Any, float], tuple[TrainState, Metrics]]:
+    """`update(state, batch, learning_rate)`: the train step, compiled ahead of its first use for each shape of batch.
+
+    The state is donated: its new arrays take the place of the old ones. In- and out-shardings are the same and
+    explicit; left free, XLA may choose others, which costs a second compilation and the donation.
+    """
+    compiled: dict[tuple[int, ...], Any] = {}
+    everywhere = replicated(mesh)
+    rows = batch_sharding(mesh, accumulated=True)
+
+    def compile_for(shape: tuple[int, ...], batch: Mapping[str, jax.Array]):
+        log.info("compiling the step for [accum, batch, seq] = %s", list(shape))
+        loss_sum = make_loss_sum(module, label_capacity=plan.label_capacity(shape), batch_shards=batch_shards(mesh))
+        step = jax.jit(
+            make_train_step(loss_sum, tx, max_grad_norm=max_grad_norm, dropout_key=dropout_key),
+            donate_argnums=0,
+            in_shardings=(shardings_of(state_like), shardings_of(frozen), dict.fromkeys(batch, rows), everywhere),
+            out_shardings=(shardings_of(state_like), everywhere),
+        )
+        rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+        return step.lower(state_like, frozen, batch, rate).compile()
+
+    def update(state: TrainState, batch: Mapping[str, jax.Array], learning_rate: float):
+        shape = batch["input_ids"].shape
+        if shape not in compiled:
+            compiled[shape] = compile_for(shape, batch)
+        return compiled[shape](state, frozen, batch, jax.device_put(jnp.float32(learning_rate), everywhere))
+
+    return update
+
+
+def place_batch(index: int, plan: BatchPlan, sharding: NamedSharding) -> dict[str, jax.Array]:
+    """The batch of a 0-based update, on the devices."""
+    return {key: jax.device_put(x, sharding) for key, x in plan.update(index).items()}
+
+
+def data_fingerprint(encoded: Encoded) -> str:
+    """A digest of an encoded data set: the lengths and labelled counts of all rows, and the tokens of some."""
+    content = xxhash.xxh3_64(encoded.lengths.tobytes())
+    content.update(encoded.labelled.tobytes())
+    for row in sorted({0, len(encoded) // 2, len(encoded) - 1}):
+        content.update(encoded[row]["input_ids"].tobytes())
+    return content.hexdigest()
+
+
+def tree_fingerprint(tree: Any) -> str:
+    """One digest of all arrays of a tree; the same on every mesh."""
+    return xxhash.xxh3_64(repr(sorted(digests(named_leaves(tree)).items()))).hexdigest()
+
+
+def make_cadence(training: TrainingArguments, plan: BatchPlan) -> Cadence:
+    """When to log, evaluate and save; a number of steps below 1 is a share of the run."""
+
+    def steps(value: float) -> int:
+        return max(1, -int(-value * plan.max_steps // 1)) if value < 1 else int(value)
+
+    return Cadence(
+        max_steps=plan.max_steps,
+        updates_per_epoch=plan.updates_per_epoch,
+        logging_strategy=training.logging_strategy,
+        logging_steps=steps(training.logging_steps),
+        logging_first_step=training.logging_first_step,
+        eval_strategy=training.eval_strategy,
+        eval_steps=steps(training.eval_steps or training.logging_steps),
+        eval_delay=training.eval_delay,
+        save_strategy=training.save_strategy,
+        save_steps=steps(training.save_steps),
+    )
+
+
+def best_metric(training: TrainingArguments, finetuning: FinetuningArguments) -> Improvement:
+    """Which evaluation figure is watched, and in which direction (default: the loss, smaller is better)."""
+    name = training.metric_for_best_model or "loss"
+    greater = training.greater_is_better
+    return Improvement(
+        metric=name if name.startswith("eval_") else f"eval_{name}",
+        greater_is_better=not name.endswith("loss") if greater is None else greater,
+        patience=finetuning.early_stopping_steps,
+    )
+
+
+def make_evaluation(
+    module: CausalLM,
+    sets: Mapping[str, Encoded],
+    mesh: Mesh,
+    *,
+    per_device_batch_size: int,
+    packing: bool,
+    cutoff_len: int,
+    accuracy: bool,
+) -> Callable[[Any], dict[str, float]]:
+    """`measure(params)`: the metrics of every evaluation set, under `eval_` or `eval_<name>_`."""
+    shards = batch_shards(mesh)
+    rows, everywhere = batch_sharding(mesh, accumulated=False), replicated(mesh)
+
+    def prepare(encoded: Encoded) -> tuple[EvalPlan, Callable]:
+        plan = eval_batches(
+            encoded,
+            per_device_batch_size=per_device_batch_size,
+            batch_shards=shards,
+            packing=packing,
+            cutoff_len=cutoff_len,
+        )
+        step = make_eval_step(module, label_capacity=plan.label_capacity, batch_shards=shards, slots=plan.slots)
+        return plan, jax.jit(step, out_shardings=everywhere)
+
+    prepared = {name: prepare(encoded) for name, encoded in sets.items()}
+
+    def measure(params: Any) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, (plan, step) in prepared.items():
+            call = lambda batch, step=step: step(params, *jax.device_put((batch.arrays, batch.example), rows))
+            found |= evaluate(call, plan, prefix=f"eval_{name}".rstrip("_"), accuracy=accuracy)
+        return found
+
+    return measure

@@ -1,0 +1,92 @@
+"""Evaluation: the loss of every example, and the figures made of them.
+
+The jitted part gives sums per example; how they are averaged is decided on the host, where it can be read.
+Shape suffixes as in `jtune.train.loss`; E example slots of a batch.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jtune.data import EvalBatch, EvalPlan
+from jtune.models import CausalLM
+from jtune.train.loss import chunk_positions, cut, gather_labelled, token_nll
+from jtune.train.step import Batch
+
+
+class ExampleSums(NamedTuple):
+    """Float32 `[examples]`: sum of token losses, tokens that count, tokens whose first choice is right."""
+
+    nll: np.ndarray | jax.Array
+    tokens: np.ndarray | jax.Array
+    correct: np.ndarray | jax.Array
+
+
+def make_eval_step(model: CausalLM, *, label_capacity: int, batch_shards: int, slots: int):
+    """`eval_step(params, batch, example) -> ExampleSums` of `[slots]`, to be jitted.
+
+    Args:
+      slots: how many examples a batch may hold, and one more for padding; `example`, int32 `[batch, seq]`, says whose
+        token it is.
+    """
+
+    def eval_step(params, batch: Batch, example_BT) -> ExampleSums:
+        hidden = model.apply(
+            {"params": params}, batch["input_ids"], batch["positions"], batch["segment_ids"], method="hidden"
+        )
+        # One gather for both integers of a position: its target and its owner.
+        pairs_BT2 = jnp.stack([batch["targets"], example_BT], -1)
+        weights_BT = batch["loss_weights"]
+        hidden_SKD, pairs_SK2, weights_SK = gather_labelled(hidden, pairs_BT2, weights_BT, label_capacity, batch_shards)
+        head_params = {key: params[key] for key in model.head_keys}
+
+        def body(_, xs):
+            x, pairs, w = xs
+            logits = model.apply({"params": head_params}, x, method="head")
+            target = pairs[..., 0]
+            return None, (token_nll(logits, target) * w, (jnp.argmax(logits, -1) == target) * w)
+
+        chunks = cut(chunk_positions(label_capacity, batch_shards, model.config.vocab_size), hidden_SKD, pairs_SK2, weights_SK)
+        _, (nll, correct) = jax.lax.scan(body, None, chunks)
+        _, pairs, weights = chunks
+        owner = jnp.where(weights > 0, pairs[..., 1], slots - 1)
+        per_example = lambda x: jax.ops.segment_sum(x.ravel(), owner.ravel(), slots)
+        return ExampleSums(per_example(nll), per_example(weights), per_example(correct))
+
+    return eval_step
+
+
+def evaluate(
+    eval_step: Callable[[EvalBatch], ExampleSums], plan: EvalPlan, *, prefix: str, accuracy: bool
+) -> dict[str, float]:
+    """Metrics of one evaluation set under `prefix` (`eval` or `eval_<name>`), with Trainer's timing figures.
+
+    `loss` is averaged as Trainer averages it (`EvalPlan.mean_loss`). `accuracy` is the mean over examples of the share
+    of their tokens predicted right, as LLaMA-Factory has it; `exact_match` the share of examples with all tokens right,
+    which are those that greedy decoding reproduces.
+    """
+    began = time.monotonic()
+    count = len(plan.encoded)
+    totals = ExampleSums(*(np.zeros(count) for _ in range(3)))
+    running = [(batch.indices, eval_step(batch)) for batch in plan]  # dispatched, not awaited
+    for indices, sums in running:
+        for total, part in zip(totals, jax.device_get(sums)):
+            total[indices] = part[: len(indices)]
+    seconds = max(1e-9, time.monotonic() - began)
+    nll, tokens, correct = totals
+    loss = plan.mean_loss(nll, tokens)
+    found = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    if accuracy:
+        found["accuracy"] = float(np.mean(correct / np.maximum(tokens, 1)))
+        found["exact_match"] = float(np.mean(correct == tokens))
+    found |= {
+        "runtime": round(seconds, 4),
+        "samples_per_second": round(count / seconds, 3),
+        "steps_per_second": round(len(plan) / seconds, 3),
+    }
+    return {f"{prefix}_{key}": value for key, value in found.items()}

@@ -1,0 +1,260 @@
+"""The loop over updates: the only place where training touches the outside world.
+
+It feeds batches to the jitted step one update ahead, reads the metrics of an update after the next one has been
+dispatched (so the devices never wait for the host), and tells events to subscribers.
+"""
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+
+from jtune.errors import NonFiniteError
+from jtune.train.events import Ask, Event, Subscriber, tell
+from jtune.train.schedule import Schedule
+from jtune.train.step import Metrics
+
+log = logging.getLogger("jtune")
+MAX_BAD_STEPS = 3  # consecutive non-finite updates before the run stops
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """When to log, evaluate and save, as Hugging Face's Trainer decides it. A strategy is "no", "steps" or "epoch"."""
+
+    max_steps: int
+    updates_per_epoch: int
+    logging_strategy: str = "steps"
+    logging_steps: int = 500
+    logging_first_step: bool = False
+    eval_strategy: str = "no"
+    eval_steps: int = 500
+    eval_delay: float = 0
+    save_strategy: str = "steps"  # also "best": when an evaluation was the best so far
+    save_steps: int = 500
+
+    def due(self, step: int, epoch: float) -> set[str]:
+        """What is due after `step` updates: a subset of "log", "evaluate", "save"."""
+        last = step == self.max_steps
+        epoch_end = step % self.updates_per_epoch == 0 or last
+
+        def at(strategy: str, every: int) -> bool:
+            return (strategy == "steps" and every > 0 and step % every == 0) or (strategy == "epoch" and epoch_end)
+
+        due = set()
+        if at(self.logging_strategy, self.logging_steps) or (step == 1 and self.logging_first_step):
+            due.add("log")
+        delayed = self.eval_delay > (epoch if self.eval_strategy == "epoch" else step)
+        if not delayed and (at(self.eval_strategy, self.eval_steps) or (last and self.eval_strategy == "steps")):
+            due.add("evaluate")
+        if at(self.save_strategy, self.save_steps) or (last and self.save_strategy == "steps"):
+            due.add("save")
+        return due
+
+
+@dataclass
+class Progress:
+    """What the host knows of the run; saved with every checkpoint, so that a resumed run logs what it would have."""
+
+    step: int = 0
+    total_loss: float = 0.0  # sum over updates of their mean losses
+    unlogged_loss: float = 0.0  # the part of it since the last log
+    unlogged_steps: int = 0
+    tokens: int = 0  # tokens fed, padding not counted
+    best_metric: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    bad_steps: int = 0  # consecutive non-finite updates, just now
+    skipped_steps: int = 0  # non-finite updates in all
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Hooks(NamedTuple):
+    """What the loop calls; each is a plain function."""
+
+    prepare: Callable[[int], Any]  # 0-based update -> batch on the devices
+    update: Callable[[Any, Any, float], tuple[Any, Metrics]]  # (state, batch, learning rate) -> (state, metrics)
+    tokens: Callable[[int], int]  # 0-based update -> tokens in it
+    epoch_at: Callable[[int], float]
+    evaluate: Callable[[Any], dict[str, float]] | None  # state -> metrics
+    save: Callable[[Any, Progress], None]
+    poll: Callable[[], None]  # between updates
+    explain: Callable[[int], str]  # 0-based update -> which rows it holds, for the message of a non-finite stop
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM or Ctrl-C sets, for the loop to save and leave; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+
+    def handler(signum, frame):
+        if stop.is_set() and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for s, previous in before.items():
+            signal.signal(s, previous)
+
+
+def batches(prepare: Callable[[int], Any], start: int, stop: int) -> Iterator[Any]:
+    """`prepare(start), prepare(start + 1), ...`, each made in a thread while the one before it is being used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        ahead = deque(pool.submit(prepare, step) for step in range(start, min(start + 2, stop)))
+        for step in range(start, stop):
+            batch = ahead.popleft().result()
+            if step + 2 < stop:
+                ahead.append(pool.submit(prepare, step + 2))
+            yield batch
+
+
+class Improvement(NamedTuple):
+    """Which evaluation is the best, and how many that are not end the run."""
+
+    metric: str = "eval_loss"
+    greater_is_better: bool = False
+    patience: int | None = None
+
+
+def run_loop(
+    state: Any,
+    progress: Progress,
+    cadence: Cadence,
+    schedule: Schedule,
+    hooks: Hooks,
+    subscribers: Sequence[Subscriber],
+    improvement: Improvement,
+) -> tuple[Any, str]:
+    """Updates `progress.step` .. `cadence.max_steps`.
+
+    Returns:
+      The last state, and why the loop ended: "done", "stopped" (a subscriber or early stopping) or "preempted" (a
+      signal; the state has been saved).
+
+    Raises:
+      NonFiniteError: loss or gradients were not finite `MAX_BAD_STEPS` times in a row; those updates were skipped.
+    """
+    queue: deque[tuple[int, float, Metrics, bool]] = deque()
+    clock = [time.monotonic(), progress.tokens]
+
+    def event(kind, record=None) -> set[Ask]:
+        return tell(
+            subscribers, Event(kind, progress.step, cadence.max_steps, hooks.epoch_at(progress.step), record or {})
+        )
+
+    def read(entry) -> set[Ask]:
+        """Take the metrics of a dispatched update to the host, and log if that was due."""
+        step, rate, on_device, log_due = entry
+        metrics = Metrics(*(x.item() for x in jax.device_get(on_device)))
+        if metrics.finite:
+            progress.bad_steps = 0
+            progress.total_loss += metrics.loss
+            progress.unlogged_loss += metrics.loss
+        else:
+            _count_bad(progress, step, metrics, hooks)
+        progress.unlogged_steps += 1
+        if not log_due:
+            return set()
+        now = time.monotonic()
+        record = {
+            "loss": progress.unlogged_loss / max(1, progress.unlogged_steps),
+            "grad_norm": metrics.grad_norm,
+            "learning_rate": rate,
+            "epoch": hooks.epoch_at(step),
+            "step": step,
+        }
+        extra = {"tokens_per_second": (progress.tokens - clock[1]) / max(1e-9, now - clock[0])}
+        extra["num_input_tokens_seen"] = progress.tokens
+        clock[:] = [now, progress.tokens]
+        progress.log_history.append(record)
+        progress.unlogged_loss, progress.unlogged_steps = 0.0, 0
+        return event("log", record | extra)
+
+    event("train_begin")
+    outcome = "done"
+    with stop_signals() as stopping:
+        start = progress.step
+        for index, batch in enumerate(batches(hooks.prepare, start, cadence.max_steps), start):
+            rate = schedule(index)
+            state, metrics = hooks.update(state, batch, rate)
+            progress.step = index + 1
+            progress.tokens += hooks.tokens(index)
+            due = cadence.due(progress.step, hooks.epoch_at(progress.step))
+            queue.append((progress.step, rate, metrics, "log" in due))
+            asked: set[Ask] = event("step")
+            due |= asked & {"evaluate", "save"}
+            wait_for_all = due & {"evaluate", "save"} or stopping.is_set() or "stop" in asked
+            while len(queue) > (0 if wait_for_all else 1):
+                asked |= read(queue.popleft())
+            due |= asked & {"evaluate", "save"}
+
+            if "evaluate" in due and hooks.evaluate is not None:
+                better, more = _evaluate(state, progress, hooks, improvement, event)
+                asked |= more
+                if cadence.save_strategy == "best" and better:
+                    due.add("save")
+                if improvement.patience is not None and progress.evaluations_without_gain >= improvement.patience:
+                    log.info("stopping early: no better %s in %d evaluations", improvement.metric, improvement.patience)
+                    asked.add("stop")
+            due |= asked & {"save"}
+            if "save" in due or stopping.is_set():
+                while queue:
+                    asked |= read(queue.popleft())
+                hooks.save(state, progress)
+                asked |= event("save")
+            hooks.poll()
+            if stopping.is_set() and progress.step < cadence.max_steps:
+                outcome = "preempted"
+                break
+            if "stop" in asked:
+                outcome = "stopped"
+                break
+        while queue:
+            read(queue.popleft())
+    return state, outcome
+
+
+def _count_bad(progress: Progress, step: int, metrics: Metrics, hooks: Hooks) -> None:
+    progress.bad_steps += 1
+    progress.skipped_steps += 1
+    log.warning("update %d: loss %s, gradient norm %s: skipped", step, metrics.loss, metrics.grad_norm)
+    if progress.bad_steps >= MAX_BAD_STEPS:
+        raise NonFiniteError(
+            f"loss or gradients were not finite in {MAX_BAD_STEPS} updates in a row, the last of them update {step} "
+            f"({hooks.explain(step - 1)}).\nThose updates were skipped, so no checkpoint holds them. Look at these rows "
+            "(jtune data), lower learning_rate, or train in bf16 rather than fp16."
+        )
+
+
+def _evaluate(state, progress: Progress, hooks: Hooks, improvement: Improvement, event) -> tuple[bool, set[Ask]]:
+    assert hooks.evaluate is not None
+    metrics = hooks.evaluate(state)
+    record = metrics | {"epoch": hooks.epoch_at(progress.step), "step": progress.step}
+    progress.log_history.append(record)
+    value = metrics.get(improvement.metric)
+    better = False
+    if value is not None and not math.isnan(value):
+        best = progress.best_metric
+        better = best is None or (value > best if improvement.greater_is_better else value < best)
+        if better:
+            progress.best_metric, progress.best_step = value, progress.step
+    progress.evaluations_without_gain = 0 if better else progress.evaluations_without_gain + 1
+    return better, event("evaluate", record)

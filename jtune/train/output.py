@@ -1,0 +1,124 @@
+"""What a run finds and leaves in its output folder."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jtune import tuning
+from jtune.config import Config
+from jtune.data import BatchPlan
+from jtune.errors import CheckpointError, ConfigError
+from jtune.interop import hf, peft
+from jtune.models import DecoderConfig
+from jtune.train.checkpoint import find_checkpoints, read_meta
+from jtune.train.loop import Cadence, Progress
+
+log = logging.getLogger("jtune")
+
+# What training writes. A folder with one of these, and no checkpoint, holds a finished run or a model.
+_LEFT_BY_A_RUN = ("trainer_log.jsonl", "trainer_state.json", "adapter_config.json", "config.json", "all_results.json")
+
+
+def resume_point(output_dir: Path, resume_from: str | bool | None, *, overwrite: bool, do_train: bool) -> Path | None:
+    """The checkpoint to go on from, None to start from the beginning; the folder is made ready for either.
+
+    As in LLaMA-Factory: an explicit `resume_from_checkpoint` wins; else a folder with checkpoints is resumed unless
+    `overwrite_output_dir`; a folder with another run's files and no checkpoint is refused.
+
+    Raises:
+      ConfigError: the folder is taken, or cannot be written.
+      CheckpointError: `resume_from` is not a complete checkpoint.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {output_dir} cannot be made: {error.strerror}") from error
+    if not os.access(output_dir, os.W_OK):
+        raise ConfigError(f"output_dir: {output_dir} cannot be written")
+    if not do_train:
+        return None
+    found = find_checkpoints(output_dir)
+    if isinstance(resume_from, str):
+        path = Path(resume_from)
+        read_meta(path)
+        return path
+    if resume_from:
+        if not found:
+            raise CheckpointError(f"resume_from_checkpoint: there is no checkpoint in {output_dir}")
+        return found[-1]
+    if overwrite:
+        _clear(output_dir, found)
+        return None
+    if found:
+        log.info("resuming from %s (to start from the beginning: overwrite_output_dir=true)", found[-1])
+        return found[-1]
+    left = [name for name in _LEFT_BY_A_RUN if (output_dir / name).exists()]
+    if left:
+        raise ConfigError(
+            f"output_dir: {output_dir} holds another run ({', '.join(left)}) and no checkpoint to resume from.\n"
+            "Give another output_dir, or overwrite_output_dir=true to replace it."
+        )
+    return None
+
+
+def _clear(output_dir: Path, checkpoints: list[Path]) -> None:
+    """Forget the run before this one: its logs, and its checkpoints, which would be mistaken for this run's."""
+    if checkpoints:
+        log.info("overwrite_output_dir: removing %d checkpoints of an earlier run from %s", len(checkpoints), output_dir)
+    for path in checkpoints:
+        shutil.rmtree(path)
+    for name in ("trainer_log.jsonl", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def check_same_run(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to resume when what the checkpoint says of data, batches and base model is not what this run has.
+
+    Raises:
+      CheckpointError: with each difference.
+    """
+    changed = [f"{key}: {saved.get(key)} then, {now[key]} now" for key in now if saved.get(key) != now[key]]
+    if changed:
+        raise CheckpointError(
+            f"{path} belongs to another run, or its inputs have changed:\n  " + "\n  ".join(changed) + "\n"
+            "Resume with what it was started with, give another output_dir, or overwrite_output_dir=true."
+        )
+
+
+def trainer_state(progress: Progress, *, plan: BatchPlan, cadence: Cadence, batch_size: int) -> dict[str, Any]:
+    """The content of `trainer_state.json`, with the fields of transformers' `TrainerState`."""
+    return {
+        "best_global_step": progress.best_step,
+        "best_metric": progress.best_metric,
+        "best_model_checkpoint": None if progress.best_step is None else f"checkpoint-{progress.best_step}",
+        "epoch": plan.epoch_at(progress.step),
+        "eval_steps": cadence.eval_steps,
+        "global_step": progress.step,
+        "is_hyper_param_search": False,
+        "is_local_process_zero": True,
+        "is_world_process_zero": True,
+        "log_history": progress.log_history,
+        "logging_steps": cadence.logging_steps,
+        "max_steps": plan.max_steps,
+        "num_input_tokens_seen": progress.tokens,
+        "num_train_epochs": plan.num_epochs,
+        "save_steps": cadence.save_steps,
+        "stateful_callbacks": {},
+        "train_batch_size": batch_size,
+        "trial_name": None,
+        "trial_params": None,
+    }
+
+
+def save_model(
+    folder: Path, params: Any, *, config: Config, decoder: DecoderConfig, source: dict[str, Any], tokenizer: Any
+) -> None:
+    """Write the model as others load it: a PEFT adapter for lora, else a Hugging Face checkpoint; and the tokenizer."""
+    if config.finetuning.finetuning_type == "lora":
+        peft.save_adapter(params, decoder, folder, config.finetuning, base=config.model.model_name_or_path)
+    else:
+        params = tuning.join_layers(params)
+        hf.save_model(params, decoder, source, folder, max_shard_bytes=int(config.model.export_size * 1e9))
+    tokenizer.save_pretrained(folder)

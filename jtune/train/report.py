@@ -1,0 +1,268 @@
+"""The run as a person sees it: `Trainer`-like JSON files, a progress bar or plain lines, TensorBoard, the loss plot.
+
+All of them are subscribers of `jtune.train.events`, or functions of the finished log.
+"""
+
+import json
+import logging
+import math
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from jtune.config import TrainingArguments
+from jtune.data import BatchPlan
+from jtune.train.events import Event, Subscriber
+from jtune.train.loop import Progress
+
+log = logging.getLogger("jtune")
+
+# Fields of a log record that are counts and times of jtune's own; Trainer's records do not have them.
+_NOT_PLOTTED = ("step", "epoch")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def save_results(output_dir: Path, split: str, metrics: dict[str, Any]) -> None:
+    """`{split}_results.json`, and the same merged into `all_results.json`."""
+    write_json(output_dir / f"{split}_results.json", metrics)
+    write_json(output_dir / "all_results.json", read_results(output_dir) | metrics)
+
+
+def read_results(output_dir: Path) -> dict[str, Any]:
+    """The content of `all_results.json`, or nothing."""
+    path = output_dir / "all_results.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def finish_evaluation(metrics: dict[str, float], output_dir: Path) -> None:
+    """Write `eval_results.json` and say what was measured."""
+    save_results(output_dir, "eval", metrics)
+    log.info("evaluation: %s", "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+
+
+def train_summary(
+    progress: Progress, *, seconds: float, examples_per_update: int, epoch: float, parameters: int
+) -> dict[str, Any]:
+    """The figures of `train_results.json`, with Trainer's names. `total_flos` is 6 x parameters x tokens."""
+    return {
+        "epoch": epoch,
+        "total_flos": 6.0 * parameters * progress.tokens,
+        "train_loss": progress.total_loss / max(1, progress.step - progress.skipped_steps),
+        "train_runtime": round(seconds, 4),
+        "train_samples_per_second": round(progress.step * examples_per_update / seconds, 3),
+        "train_steps_per_second": round(progress.step / seconds, 3),
+        "train_tokens_per_second": round(progress.tokens / seconds, 1),
+    }
+
+
+def describe_plan(plan: BatchPlan, examples: int) -> None:
+    """Say what the run will do, before it does it."""
+    log.info(
+        "%s examples, %s updates in %g epochs (%s an epoch); batches [accum, batch, seq] %s, %.1f%% padding",
+        f"{examples:,}",
+        f"{plan.max_steps:,}",
+        plan.num_epochs,
+        f"{plan.updates_per_epoch:,}",
+        " ".join(str(list(shape)) for shape in plan.shapes),
+        100 * plan.padding_share,
+    )
+
+
+def subscribers(training: TrainingArguments, output_dir: Path, start: int, max_steps: int) -> list[Subscriber]:
+    """Those that `report_to` and the terminal ask for."""
+    found = [log_file(output_dir / "trainer_log.jsonl", start)]
+    if "tensorboard" in training.report_to:
+        found.append(tensorboard(Path(training.logging_dir or output_dir / "runs")))
+    if sys.stdout.isatty() and not training.disable_tqdm:
+        found.append(progress_bar(start, max_steps))
+    else:
+        found.append(progress_lines(start))
+    return found
+
+
+class Clock:
+    """Seconds and tokens since the run (or its resumption) began, for rates and the time left."""
+
+    def __init__(self, step: int):
+        self.start, self.first_step = time.monotonic(), step
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.start
+
+    def remaining(self, step: int, max_steps: int) -> float:
+        return self.elapsed() / max(1, step - self.first_step) * (max_steps - step)
+
+
+def _hms(seconds: float) -> str:
+    return str(timedelta(seconds=int(seconds)))
+
+
+def log_file(path: Path, start_step: int) -> Subscriber:
+    """Append each logged record to `trainer_log.jsonl`, with LLaMA-Factory's field names."""
+    clock = Clock(start_step)
+    if path.exists():  # a resumed run goes on after its checkpoint: later lines belong to the run that was cut short
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line).get("current_steps", 0) <= start_step]
+        path.write_text("".join(line + "\n" for line in kept if start_step))
+
+    def subscriber(event: Event) -> None:
+        if event.kind not in ("log", "evaluate", "train_end"):
+            return
+        record = event.record
+        line = {
+            "current_steps": event.step,
+            "total_steps": event.max_steps,
+            "loss": record.get("loss"),
+            "eval_loss": record.get("eval_loss"),
+            "lr": record.get("learning_rate"),
+            "epoch": event.epoch,
+            "percentage": round(100 * event.step / max(1, event.max_steps), 2),
+            "elapsed_time": _hms(clock.elapsed()),
+            "remaining_time": _hms(clock.remaining(event.step, event.max_steps)),
+            "throughput": record.get("tokens_per_second"),
+            "total_tokens": record.get("num_input_tokens_seen"),
+        }
+        with path.open("a") as file:
+            file.write(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n")
+
+    return subscriber
+
+
+def tensorboard(log_dir: Path) -> Subscriber:
+    """Write every number of every record to TensorBoard, under Trainer's tags (`train/loss`, `eval/loss`)."""
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(str(log_dir))
+
+    def subscriber(event: Event) -> None:
+        if event.kind in ("log", "evaluate"):
+            for key, value in event.record.items():
+                if key not in _NOT_PLOTTED and isinstance(value, int | float):
+                    tag = "eval/" + key.removeprefix("eval_") if key.startswith("eval_") else "train/" + key
+                    writer.add_scalar(tag, value, event.step)
+        if event.kind == "train_end":
+            writer.close()
+
+    return subscriber
+
+
+def _describe(record: dict[str, Any]) -> str:
+    shown = {
+        "loss": "loss {:.4f}",
+        "eval_loss": "eval loss {:.4f}",
+        "eval_accuracy": "accuracy {:.4f}",
+        "eval_exact_match": "exact match {:.1%}",
+        "grad_norm": "grad norm {:.3g}",
+        "learning_rate": "lr {:.3g}",
+        "tokens_per_second": "{:,.0f} tok/s",
+    }
+    return "  ".join(form.format(record[key]) for key, form in shown.items() if record.get(key) is not None)
+
+
+def progress_lines(start_step: int, out=None) -> Subscriber:
+    """One line for each logged record: for log files and pipes, where a bar would be noise."""
+    clock = Clock(start_step)
+    out = out or sys.stdout
+
+    def subscriber(event: Event) -> None:
+        if event.kind in ("log", "evaluate"):
+            width = len(str(event.max_steps))
+            left = _hms(clock.remaining(event.step, event.max_steps))
+            print(
+                f"step {event.step:>{width}}/{event.max_steps}  epoch {event.epoch:.2f}  "
+                f"{_describe(event.record)}  left {left}",
+                file=out,
+                flush=True,
+            )
+
+    return subscriber
+
+
+def progress_bar(start_step: int, max_steps: int) -> Subscriber:
+    """A bar with loss, tokens/s and time left; evaluation results are printed above it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("[bold]train"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[latest]}"),
+        TimeElapsedColumn(),
+        TextColumn("<"),
+        TimeRemainingColumn(),
+    )
+    task = bar.add_task("train", total=max_steps, completed=start_step, latest="compiling the first step ...")
+
+    def subscriber(event: Event) -> None:
+        if event.kind == "train_begin":
+            bar.start()
+        bar.update(task, completed=event.step)
+        if event.kind == "log":
+            bar.update(task, latest=_describe({k: v for k, v in event.record.items() if k != "grad_norm"}))
+        if event.kind == "evaluate":
+            bar.print(f"step {event.step}: {_describe(event.record)}")
+        if event.kind == "train_end":
+            bar.stop()
+
+    return subscriber
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Exponential moving average whose weight grows with the number of points, as LLaMA-Factory draws it."""
+    weight = 1.8 * (1 / (1 + math.exp(-0.05 * len(values))) - 0.5)
+    smoothed: list[float] = []
+    for value in values:
+        smoothed.append(value if not smoothed else smoothed[-1] * weight + (1 - weight) * value)
+    return smoothed
+
+
+def plot_losses(log_history: list[dict[str, Any]], path: Path, title: str) -> bool:
+    """Draw training loss (each point and smoothed), evaluation loss if there is any, and the learning rate below.
+
+    Returns:
+      False, and no file, when nothing was logged.
+    """
+    series = {
+        key: ([r["step"] for r in log_history if key in r], [r[key] for r in log_history if key in r])
+        for key in ("loss", "eval_loss", "learning_rate")
+    }
+    if not series["loss"][0]:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (upper, lower) = plt.subplots(
+        2, 1, figsize=(8, 5.5), sharex=True, height_ratios=[4, 1], layout="constrained", dpi=120
+    )
+    steps, losses = series["loss"]
+    few = len(steps) < 30
+    upper.plot(steps, losses, color="#1f77b4", alpha=0.35, marker="o" if few else None, markersize=3, label="loss")
+    upper.plot(steps, smooth(losses), color="#1f77b4", linewidth=2, label="loss, smoothed")
+    if series["eval_loss"][0]:
+        upper.plot(*series["eval_loss"], color="#d62728", marker="o", markersize=4, label="evaluation loss")
+    upper.set_title(title, fontsize=11)
+    upper.set_ylabel("loss (nats per token)")
+    upper.legend(frameon=False)
+    lower.plot(*series["learning_rate"], color="#555555", linewidth=1)
+    lower.set_ylabel("learning rate", fontsize=8)
+    lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    lower.tick_params(labelsize=8)
+    lower.set_xlabel("update")
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (upper, lower):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
+    return True

@@ -1,0 +1,275 @@
+"""One run, read from top to bottom: what `jtune train CASE.yaml` does.
+
+Everything that can be wrong with the input is looked at before the weights are read, and the weights are read before
+anything is compiled; each slow phase says that it begins.
+"""
+
+import logging
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jtune import tuning
+from jtune.config import Config
+from jtune.data import Splits, check_vocabulary, get_template, load_datasets, load_tokenizer, plan_batches
+from jtune.errors import Preempted
+from jtune.interop import hf
+from jtune.models.families import decoder_config
+from jtune.sharding import batch_shards, batch_sharding, make_mesh
+from jtune.train import build, report
+from jtune.train.checkpoint import Checkpointer, read_meta, restore, restore_newest
+from jtune.train.loop import Hooks, Progress, run_loop
+from jtune.train.optimizer import make_optimizer
+from jtune.train.output import check_same_run, resume_point, save_model, trainer_state
+from jtune.train.schedule import make_schedule, warmup_updates
+from jtune.train.state import TrainState, init_state
+
+log = logging.getLogger("jtune")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train and evaluate as `config` says; write everything into `output_dir`.
+
+    Returns:
+      The content of `all_results.json`.
+
+    Raises:
+      JtuneError: see `jtune.errors` for the kinds and the exit codes they stand for.
+    """
+    training, finetuning = config.training, config.finetuning
+    for note in config.notes:
+        log.info("note: %s", note)
+    output_dir = Path(training.output_dir)
+    checkpoint = resume_point(
+        output_dir, training.resume_from_checkpoint, overwrite=training.overwrite_output_dir, do_train=training.do_train
+    )
+
+    # ------------------------------------------------------------------ devices
+    build.use_compile_cache(training.compile_cache_dir)
+    mesh = make_mesh(data=training.mesh_data, fsdp=training.mesh_fsdp, tensor=training.mesh_tensor)
+    shards = batch_shards(mesh)
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "not split"
+    log.info("devices: %d x %s (%s)", mesh.size, jax.devices()[0].device_kind, axes)
+
+    # ------------------------------------------------------------------ data
+    source = hf.read_config(config.model.model_name_or_path, revision=config.model.model_revision)
+    decoder = decoder_config(source)
+    tokenizer = load_tokenizer(config.model)
+    splits = load_data(config, tokenizer, decoder.vocab_size)
+
+    # ------------------------------------------------------------------ model
+    dtype = build.compute_dtype(training, finetuning.pure_bf16, source.get("dtype") or source.get("torch_dtype"))
+    model = build.load_model(
+        config.model, finetuning, decoder, source, mesh, dtype=dtype, remat=remat(config), seed=training.seed
+    )
+    log.info("%s", tuning.describe(model.params, model.mask))
+    measure = build.make_evaluation(
+        model.module,
+        splits.eval,
+        mesh,
+        per_device_batch_size=training.per_device_eval_batch_size,
+        packing=rows_are_packed(config),
+        cutoff_len=config.data.cutoff_len,
+        accuracy=finetuning.compute_accuracy,
+    )
+    if not training.do_train:
+        if training.do_eval:
+            report.finish_evaluation(measure(model.params), output_dir)
+        return report.read_results(output_dir)
+
+    # ------------------------------------------------------------------ plan of all updates
+    assert splits.train is not None
+    order_seed = training.seed if training.data_seed is None else training.data_seed
+    plan = plan_batches(
+        splits.train,
+        stage=finetuning.stage,
+        packing=rows_are_packed(config),
+        cutoff_len=config.data.cutoff_len,
+        per_device_batch_size=training.per_device_train_batch_size,
+        batch_shards=shards,
+        accumulation=training.gradient_accumulation_steps,
+        seed=order_seed,
+        shuffle=not finetuning.disable_shuffling,
+        num_epochs=training.num_train_epochs,
+        max_steps=training.max_steps,
+        drop_last=training.dataloader_drop_last,
+    )
+    warmup = warmup_updates(plan.max_steps, training.warmup_steps, training.warmup_ratio)
+    schedule = make_schedule(
+        training.lr_scheduler_type, training.learning_rate, warmup, plan.max_steps, training.lr_scheduler_kwargs
+    )
+    report.describe_plan(plan, len(splits.train))
+
+    # ------------------------------------------------------------------ state and step
+    trainable, frozen = tuning.partition(model.params, model.mask)
+    parameters = sum(x.size for x in jax.tree.leaves(model.params))
+    tx = make_optimizer(
+        beta1=training.adam_beta1,
+        beta2=training.adam_beta2,
+        epsilon=training.adam_epsilon,
+        weight_decay=training.weight_decay,
+        decay_mask=tuning.decay_mask(trainable),
+    )
+    float16 = dtype == jnp.float16
+    state_like = build.abstract_state(trainable, tx, mesh, float16=float16)
+    update = build.compile_steps(
+        model.module,
+        tx,
+        plan,
+        frozen,
+        state_like,
+        mesh,
+        max_grad_norm=training.max_grad_norm,
+        dropout_key=jax.random.key(training.seed) if finetuning.lora_dropout > 0 else None,
+    )
+
+    # ------------------------------------------------------------------ start or resume
+    identity = {
+        "data": build.data_fingerprint(splits.train),
+        "examples per update": [training.per_device_train_batch_size * shards, training.gradient_accumulation_steps],
+        "order": [order_seed, not finetuning.disable_shuffling],
+        "rows": [rows_are_packed(config), config.data.cutoff_len],
+        "updates": plan.max_steps,
+        "frozen weights": build.tree_fingerprint(frozen),
+    }
+    progress = Progress()
+    if checkpoint is None:
+        shardings = build.shardings_of(state_like)
+        state = jax.jit(lambda t: init_state(t, tx, float16=float16), out_shardings=shardings)(trainable)
+    else:
+        check_same_run(checkpoint, read_meta(checkpoint)["identity"], identity)
+        if isinstance(training.resume_from_checkpoint, str):
+            state = restore(checkpoint, state_like)
+        else:
+            checkpoint, state = restore_newest(output_dir, state_like)
+        progress = Progress(**read_meta(checkpoint)["progress"])
+        log.info("resumed from %s: %d of %d updates are done", checkpoint, progress.step, plan.max_steps)
+    del trainable, model
+
+    # ------------------------------------------------------------------ train
+    cadence = build.make_cadence(training, plan)
+    improvement = build.best_metric(training, finetuning)
+    saver = Checkpointer(output_dir, keep=training.save_total_limit)
+    write = partial(save_model, config=config, decoder=decoder, source=source, tokenizer=tokenizer)
+    whole = lambda state: tuning.combine(state.trainable, frozen)
+    state_file = lambda: trainer_state(
+        progress, plan=plan, cadence=cadence, batch_size=training.per_device_train_batch_size
+    )
+
+    def save(state: TrainState, progress: Progress) -> None:
+        def files(folder: Path) -> None:
+            write(folder, whole(state))
+            report.write_json(folder / "trainer_state.json", state_file())
+
+        if progress.best_step is not None:
+            saver.best = output_dir / f"checkpoint-{progress.best_step}"
+        meta = {"identity": identity, "progress": progress.to_dict()}
+        saver.save(progress.step, None if training.save_only_model else state, meta, files)
+
+    hooks = Hooks(
+        prepare=partial(build.place_batch, plan=plan, sharding=batch_sharding(mesh, accumulated=True)),
+        update=update,
+        tokens=plan.tokens,
+        epoch_at=plan.epoch_at,
+        evaluate=(lambda state: measure(whole(state))) if splits.eval else None,
+        save=save,
+        poll=saver.poll,
+        explain=lambda index: f"rows {', '.join(map(str, plan.examples(index)[:8]))} ... of the data set",
+    )
+    began, start = time.monotonic(), progress.step
+    subscribers = report.subscribers(training, output_dir, start, plan.max_steps)
+    try:
+        state, outcome = run_loop(state, progress, cadence, schedule, hooks, subscribers, improvement)
+    finally:
+        saver.close()
+    if outcome == "preempted":
+        raise Preempted(f"stopped by a signal at update {progress.step} and saved: the same command goes on from there")
+
+    # ------------------------------------------------------------------ finish
+    if training.load_best_model_at_end and progress.best_step not in (None, progress.step):
+        best = output_dir / f"checkpoint-{progress.best_step}"
+        log.info("the best model is %s: %s %.4f", best, improvement.metric, progress.best_metric)
+        state = restore(best, state_like)
+    params = whole(state)
+    write(output_dir, params)
+    summary = report.train_summary(
+        progress,
+        seconds=time.monotonic() - began,
+        examples_per_update=len(plan.examples(0)),
+        epoch=plan.epoch_at(progress.step),
+        parameters=parameters,
+    )
+    progress.log_history.append(summary | {"step": progress.step})
+    report.save_results(output_dir, "train", summary)
+    report.write_json(output_dir / "trainer_state.json", state_file())
+    report.plot_losses(progress.log_history, output_dir / "training_loss.png", f"Training loss of {output_dir}")
+    if training.do_eval:
+        report.finish_evaluation(measure(params), output_dir)
+    log.info("wrote %s", output_dir)
+    return report.read_results(output_dir)
+
+
+def load_data(config: Config, tokenizer: Any, vocab_size: int) -> Splits:
+    """The encoded training and evaluation sets, every id of them inside the vocabulary."""
+    data = config.data
+    template = get_template(
+        data.template,
+        tokenizer,
+        tool_format=data.tool_format,
+        default_system=data.default_system,
+        enable_thinking=data.enable_thinking,
+        preserve_thinking=data.preserve_thinking,
+    )
+    splits = load_datasets(
+        data,
+        config.finetuning.stage,
+        config.training.seed,
+        tokenizer,
+        template,
+        train=config.training.do_train,
+        evaluate=config.training.do_eval,
+    )
+    for encoded in (splits.train, *splits.eval.values()):
+        if encoded is not None:
+            check_vocabulary(encoded, vocab_size)
+    return splits
+
+
+def rows_are_packed(config: Config) -> bool:
+    """Whether several examples share a row: always with `packing`, but the blocks of stage pt are rows already."""
+    return config.data.neat_packing or (config.data.packing and config.finetuning.stage != "pt")
+
+
+def remat(config: Config) -> str:
+    """What the backward pass recomputes; `disable_gradient_checkpointing` is LLaMA-Factory's name for nothing."""
+    if config.training.remat != "auto":
+        return config.training.remat
+    return "none" if config.model.disable_gradient_checkpointing else "full"
+
+
+def inspect(config: Config) -> None:
+    """Print the parameter tree that `config` trains: paths, shapes, dtypes, bytes, sharding, what trains."""
+    from jtune.inspect import show
+
+    source = hf.read_config(config.model.model_name_or_path, revision=config.model.model_revision)
+    mesh = make_mesh(
+        data=config.training.mesh_data, fsdp=config.training.mesh_fsdp, tensor=config.training.mesh_tensor
+    )
+    dtype = build.compute_dtype(
+        config.training, config.finetuning.pure_bf16, source.get("dtype") or source.get("torch_dtype")
+    )
+    model = build.load_model(
+        config.model,
+        config.finetuning,
+        decoder_config(source),
+        source,
+        mesh,
+        dtype=dtype,
+        remat="none",
+        seed=config.training.seed,
+    )
+    show(model.params, model.mask)

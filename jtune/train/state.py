@@ -1,0 +1,46 @@
+"""What a training step carries from one update to the next."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from jtune.sharding import replicated
+from jtune.train.optimizer import init_optimizer
+
+
+class LossScale(NamedTuple):
+    """Dynamic loss scaling for float16 (arXiv:1710.03740): double after `GROWTH_INTERVAL` good steps, halve on overflow."""
+
+    scale: jax.Array  # float32 scalar
+    good_steps: jax.Array  # int32 scalar, since the scale last changed
+
+
+class TrainState(NamedTuple):
+    """Everything that changes in training; the step donates it. Frozen parameters are not in it."""
+
+    step: jax.Array  # int32 scalar: updates done
+    trainable: Any  # the parameter tree with None for frozen leaves
+    opt_state: Any
+    loss_scale: LossScale | None  # float16 only
+
+
+def init_state(trainable, tx: optax.GradientTransformation, *, float16: bool = False) -> TrainState:
+    scale = LossScale(jnp.float32(2.0**16), jnp.int32(0)) if float16 else None
+    return TrainState(jnp.int32(0), trainable, init_optimizer(tx, trainable), scale)
+
+
+def state_shardings(abstract: TrainState, trainable_shardings, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shardings of a whole state: optimizer moments lie where their parameters lie, scalars everywhere.
+
+    Args:
+      abstract: `jax.eval_shape` of `init_state`.
+      trainable_shardings: tree of shardings like `abstract.trainable`.
+    """
+    everywhere: NamedSharding = replicated(mesh)
+    opt = optax.tree_utils.tree_map_params(
+        tx, lambda _, s: s, abstract.opt_state, trainable_shardings, transform_non_params=lambda _: everywhere
+    )
+    return TrainState(everywhere, trainable_shardings, opt, jax.tree.map(lambda _: everywhere, abstract.loss_scale))

@@ -1,0 +1,124 @@
+"""One update of the parameters, as one jitted function: accumulate over microbatches, clip, step.
+
+Shape suffixes: A microbatches (accumulation), B batch, T tokens in a row.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypedDict
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jtune.models import CausalLM
+from jtune.train.loss import chunk_positions, gather_labelled, summed_nll
+from jtune.train.state import LossScale, TrainState
+from jtune.tuning import combine
+
+GROWTH_INTERVAL = 2000  # good steps before the float16 loss scale doubles
+
+
+class Batch(TypedDict):
+    """Arrays `[batch, seq]` (with a leading `accum` axis in training). Segment 0 is padding; weight 0 does not count."""
+
+    input_ids: jax.Array  # int32
+    targets: jax.Array  # int32, the next token
+    positions: jax.Array  # int32, from 0 in each segment
+    segment_ids: jax.Array  # int32, from 1 in each row
+    loss_weights: jax.Array  # float32
+
+
+class Metrics(NamedTuple):
+    """Scalars of one update, on the device until someone reads them."""
+
+    loss: jax.Array  # mean over the tokens that count
+    grad_norm: jax.Array  # global norm of the trainable gradients, before clipping
+    tokens: jax.Array  # tokens that count
+    finite: jax.Array  # bool; False: the update was skipped
+
+
+LossSum = Callable[..., jax.Array]
+
+
+def make_loss_sum(model: CausalLM, *, label_capacity: int, batch_shards: int) -> LossSum:
+    """`loss_sum(trainable, frozen, batch, dropout_key) -> ` weighted sum of token losses, a float32 scalar."""
+
+    def head(head_params, hidden):
+        return model.apply({"params": head_params}, hidden, method="head")
+
+    def loss_sum(trainable, frozen, batch: Batch, dropout_key):
+        params = combine(trainable, frozen)
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        hidden = model.apply(
+            {"params": params}, batch["input_ids"], batch["positions"], batch["segment_ids"], rngs=rngs, method="hidden"
+        )
+        labelled = gather_labelled(hidden, batch["targets"], batch["loss_weights"], label_capacity, batch_shards)
+        head_params = {key: params[key] for key in model.head_keys}
+        chunk = chunk_positions(label_capacity, batch_shards, model.config.vocab_size)
+        return summed_nll(head, head_params, *labelled, chunk)
+
+    return loss_sum
+
+
+def make_train_step(
+    loss_sum: LossSum, tx: optax.GradientTransformation, *, max_grad_norm: float, dropout_key: jax.Array | None = None
+):
+    """`train_step(state, frozen, batch, learning_rate) -> (state, metrics)`, to be jitted with `state` donated.
+
+    `batch` holds `[accum, batch, seq]`; the microbatches are scanned, their losses, token counts and gradients summed
+    in float32 and divided once, by all tokens that count on all devices: accumulation, data parallelism and packing
+    change nothing. Gradients exist for trainable leaves only. A non-finite update is skipped and reported.
+    """
+
+    def accumulate(state: TrainState, frozen, batch: Batch):
+        tokens = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
+        # float16 scales the mean loss, as is usual, so that the scale means the same for every batch size.
+        scale = 1.0 if state.loss_scale is None else state.loss_scale.scale / tokens
+
+        def microbatch(total, xs):
+            index, micro = xs
+            key = None
+            if dropout_key is not None:
+                key = jax.random.fold_in(jax.random.fold_in(dropout_key, state.step), index)
+
+            def scaled(trainable):
+                loss = loss_sum(trainable, frozen, micro, key)
+                return loss * scale, loss
+
+            grads, loss = jax.grad(scaled, has_aux=True)(state.trainable)
+            return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, (grads, loss)), None
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
+        steps = jnp.arange(batch["input_ids"].shape[0])
+        (grads, loss), _ = jax.lax.scan(microbatch, (zeros, jnp.float32(0)), (steps, batch))
+        return jax.tree.map(lambda g: g / (tokens * scale), grads), loss / tokens, tokens
+
+    def train_step(state: TrainState, frozen, batch: Batch, learning_rate) -> tuple[TrainState, Metrics]:
+        grads, loss, tokens = accumulate(state, frozen, batch)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        if max_grad_norm > 0:
+            grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, max_grad_norm / (grad_norm + 1e-6)), grads)
+
+        direction, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        trainable = jax.tree.map(
+            lambda p, d: (p.astype(jnp.float32) - learning_rate * d).astype(p.dtype), state.trainable, direction
+        )
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        state = TrainState(
+            state.step + 1,
+            keep(trainable, state.trainable),
+            keep(opt_state, state.opt_state),
+            _next_scale(state.loss_scale, finite),
+        )
+        return state, Metrics(loss, grad_norm, tokens, finite)
+
+    return train_step
+
+
+def _next_scale(old: LossScale | None, finite) -> LossScale | None:
+    if old is None:
+        return None
+    grow = finite & (old.good_steps + 1 >= GROWTH_INTERVAL)
+    scale = jnp.where(finite, jnp.where(grow, old.scale * 2, old.scale), old.scale / 2)
+    return LossScale(scale, jnp.where(finite & ~grow, old.good_steps + 1, 0))

@@ -1,0 +1,22 @@
+"""Fixtures shared by all tests: eight virtual CPU devices, tiny checkpoints, the reference data where it is present."""
+
+import os
+from pathlib import Path
+
+# Before jax is imported anywhere: sharding is tested on eight virtual devices.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder of recorded reference runs; tests that need it are skipped on a machine without it."""
+    if not REFERENCE.is_dir():
+        pytest.skip("the recorded reference runs are not on this machine")
+    return REFERENCE
