@@ -31,9 +31,10 @@ class Examples(Protocol):
 
     def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
         """`input_ids` and `labels`, int32 `[length]`."""
+        ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BatchPlan:
     """What every update of a run holds. Make it with `plan_batches`; steps count from 0, but `epoch_at` from 1."""
 
@@ -43,7 +44,7 @@ class BatchPlan:
     packs: Packs | None  # rows that are made once for the run; None: examples are laid out update by update
     shapes: tuple[Shape, ...]
     shape_of: np.ndarray  # uint8 [max_steps], index into shapes
-    capacities: Mapping[tuple, int]
+    capacities: Mapping[Shape, int]
     padding_share: float  # of the token slots of all used microbatches of the run, exact
 
     @property
@@ -64,7 +65,7 @@ class BatchPlan:
 
     def label_capacity(self, shape: tuple[int, int, int]) -> int:
         """No microbatch of `shape` has more labelled targets than this on a shard; a multiple of 128, or all tokens."""
-        return self.capacities[tuple(shape)]
+        return self.capacities[Shape(*shape)]
 
     def examples(self, step: int) -> np.ndarray:
         """Indices of the examples of update `step`, int32, in the order of the run."""
@@ -117,11 +118,12 @@ def plan_batches(
     """Plan all updates of a run.
 
     With `packing`, rows of `cutoff_len` tokens are made once, in the order of the dataset, and are what is then
-    shuffled and counted: `per_device_batch_size` rows on each shard. The blocks of stage pt, `cutoff_len` long, are such
-    rows as they are. Without, an update holds the examples that LLaMA-Factory's would, laid out in at most four shapes.
-    A microbatch never has more tokens on a shard than `per_device_batch_size` of the longest row.
+    shuffled and counted: `per_device_batch_size` rows on each shard. The blocks of stage pt, `cutoff_len` long, are
+    such rows as they are. Without, an update holds the examples that LLaMA-Factory's would, laid out in at most four
+    shapes. A microbatch never has more tokens on a shard than `per_device_batch_size` rows of the longest example.
 
     The microbatches that hold anything come first; the train step may leave out the others (all segment 0, weight 0).
+    `padding_share` does not count these, and the shapes are chosen on the understanding that they cost nothing.
 
     Args:
       stage: "sft" or "pt".
@@ -224,13 +226,13 @@ def fill(encoded: Examples, examples: np.ndarray, slots: np.ndarray, rows: int, 
             "the encoded rows have changed since the plan was made. Start again with overwrite_cache: true."
         )
 
-    targets = np.append(np.concatenate([r["labels"] for r in read])[1:], IGNORED)
+    targets = np.append(np.concatenate([r["labels"] for r in read]), IGNORED)[1:]
     targets[ends[lengths > 0] - 1] = IGNORED
     counts = targets != IGNORED
     positions = np.arange(ends[-1]) - np.repeat(begins, lengths)
     where = np.repeat(slots * seq + columns, lengths) + positions
 
-    def laid(values, dtype=np.int32):
+    def laid(values: np.ndarray, dtype: type = np.int32) -> np.ndarray:
         flat = np.zeros(rows * seq, dtype)
         flat[where] = values
         return flat.reshape(rows, seq)
@@ -252,7 +254,7 @@ class EvalBatch(NamedTuple):
     indices: np.ndarray  # int32 [k], k < EvalPlan.slots: the examples in here
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EvalPlan:
     """An evaluation over all examples, in steps of one static shape. Make it with `eval_batches`; iterate over it."""
 

@@ -27,8 +27,10 @@ MICROBATCH_TOKENS = 512
 # A further shape must save the run as much as this many of its updates take: it has to be compiled.
 COMPILE_UPDATES = 20
 
-# Rows may be longer than the longest example up to here: many short examples share a row better than few.
+# Rows may be longer than the longest example, up to this many tokens or this many times as long: examples share long
+# rows better. Not more, because attention without a fused kernel takes memory by the square of the row.
 SHORT_ROW = 1024
+LONG_ROW = 1.25
 
 SAMPLED_UPDATES = 2000
 NEVER = np.iinfo(np.int32).max
@@ -83,7 +85,8 @@ def choose_shapes(
     sorted_UN = sorted_UN[:: -(-len(sorted_UN) // SAMPLED_UPDATES)]
     tokens = per_device * rung(longest)
     seqs = {rung(int(x)) for x in np.quantile(sorted_UN[:, 0], np.linspace(0, 1, 9))}
-    seqs |= {rung(longest), *range(rung(longest), min(SHORT_ROW, tokens) + 1, 64)}
+    top = min(tokens, max(SHORT_ROW, rung(int(longest * LONG_ROW))))
+    seqs |= {rung(x) for x in range(longest, top + 1, max(64, longest // 16)) if rung(x) <= top}
     shapes, cost_CU = [], []
     for seq in sorted(seqs):
         rows_U = rows_needed(sorted_UN, seq)

@@ -2,9 +2,9 @@
 
 LLaMA-Factory leaves the order to the Trainer: `torch.randperm` seeded with `seed + epoch` (or the identity when
 shuffling is disabled), cut into microbatches, `accumulation` of them to an update; the last update of an epoch takes
-what is left, and no update reaches over the end of an epoch. On several devices the Trainer fills up the last batch with
-examples from the start of the epoch; here each comes exactly once. Nothing depends on where the run started, so resuming
-is a seek.
+what is left, and no update reaches over the end of an epoch. On several devices the Trainer fills up the last batch
+with examples from the start of the epoch; here each comes exactly once. Nothing depends on where the run started, so
+resuming is a seek.
 """
 
 import math
@@ -74,7 +74,7 @@ class Epochs:
         return epoch + min((update + 1) * self.accumulation, self.microbatches) / self.microbatches
 
     def rows(self, step: int) -> np.ndarray:
-        """The examples of update `step`, in order, int32 `[batch * accumulation]`, or fewer in an epoch's last update."""
+        """The examples of update `step`, in order, int32 `[batch * accumulation]`; fewer at the end of an epoch."""
         if not 0 <= step < self.max_steps:
             raise IndexError(f"update {step} of a run of {self.max_steps} updates (they count from 0)")
         epoch, update = divmod(step, self.updates_per_epoch)

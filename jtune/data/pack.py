@@ -19,7 +19,7 @@ WINDOW = 50_000
 CACHED_ENTRIES = 2**17
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packs:
     """Examples grouped in rows: row r holds `examples[starts[r] : starts[r + 1]]`, in the order of the dataset."""
 

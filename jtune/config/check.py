@@ -1,0 +1,242 @@
+"""From `{name: Given}` to values that hold: known, of their kind, in their range, and consistent with each other."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from jtune.config.arguments import FIELDS
+from jtune.config.foreign import FOREIGN, TRAINING, verdict
+from jtune.config.kinds import Mismatch, coerce, describe
+from jtune.config.parse import Fault, Given, Origin
+
+Rule = tuple[tuple[str, ...], str]  # names involved, the first being the one to point at; what is wrong
+
+
+def check(
+    given: Mapping[str, Given], origin: Origin, command: str, unread: frozenset[str] = frozenset()
+) -> tuple[dict[str, Any], list[Fault], list[str]]:
+    """`(values of the honoured arguments that were given, faults, notes)`.
+
+    Args:
+      given: what the user said.
+      origin: of the case as a whole, to point at when something is missing.
+      command: only what it needs is required and only what it would use is refused.
+      unread: arguments that could not be read, which are complained of already.
+    """
+    values: dict[str, Any] = {}
+    faults: list[Fault] = []
+    notes: list[str] = []
+    for name, (value, where) in given.items():
+        if name in FIELDS:
+            try:
+                values[name] = _checked(name, value)
+            except Mismatch as mismatch:
+                faults.append(Fault(where, str(mismatch)))
+        elif name in FOREIGN:
+            error, note = verdict(name, value, command)
+            if error:
+                faults.append(Fault(where, error))
+            if note:
+                notes.append(f"{where}: {note}")
+        else:
+            hint = " (Arguments are not grouped: its keys belong to the top.)" if isinstance(value, dict) else ""
+            faults.append(Fault(where, unknown(name) + hint))
+    # What was meant but could not be read, or was misspelt, is complained of once: no rule looks at its default.
+    bad = unread | {name if name in FIELDS else nearest(name) for name in given if name not in values}
+    for names, message in rules(values, command):
+        if not bad & set(names):
+            where = next((given[name].origin for name in names if name in given), origin)
+            faults.append(Fault(where, message))
+    if values.get("flash_attn") in ("sdpa", "fa2", "fa3"):
+        where = given["flash_attn"].origin
+        notes.append(f"{where}: flash_attn: {values['flash_attn']} is torch's; {_ATTENTION[values['flash_attn']]}")
+    return values, faults, notes
+
+
+_FASTEST = "jtune takes the fastest kernel of the platform, as with auto"
+_ATTENTION = {"sdpa": "here it means plain attention by XLA; auto is faster", "fa2": _FASTEST, "fa3": _FASTEST}
+
+
+def unknown(name: str) -> str:
+    """The complaint about a name that nobody knows.
+
+    >>> unknown("lerning_rate")
+    'lerning_rate is not an argument of jtune. Did you mean learning_rate?'
+    """
+    near = nearest(name)
+    hint = f" Did you mean {near}?" if near else " `jtune help all` lists them."
+    return f"{name} is not an argument of jtune.{hint}"
+
+
+def nearest(name: str) -> str | None:
+    """The argument that was probably meant; jtune's own names before those it only knows."""
+    near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.75)
+    near = near or difflib.get_close_matches(name, [*FIELDS, *FOREIGN], n=1)
+    return near[0] if near else None
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value as its field wants it; raises Mismatch with the whole complaint."""
+    field = FIELDS[name]
+    if value is None and isinstance(field.default, tuple):
+        return field.default  # `dataset:` with nothing behind it
+    shown = "" if field.metadata["secret"] else f", not {_show(value)}"
+    near = ""
+    try:
+        found = coerce(field.type, value)
+    except Mismatch as mismatch:
+        choices = describe(field.type).removeprefix("one of ").split(", ")
+        close = difflib.get_close_matches(str(value), choices, n=1) if len(choices) > 1 else []
+        near = f". Did you mean {close[0]}?" if close else ""
+        raise Mismatch(f"{name} must be {mismatch}{shown}{near}") from None
+    within = field.metadata["within"]
+    if within is not None and found is not None and not within.holds(found):
+        raise Mismatch(f"{name} must be {within.text}{shown}")
+    return found
+
+
+def _show(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def rules(given: Mapping[str, Any], command: str) -> Iterator[Rule]:
+    """What goes with what, over the given values and the defaults of the others."""
+    v = SimpleNamespace(**{name: field.default for name, field in FIELDS.items()} | dict(given))
+    yield from _required(v, command)
+    yield from _method(v, command)
+    if command in TRAINING:
+        yield from _data(v)
+        yield from _numbers(v)
+    if command == "train":
+        yield from _evaluation(v)
+
+
+def _required(v: SimpleNamespace, command: str) -> Iterator[Rule]:
+    if not v.model_name_or_path:
+        yield ("model_name_or_path",), "model_name_or_path is missing: a folder in Hugging Face form, or a hub id"
+    if command == "export" and not v.export_dir:
+        yield ("export_dir",), "export_dir is missing: the folder to write the merged model to"
+    if command == "data" and not (v.dataset or v.eval_dataset):
+        yield ("dataset",), "dataset is missing: a name in dataset_info.json"
+    if command == "train":
+        if v.do_train and not v.dataset:
+            yield ("dataset", "do_train"), "do_train needs a dataset: a name in dataset_info.json"
+        if not v.output_dir:
+            yield ("output_dir",), "output_dir is empty: give a folder"
+        if not (v.do_train or v.do_eval or v.eval_strategy != "no"):
+            yield ("do_train", "do_eval"), "there is nothing to do: set do_train: true, or do_eval: true"
+
+
+def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
+    if v.finetuning_type == "oft":
+        yield ("finetuning_type",), "finetuning_type: oft is not built: lora is the nearest"
+    elif v.finetuning_type != "lora":
+        for name in ("adapter_name_or_path", "additional_target", "use_rslora", "create_new_adapter"):
+            if getattr(v, name):
+                yield (name, "finetuning_type"), f"{name} is only for finetuning_type: lora, not {v.finetuning_type}"
+    if command in TRAINING and v.stage not in ("pt", "sft"):
+        message = f"stage: {v.stage}: preference training is not built yet; jtune trains stages pt and sft"
+        yield ("stage",), message
+
+
+def _data(v: SimpleNamespace) -> Iterator[Rule]:
+    if v.train_on_prompt and v.mask_history:
+        yield ("mask_history", "train_on_prompt"), "mask_history and train_on_prompt contradict each other: choose one"
+    if v.stage == "pt":
+        for name in ("train_on_prompt", "mask_history"):
+            if getattr(v, name):
+                yield (name, "stage"), f"{name} is only for stage sft: in stage pt there are no prompts"
+    if v.val_size and v.eval_dataset:
+        message = "val_size holds rows out of dataset, but eval_dataset is given too: choose one"
+        yield ("val_size", "eval_dataset"), message
+    if v.val_size and not v.dataset:
+        yield ("val_size", "dataset"), "val_size holds rows out of dataset, but there is no dataset"
+    if v.neat_packing and v.packing is False:
+        yield ("packing", "neat_packing"), "packing: false, but neat_packing packs: leave one of them out"
+    if v.interleave_probs:
+        yield from _interleaving(v)
+
+
+def _interleaving(v: SimpleNamespace) -> Iterator[Rule]:
+    names = ("interleave_probs", "mix_strategy", "dataset", "eval_dataset")
+    if v.mix_strategy == "concat":
+        yield names[:2], "interleave_probs needs mix_strategy: interleave_under, interleave_over or interleave_once"
+    for kind in ("dataset", "eval_dataset"):
+        sets = getattr(v, kind)
+        if sets and len(sets) != len(v.interleave_probs) and not (kind == "eval_dataset" and v.eval_on_each_dataset):
+            message = f"interleave_probs has {len(v.interleave_probs)} probabilities for the {len(sets)} sets of {kind}"
+            yield names, message
+    if min(v.interleave_probs) < 0 or abs(sum(v.interleave_probs) - 1) > 1e-3:
+        yield names[:1], f"interleave_probs must be at least 0 and add up to 1, not to {sum(v.interleave_probs):g}"
+
+
+def _numbers(v: SimpleNamespace) -> Iterator[Rule]:
+    if v.fp16 and v.bf16:
+        yield ("fp16", "bf16"), "fp16 and bf16 are both true: choose one (bf16 where the device has it)"
+    if v.fp16 and v.pure_bf16:
+        yield ("fp16", "pure_bf16"), "fp16 and pure_bf16 are both true: choose one"
+    if v.warmup_ratio and v.warmup_steps:
+        # transformers 4 lets warmup_steps win, transformers 5 warmup_ratio: no choice would be right for everyone.
+        yield ("warmup_ratio", "warmup_steps"), "warmup_ratio and warmup_steps are both given: choose one"
+    sizes = [name for name in ("mesh_data", "mesh_fsdp", "mesh_tensor") if getattr(v, name) == -1]
+    if len(sizes) > 1:
+        yield tuple(sizes), f"{' and '.join(sizes)} are all -1: only one of them can be what is left"
+    for wish in v.report_to:
+        if wish not in ("none", "tensorboard"):
+            message = f"report_to: {wish} is not built: tensorboard, or none (trainer_log.jsonl is always written)"
+            yield ("report_to",), message
+    for what in ("logging", "save"):
+        if getattr(v, f"{what}_strategy") == "steps" and not getattr(v, f"{what}_steps"):
+            yield (f"{what}_steps", f"{what}_strategy"), f"{what}_steps must be above 0; for never: {what}_strategy: no"
+
+
+def _evaluation(v: SimpleNamespace) -> Iterator[Rule]:
+    scheduled = v.eval_strategy != "no"
+    if (v.do_eval or scheduled or v.eval_on_start) and not (v.eval_dataset or v.val_size):
+        asked = "do_eval" if v.do_eval else f"eval_strategy: {v.eval_strategy}" if scheduled else "eval_on_start"
+        message = f"{asked} needs something to evaluate on: eval_dataset, or val_size to hold rows out of dataset"
+        yield ("eval_strategy" if scheduled and not v.do_eval else "do_eval", "eval_dataset", "val_size"), message
+    best = "early_stopping_steps" if v.early_stopping_steps else ""
+    best = "save_strategy" if v.save_strategy == "best" else best
+    best = "load_best_model_at_end" if v.load_best_model_at_end else best
+    if not best:
+        return
+    if not scheduled:
+        yield (best, "eval_strategy"), f"{best} compares evaluations, but eval_strategy is no: set it to steps or epoch"
+    else:
+        yield from _known_metric(v, best)
+    if v.load_best_model_at_end and scheduled and v.save_strategy != "best":
+        yield from _saved_when_evaluated(v)
+
+
+def _known_metric(v: SimpleNamespace, wanted_by: str) -> Iterator[Rule]:
+    kinds = ["loss", "accuracy"] if v.compute_accuracy else ["loss"]
+    each = v.eval_on_each_dataset and v.eval_dataset
+    known = [f"{name}_{kind}" for name in v.eval_dataset for kind in kinds] if each else kinds
+    name = (v.metric_for_best_model or "loss").removeprefix("eval_")
+    if name in known:
+        return
+    names = ("metric_for_best_model", wanted_by, "compute_accuracy", "eval_on_each_dataset")
+    hint = " (with compute_accuracy: true)" if name.endswith("accuracy") and not v.compute_accuracy else ""
+    yield names, f"metric_for_best_model: there is no {name}{hint}, which {wanted_by} compares: {', '.join(known)}"
+
+
+def _saved_when_evaluated(v: SimpleNamespace) -> Iterator[Rule]:
+    """The best model can only be loaded if every evaluation's model that is kept was saved."""
+    names = ("load_best_model_at_end", "save_strategy", "eval_strategy", "save_steps", "eval_steps")
+    if v.eval_strategy != v.save_strategy:
+        message = (
+            f"load_best_model_at_end needs checkpoints where it evaluates: save_strategy is {v.save_strategy}, "
+            f"eval_strategy is {v.eval_strategy}: make them the same, or save_strategy: best"
+        )
+        yield names[:3], message
+    elif v.eval_strategy == "steps":
+        every, save = v.eval_steps or v.logging_steps, v.save_steps
+        ratio = save / every if every else 0.5
+        if (save < 1) != (every < 1) or abs(ratio - round(ratio)) > 1e-6 or round(ratio) < 1:
+            message = f"load_best_model_at_end needs save_steps ({save}) to be a multiple of eval_steps ({every})"
+            yield names, message

@@ -1,0 +1,310 @@
+"""What LLaMA-Factory and Hugging Face's Trainer know and jtune does not do: a table, one group for each reason.
+
+A name stands beside its inert value: the default, with which it asks for nothing. That value is always accepted without
+a word. Any other value of an `ignored` argument gives one note, of a `refused` one an error. `TRAINING` groups are
+refused only where they would matter: a training file can still be given to `jtune export` or `jtune chat`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jtune.config.kinds import BOOLEANS
+
+TRAINING = frozenset({"train", "data", "plan", "inspect"})
+
+
+class Group(NamedTuple):
+    """Arguments that are met with for the same reason."""
+
+    refused: bool
+    why: str  # completes "ignored: ..." or "is not supported: ..."
+    names: Mapping[str, Any]  # name -> inert value
+    commands: frozenset[str] | None = None  # None: all
+
+
+def _ignored(why: str, **names: Any) -> Group:
+    return Group(False, why, names)
+
+
+def _refused(why: str, **names: Any) -> Group:
+    return Group(True, why, names)
+
+
+def _refused_in_training(why: str, **names: Any) -> Group:
+    return Group(True, why, names, TRAINING)
+
+
+GROUPS: tuple[Group, ...] = (
+    # ---------------------------------------------------------------- memory and devices
+    _ignored(
+        "weights are always read piece by piece, straight to the devices",
+        low_cpu_mem_usage=True, offload_folder="offload",
+    ),
+    _ignored(
+        "parameters, gradients and optimizer state are already split over all devices; mesh_data, mesh_fsdp and "
+        "mesh_tensor say how",
+        deepspeed=None, fsdp=None, fsdp_config=None, fsdp_min_num_params=0, fsdp_transformer_layer_cls_to_wrap=None,
+    ),
+    _ignored(
+        "there is no torch.distributed here; JAX connects devices and hosts itself",
+        ddp_find_unused_parameters=None, ddp_bucket_cap_mb=None, ddp_broadcast_buffers=None, ddp_static_graph=None,
+        ddp_backend=None, ddp_timeout=1800, local_rank=-1, master_addr=None, master_port=None, ray_num_workers=1,
+        ray_init_kwargs=None, ray_scope="last", log_on_each_node=True, save_on_each_node=False,
+        data_shared_file_system=False, tpu_num_cores=None, use_mps_device=False, mp_parameters="",
+    ),
+    _ignored(
+        "remat says what the backward pass computes again (default: whole layers)",
+        gradient_checkpointing=False, gradient_checkpointing_kwargs=None, activation_checkpointing=None,
+        activation_checkpointing_kwargs=None, use_reentrant_gc=True, use_unsloth_gc=False, recompute_granularity=None,
+        recompute_method=None, recompute_num_layers=None,
+    ),
+    _refused(
+        "devices are arranged by mesh_data, mesh_fsdp and mesh_tensor",
+        accelerator_config=None, parallelism_config=None,
+    ),
+    _refused(
+        "there is no second backend: set mesh_tensor, and leave this out",
+        use_mca=False, use_megatron_bridge=False, megatron_bridge_args=None, use_hyper_parallel=False,
+        tensor_model_parallel_size=1, megatron_pretrained_checkpoint=None, extra_config=None,
+    ),
+    _refused(
+        "pipeline, context and expert parallelism are not built yet: split with mesh_fsdp and mesh_tensor",
+        pipeline_model_parallel_size=1, virtual_pipeline_model_parallel_size=None, context_parallel_size=1,
+        expert_model_parallel_size=1, sequence_parallel=False, hyper_parallel_cp_size=1,
+    ),
+    _ignored(
+        "it belongs to another training backend",
+        hyper_parallel_args=None, account_for_embedding_in_pipeline_split=None, account_for_loss_in_pipeline_split=None,
+        use_distributed_optimizer=True, overlap_param_gather=True, overlap_grad_reduce=True, use_packed_sequences=False,
+        moe_grouped_gemm=None, moe_token_dispatcher_type=None, mixed_precision="bf16_mixed", export_hf_on_finish=False,
+    ),
+    _refused("experts kept in main memory need KTransformers: split the model with mesh_fsdp", use_kt=False),
+    _ignored(
+        "it belongs to KTransformers",
+        kt_weight_path=None, kt_expert_checkpoint_path=None, kt_non_expert_weight_path=None, kt_cpu_activation=None,
+        kt_use_lora_experts=None, kt_lora_expert_num=None, kt_lora_expert_intermediate_size=None,
+    ),
+    # ---------------------------------------------------------------- kernels and numbers
+    _ignored(
+        "XLA compiles and fuses the whole step; final norm, head and loss are computed in chunks",
+        use_unsloth=False, enable_liger_kernel=False, use_liger_kernel=False, liger_kernel_config=None,
+        use_v1_kernels=False, torch_compile=False, torch_compile_backend=None, torch_compile_mode=None,
+        torchdynamo=None, jit_mode_eval=False, bias_activation_fusion=None, apply_rope_fusion=None,
+        masked_softmax_fusion=None, cross_entropy_loss_fusion=None, torch_empty_cache_steps=None,
+    ),
+    _ignored("evaluation computes in the dtype of training (bf16, fp16)", bf16_full_eval=False, fp16_full_eval=False),
+    _ignored(
+        "jtune has one implementation of it", half_precision_backend="auto", fp16_backend="auto", fp16_opt_level="O1"
+    ),
+    _ignored("JAX has jax_default_matmul_precision (environment: JAX_DEFAULT_MATMUL_PRECISION)", tf32=None),
+    _ignored("the order of rows and every random choice follow from seed", full_determinism=False),
+    _refused_in_training("fp8 is not built: bf16: true", fp8=False, fp8_enable_fsdp_float8_all_gather=False),
+    _ignored("it belongs to fp8", fp8_backend="auto"),
+    # ---------------------------------------------------------------- model
+    _refused("code of model repositories is never run: leave it out; tokenizers load without", trust_remote_code=False),
+    _refused("set rope_scaling (rope_parameters) in the model's config.json", rope_scaling=None),
+    _refused(
+        "the vocabulary cannot be changed yet: use tokens that the tokenizer has",
+        resize_vocab=False, add_tokens=None, add_special_tokens=None, new_special_tokens_config=None,
+    ),
+    _ignored("it belongs to add_special_tokens", init_special_tokens="noise_init"),
+    _refused_in_training("it is not built; attention is exact up to cutoff_len: leave it out", shift_attn=False),
+    _refused_in_training("it is not built: leave it out", mixture_of_depths=None, moe_aux_loss_coef=None),
+    _refused(
+        "quantised weights are not built yet: finetuning_type: lora with bf16: true, split with mesh_fsdp",
+        quantization_bit=None, quantization_device_map=None, ref_model_quantization_bit=None,
+        reward_model_quantization_bit=None,
+    ),
+    _ignored(
+        "it belongs to quantization_bit",
+        quantization_method="bnb", quantization_type="nf4", double_quantization=True,
+    ),
+    _ignored(
+        "jtune trains on text only",
+        image_max_pixels=589824, image_min_pixels=1024, image_do_pan_and_scan=False, crop_to_patches=False,
+        video_max_pixels=65536, video_min_pixels=256, video_fps=2.0, video_maxlen=128, use_audio_in_video=False,
+        audio_sampling_rate=16000, media_dir=None, freeze_vision_tower=True, freeze_multi_modal_projector=True,
+        freeze_language_model=False,
+    ),
+    _ignored("models are read from folders and from the Hugging Face hub", ms_hub_token=None, om_hub_token=None),
+    # ---------------------------------------------------------------- export and hub
+    _ignored("adapters are merged in main memory", export_device="cpu"),
+    _refused("quantised export is not built: export, then quantise the folder", export_quantization_bit=None),
+    _ignored(
+        "it belongs to export_quantization_bit",
+        export_quantization_dataset=None, export_quantization_nsamples=128, export_quantization_maxlen=1024,
+    ),
+    _refused(
+        "weights are written as safetensors only: leave it out",
+        export_legacy_format=False, save_safetensors=True,
+    ),
+    _refused("jtune uploads nothing: `hf upload REPO FOLDER` does", push_to_hub=False, export_hub_model_id=None),
+    _ignored(
+        "jtune uploads nothing",
+        hub_token=None, hub_private_repo=None, hub_model_id=None, hub_strategy="every_save", hub_always_push=False,
+        hub_revision=None, push_to_hub_model_id=None, push_to_hub_organization=None, push_to_hub_token=None,
+    ),
+    # ---------------------------------------------------------------- data
+    _refused("streaming is not built yet: leave it out; rows are kept on disk, not in memory", streaming=False),
+    _ignored("it belongs to streaming", buffer_size=16384),
+    _refused("encoded rows are kept in the cache of `datasets` by themselves: leave it out", tokenized_path=None),
+    _refused_in_training("padding never counts: leave it out", ignore_pad_token_for_loss=True),
+    _refused_in_training(
+        "rows are laid out with little padding by themselves (packing: true leaves almost none): leave it out",
+        group_by_length=False, sortish_sampler=False,
+    ),
+    _refused_in_training(
+        "rows are shuffled, or with disable_shuffling: true taken in order", train_sampling_strategy="random"
+    ),
+    _refused_in_training("a resumed run goes on at its place in the data: leave it out", ignore_data_skip=False),
+    _ignored(
+        "batches are made ahead by jtune itself",
+        dataloader_num_workers=0, dataloader_pin_memory=True, dataloader_persistent_workers=False,
+        dataloader_prefetch_factor=None, dataloader_in_order=True, dataloader_multiprocessing_context=None,
+        remove_unused_columns=True, label_names=None, length_column_name="length",
+    ),
+    # ---------------------------------------------------------------- adapters and optimizers
+    _refused_in_training(
+        "this form of LoRA is not built yet: plain LoRA, or use_rslora",
+        use_dora=False, pissa_init=False, pissa_convert=False,
+    ),
+    _ignored("it belongs to PiSSA", pissa_iter=16),
+    _refused_in_training("one learning rate serves all parameters: set learning_rate", loraplus_lr_ratio=None),
+    _ignored("it belongs to LoRA+", loraplus_lr_embedding=1e-6),
+    _ignored("it belongs to OFT", module_dropout=0.0, oft_rank=0, oft_block_size=32, oft_target="all"),
+    _refused_in_training("added layers are not built: finetuning_type: freeze", use_llama_pro=False),
+    _refused_in_training(
+        "the optimizer is AdamW: leave it out; for less memory, finetuning_type: lora",
+        use_galore=False, use_apollo=False, use_badam=False, use_adam_mini=False, use_muon=False, adafactor=False,
+        optim_args=None, optim_target_modules=None,
+    ),
+    _ignored(
+        "it belongs to GaLore",
+        galore_target="all", galore_rank=16, galore_update_interval=200, galore_scale=2.0, galore_proj_type="std",
+        galore_layerwise=False,
+    ),
+    _ignored(
+        "it belongs to APOLLO",
+        apollo_target="all", apollo_rank=16, apollo_update_interval=200, apollo_scale=32.0, apollo_proj="random",
+        apollo_proj_type="std", apollo_scale_type="channel", apollo_layerwise=False, apollo_scale_front=False,
+    ),
+    _ignored(
+        "it belongs to BAdam",
+        badam_mode="layer", badam_start_block=None, badam_switch_mode="ascending", badam_switch_interval=50,
+        badam_update_ratio=0.05, badam_mask_mode="adjacent", badam_verbose=0,
+    ),
+    # ---------------------------------------------------------------- loss
+    _refused_in_training(
+        "the loss is plain cross-entropy: leave it out",
+        use_dft_loss=False, use_asft_loss=False, use_eaft_loss=False, label_smoothing_factor=0.0,
+        neftune_noise_alpha=None,
+    ),
+    _ignored("it belongs to another loss", asft_alpha=0.1, eaft_alpha=1.0),
+    _ignored(
+        "the loss is always the mean over all tokens of an update, on whatever device",
+        average_tokens_across_devices=True, calculate_per_token_loss=None,
+    ),
+    _ignored(
+        "it belongs to preference training, which is not built yet",
+        pref_beta=0.1, pref_ftx=0.0, pref_bco_weight=0.0, pref_loss="sigmoid", dpo_label_smoothing=0.0,
+        kto_chosen_weight=1.0, kto_rejected_weight=1.0, simpo_gamma=0.5, ppo_buffer_size=1, ppo_epochs=4,
+        ppo_score_norm=False, ppo_target=6.0, ppo_whiten_rewards=False, ref_model=None, ref_model_adapters=None,
+        reward_model=None, reward_model_adapters=None, reward_model_type="lora", ld_alpha=None,
+    ),
+    # ---------------------------------------------------------------- loop, logs, evaluation
+    _refused_in_training(
+        "batches do not shrink by themselves: lower per_device_train_batch_size",
+        auto_find_batch_size=False,
+    ),
+    _refused_in_training(
+        "generation is not built yet: do_eval gives the loss",
+        do_predict=False, predict_with_generate=False,
+    ),
+    _ignored(
+        "it belongs to predict_with_generate",
+        generation_max_length=None, generation_num_beams=None, generation_config=None, eval_num_beams=None,
+    ),
+    _ignored(
+        "answers are generated by jtune itself",
+        infer_backend="huggingface", use_kv_cache=True, use_cache=False, past_index=-1,
+    ),
+    _ignored(
+        "answers are generated by jtune itself",
+        vllm_maxlen=4096, vllm_gpu_util=0.7, vllm_enforce_eager=False, vllm_max_lora_rank=32, vllm_config=None,
+        sglang_maxlen=4096, sglang_mem_fraction=0.7, sglang_tp_size=-1, sglang_config=None,
+        sglang_lora_backend="triton",
+    ),
+    _ignored(
+        "evaluation adds up losses on the devices and keeps no predictions",
+        prediction_loss_only=False, eval_do_concat_batches=True, eval_use_gather_object=False,
+        eval_accumulation_steps=None, include_for_metrics=(), include_inputs_for_metrics=False,
+        batch_eval_metrics=False, use_legacy_prediction_loop=False,
+    ),
+    _ignored("a value that is not finite stops the run", logging_nan_inf_filter=True, debug=""),
+    _ignored("SIGTERM always saves, and the same command goes on from there", enable_jit_checkpoint=False),
+    _ignored("early stopping always resumes with its count", restore_callback_states_from_checkpoint=False),
+    _ignored(
+        "jtune prints a few lines and logs the rest to trainer_log.jsonl",
+        log_level="passive", log_level_replica="warning",
+    ),
+    _ignored("tokens per second are always reported", include_tokens_per_second=False),
+    _ignored("jtune reports nothing of the kind", skip_memory_metrics=True, tpu_metrics_debug=False),
+    _ignored(
+        "it belongs to trackio",
+        project="huggingface", trackio_space_id=None, trackio_bucket_id=None, trackio_static_space_id=None,
+    ),
+    _refused_in_training("set report_to: tensorboard", use_swanlab=False),
+    _ignored(
+        "it belongs to SwanLab",
+        swanlab_project="llamafactory", swanlab_workspace=None, swanlab_run_name=None, swanlab_mode="cloud",
+        swanlab_api_key=None, swanlab_logdir=None, swanlab_lark_webhook_url=None, swanlab_lark_secret=None,
+    ),
+    _refused_in_training("profiles are not built: leave it out", enable_torch_profiler=False, profile_modules=None),
+    _ignored(
+        "it belongs to enable_torch_profiler",
+        profiler_output_dir=None, profiler_wait_steps=1, profiler_warmup_steps=1, profiler_active_steps=1,
+        profiler_repeat=1, profiler_record_shapes=True, profiler_profile_memory=True, profiler_with_stack=True,
+    ),
+    _refused("benchmarks of multiple choice are not built: do_eval on an eval_dataset", task=None),
+    _ignored(
+        "it belongs to task",
+        task_dir="evaluation", batch_size=4, lang="en", n_shot=5, save_dir=None,
+        download_mode="reuse_dataset_if_exists",
+    ),
+    # ---------------------------------------------------------------- old names
+    _refused("it is now eval_strategy", evaluation_strategy="no"),
+    _refused("it is now use_cpu", no_cuda=False),
+    _refused("it is now per_device_train_batch_size", per_gpu_train_batch_size=None),
+    _refused("it is now per_device_eval_batch_size", per_gpu_eval_batch_size=None),
+)  # fmt: skip
+
+FOREIGN: dict[str, Group] = {name: group for group in GROUPS for name in group.names}
+
+
+def is_inert(name: str, value: Any) -> bool:
+    """Whether a foreign argument was given the value that asks for nothing.
+
+    >>> is_inert("deepspeed", None), is_inert("use_dora", False), is_inert("use_dora", True)
+    (True, True, False)
+    """
+    inert = FOREIGN[name].names[name]
+    if isinstance(inert, bool) and isinstance(value, str):
+        value = BOOLEANS.get(value.lower(), value)
+    empty = (None, "", (), [], {})
+    return value == inert or value is None or (value in empty and inert in empty)
+
+
+def verdict(name: str, value: Any, command: str) -> tuple[str | None, str | None]:
+    """What to say to a foreign argument that was given: an error, a note, or nothing.
+
+    Returns:
+      `(error, note)`, at most one of them not None. Neither repeats the value: it may be a token.
+    """
+    group = FOREIGN[name]
+    if is_inert(name, value):
+        return None, None
+    if not group.refused:
+        return None, f"{name} is ignored: {group.why}"
+    if group.commands is not None and command not in group.commands:
+        return None, None
+    return f"{name} is not supported: {group.why}", None

@@ -1,0 +1,98 @@
+"""The configuration of a run: five frozen records, and what was said about each value."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jtune.config.arguments import (
+    FIELDS,
+    SECTIONS,
+    DataArguments,
+    FinetuningArguments,
+    GeneratingArguments,
+    ModelArguments,
+    TrainingArguments,
+)
+from jtune.config.check import check
+from jtune.config.parse import Fault, parse
+from jtune.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything the user said, checked, with the defaults filled in."""
+
+    model: ModelArguments
+    data: DataArguments
+    finetuning: FinetuningArguments
+    training: TrainingArguments
+    generating: GeneratingArguments
+    notes: tuple[str, ...] = ()  # one line for each argument that is ignored
+    origins: Mapping[str, str] = field(default_factory=dict)  # given argument -> "case.yaml:7" or "command line"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values in one flat dict that JSON and YAML can hold; secrets are blanked out."""
+        values: dict[str, Any] = {}
+        for section in SECTIONS:
+            values |= vars(getattr(self, section))
+        return {name: _plain(name, value) for name, value in values.items()}
+
+    def given(self) -> dict[str, Any]:
+        """The part of `to_dict` that the user gave with a value other than the default."""
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if name in self.origins and value != _plain(name, FIELDS[name].default)
+        }
+
+
+def _plain(name: str, value: Any) -> Any:
+    if FIELDS[name].metadata["secret"] and value is not None:
+        return f"<{name.upper()}>"
+    return list(value) if isinstance(value, tuple) else value
+
+
+def load_config(argv: Sequence[str], command: str = "train") -> Config:
+    """The configuration in what follows `jtune COMMAND`.
+
+    Args:
+      argv: `CASE.yaml key=value ...`, `CASE.json ...`, `--key value ...`, or a file followed by either.
+      command: "train", "data", "plan", "inspect", "export", "chat", ...: every command knows every argument, and
+        requires only its own.
+
+    Raises:
+      ConfigError: with one line for each thing that is wrong, in the order of the file, then the command line.
+
+    >>> load_config(["model_name_or_path=m", "dataset=a,b", "do_train=true"]).data.dataset
+    ('a', 'b')
+    """
+    parsed = parse(argv)
+    unread = frozenset(fault.name for fault in parsed.faults)
+    values, faults, notes = check(parsed.given, parsed.origin, command, unread)
+    faults = sorted([*parsed.faults, *faults], key=lambda fault: fault.origin)
+    if faults:
+        raise ConfigError(_message(faults))
+    values = _filled_in(values)
+    sections = {
+        name: section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
+        for name, section in SECTIONS.items()
+    }
+    origins = {name: str(given.origin) for name, given in parsed.given.items()}
+    return Config(**sections, notes=tuple(notes), origins=origins)
+
+
+def _filled_in(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults that depend on an argument of another section (those within one: `__post_init__`)."""
+    values = dict(values)
+    if values.get("packing") is None:
+        values["packing"] = values.get("stage") == "pt"
+    values["report_to"] = tuple(name for name in values.get("report_to", ()) if name != "none")
+    return values
+
+
+def _message(faults: Sequence[Fault]) -> str:
+    lines = [f"{fault.origin}: {fault.message}" for fault in faults]
+    if len(lines) == 1:
+        return lines[0]
+    return f"{len(lines)} errors in the configuration\n" + "\n".join(f"  {line}" for line in lines)

@@ -1,0 +1,261 @@
+"""From what follows `jtune COMMAND` to `{name: Given}`: a YAML or JSON file, `key=value`, `--key value`.
+
+Values keep their origin, so that every later complaint can name a line. YAML is OmegaConf's: `1e-5` is a number,
+`${model_name_or_path}` refers to another argument, `${oc.env:HOME}` to the environment, a key given twice is an error.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from jtune.config.arguments import FIELDS
+from jtune.config.foreign import FOREIGN
+from jtune.config.kinds import BOOLEANS, takes_bool, takes_list, takes_text
+from jtune.errors import ConfigError
+
+MAX_BYTES = 1_000_000
+MAX_NODES = 100_000  # after anchors are written out: a few lines of YAML can stand for billions
+FORMS = "write CASE.yaml key=value ... or --key value ..."
+
+
+class Origin(NamedTuple):
+    """Where an argument was given; sorts in the order of reading."""
+
+    command_line: bool
+    line: int
+    path: str
+
+    def __str__(self) -> str:
+        if self.command_line:
+            return "command line"
+        return f"{self.path}:{self.line}" if self.line else self.path
+
+
+class Fault(NamedTuple):
+    origin: Origin
+    message: str
+    name: str = ""  # of the argument, if it is one's
+
+
+class Given(NamedTuple):
+    value: Any
+    origin: Origin
+
+
+class Parsed(NamedTuple):
+    given: dict[str, Given]
+    faults: list[Fault]
+    origin: Origin  # of the case as a whole
+
+
+COMMAND_LINE = Origin(True, 0, "")
+
+
+def parse(argv: Sequence[str]) -> Parsed:
+    """Read the file and the words after it; nothing is checked yet but that they can be read.
+
+    Raises:
+      ConfigError: the file cannot be read at all. Smaller faults are collected.
+    """
+    words = list(argv)
+    config: Any = OmegaConf.create({})
+    lines, faults, origin = {}, [], COMMAND_LINE
+    if not words:
+        raise ConfigError(f"nothing is given: {FORMS}")
+    if {"-h", "--help"} & set(words):
+        raise ConfigError(f"{FORMS}\n`jtune help` lists commands and arguments, `jtune help NAME` explains one")
+    if not (words[0].startswith("-") or "=" in words[0]) or Path(words[0]).is_file():
+        path = words.pop(0)
+        origin = Origin(False, 0, path)
+        config, lines, faults = _read_file(path)
+    overridden = set()
+    for name, text in _split_words(words, faults):
+        try:
+            config = OmegaConf.merge(config, _override(name, text))
+        except OmegaConfBaseException as error:
+            faults.append(Fault(COMMAND_LINE, f"{name}: {_first_line(error)}{_ESCAPE}", name))
+            continue
+        overridden.add(name.split(".")[0])
+    given = {}
+    for key in config:
+        name = str(key)
+        where = COMMAND_LINE if name in overridden else origin._replace(line=lines.get(name, 0))
+        try:
+            value = config[key]
+            value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except MissingMandatoryValue:
+            faults.append(Fault(where, f"{name} is left open (???): give it, {name}=VALUE", name))
+        except OmegaConfBaseException as error:
+            faults.append(Fault(where, f"{name}: {_first_line(error)}{_ESCAPE}", name))
+        else:
+            given[name] = Given(value, where)
+    return Parsed(given, faults, origin)
+
+
+_ESCAPE = r". (For the characters themselves write \${...})"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")
+
+
+# ------------------------------------------------------------------ files
+
+
+def _read_file(path: str) -> tuple[Any, dict[str, int], list[Fault]]:
+    """`(DictConfig, line of each key, faults)` of a YAML or JSON file."""
+    text = _read_text(Path(path))
+    content = None
+    if path.endswith(".json"):
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise ConfigError(f"{path}{line}: this is not JSON: {error}") from error
+        text = text.replace("\t", " ")  # JSON is YAML but for tabs, which in JSON stand outside of strings only
+    root = _compose(text, path)
+    lines: dict[str, int] = {}
+    faults, kept = [], []
+    for key, value in root.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in lines:
+            faults.append(Fault(Origin(False, line, path), f"{name} is given twice, first in line {lines[name]}", name))
+            continue
+        lines[name] = line
+        kept.append((key, value))
+    for line, merged in [(key.start_mark.line + 1, value) for key, value in kept if key.value == "<<"]:
+        if isinstance(merged, yaml.MappingNode):
+            lines = {str(key.value): line for key, _ in merged.value} | lines
+    while True:
+        try:
+            if content is not None:
+                return OmegaConf.create({key: content[key] for key in content if key in lines}), lines, faults
+            root.value = kept
+            # Written again only if something was taken out: the parser's own complaints count lines of what it reads.
+            return OmegaConf.create(yaml.serialize(root, Dumper=yaml.SafeDumper) if faults else text), lines, faults
+        except yaml.YAMLError as error:
+            raise ConfigError(_not_yaml(error, path)) from error
+        except OmegaConfBaseException as error:
+            bad = re.split(r"[.\[]", str(getattr(error, "full_key", None) or ""))[0]
+            if bad not in lines:
+                raise ConfigError(f"{path}: {_first_line(error)}") from error
+            faults.append(Fault(Origin(False, lines[bad], path), f"{bad}: {_first_line(error)}{_ESCAPE}", bad))
+            kept = [pair for pair in kept if str(pair[0].value) != bad]
+            del lines[bad]
+
+
+def _read_text(path: Path) -> str:
+    if path.is_dir():
+        raise ConfigError(f"{path}: this is a folder, not a file")
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise ConfigError(f"{path}: a case is a .yaml, .yml or .json file: {FORMS}")
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path}: {path.stat().st_size} bytes; a case has at most {MAX_BYTES}")
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        here = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        near = f" In {path.parent} there are: {', '.join(here[:8])}" if here else ""
+        raise ConfigError(f"{path}: there is no such file.{near}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}: save it as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _compose(text: str, path: str) -> yaml.MappingNode:
+    """The tree of YAML nodes: it knows lines, and has not yet been written out."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is None:
+            raise ConfigError(f"{path}: the file is empty; it should hold `key: value` lines")
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{path}:{root.start_mark.line + 1}: expected `key: value` lines at the top")
+        if _written_out(root, {}) > MAX_NODES:
+            raise ConfigError(f"{path}: its anchors stand for more than {MAX_NODES} values")
+    except yaml.YAMLError as error:
+        raise ConfigError(_not_yaml(error, path)) from error
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
+    return root
+
+
+def _written_out(node: yaml.Node, seen: dict[int, float]) -> float:
+    """Number of nodes when every alias is replaced by what it stands for; infinite when one contains itself."""
+    if id(node) not in seen:
+        seen[id(node)] = float("inf")
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        else:
+            children = node.value if isinstance(node, yaml.SequenceNode) else []
+        seen[id(node)] = 1 + sum(_written_out(child, seen) for child in children)
+    return seen[id(node)]
+
+
+def _not_yaml(error: yaml.YAMLError, path: str) -> str:
+    mark = getattr(error, "problem_mark", None)
+    line = f":{mark.line + 1}" if mark else ""
+    return f"{path}{line}: this is not YAML: {getattr(error, 'problem', None) or error}"
+
+
+# ------------------------------------------------------------------ words
+
+
+def _split_words(words: list[str], faults: list[Fault]) -> Iterator[tuple[str, str]]:
+    """`(name, text of the value)` for each `key=value`, `--key value`, `--key=value`, `--key`, `--no_key`."""
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        key, equals, text = word.partition("=")
+        is_flag = key.startswith("--")
+        name = key.removeprefix("--").replace("-", "_")
+        if not re.fullmatch(r"[A-Za-z_][\w.]*", name) or not (is_flag or equals):
+            faults.append(Fault(COMMAND_LINE, f"{word!r} is neither an argument nor a value of one: {FORMS}"))
+        elif equals:
+            yield name, text
+        else:
+            yield from _flag(name, queue, faults)
+
+
+def _flag(name: str, queue: list[str], faults: list[Fault]) -> Iterator[tuple[str, str]]:
+    """A flag without `=`: its value, if it takes one, is the next word (or words, for a list)."""
+    known = name.split(".")[0] in FIELDS or name in FOREIGN
+    if not known and name.startswith("no_") and _is_switch(name[3:]):
+        yield name[3:], "false"
+    elif not queue or queue[0].startswith("--"):
+        if name in FIELDS and not takes_bool(FIELDS[name].type):
+            faults.append(Fault(COMMAND_LINE, f"--{name} needs a value", name))
+        else:
+            yield name, "true"
+    elif _is_switch(name) and queue[0].lower() not in BOOLEANS:
+        yield name, "true"
+    else:
+        values = [queue.pop(0)]
+        while name in FIELDS and takes_list(FIELDS[name].type) and queue and re.fullmatch(r"[^-=][^=]*", queue[0]):
+            values.append(queue.pop(0))
+        yield name, ",".join(values)
+
+
+def _is_switch(name: str) -> bool:
+    """Whether a flag stands for true by itself and takes no other word than a boolean one."""
+    if name in FIELDS:
+        return takes_bool(FIELDS[name].type) and not takes_text(FIELDS[name].type)
+    return name in FOREIGN and isinstance(FOREIGN[name].names[name], bool)
+
+
+def _override(name: str, text: str) -> Any:
+    """One override. Plain text is taken as it stands: `a: b`, `# 1` or `007` is not YAML there."""
+    if name in FIELDS and takes_text(FIELDS[name].type) and not takes_bool(FIELDS[name].type):
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+        value = None if text in ("null", "~") else text[1:-1] if quoted else text
+        return OmegaConf.create({name: value})
+    try:
+        return OmegaConf.from_dotlist([f"{name}={text}"])
+    except yaml.YAMLError:
+        return OmegaConf.create({name: text})

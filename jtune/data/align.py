@@ -1,0 +1,235 @@
+"""Rows of any format as conversations of one form.
+
+    alpaca, sharegpt, openai ── align ── {messages, system, tools, fault, row}
+
+`messages` alternates question (user or observation) and answer (assistant or function) and ends with an answer; in
+stage pt the first one is the text. A row that cannot be learned from keeps its place, with the reason in `fault`: it is
+counted and left out later, when the sets are mixed and split, as LLaMA-Factory does.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+
+from jtune.data.cache import fingerprint
+from jtune.data.registry import Columns, Entry, Tags
+from jtune.errors import DataError
+
+QUESTION_ROLES = ("user", "observation")
+ANSWER_ROLES = ("assistant", "function")
+TEXT = datasets.Value("string")
+ALIGNED = datasets.Features(
+    {
+        "messages": datasets.List({"role": TEXT, "content": TEXT}),
+        "system": TEXT,
+        "tools": TEXT,  # JSON: a list of functions
+        "fault": TEXT,  # why the row is left out; "" if it is not
+        "dataset": datasets.Value("int32"),  # index of the entry
+        "row": datasets.Value("int64"),  # in the file, from 0
+    }
+)
+
+Message = Mapping[str, str]
+
+
+class Conversation(NamedTuple):
+    messages: list[dict[str, str]]
+    system: str = ""
+    tools: str = ""
+
+
+class FaultyRow(DataError):
+    """One row cannot be learned from; the message is a reason that rows can be counted by."""
+
+
+def align(
+    table: datasets.Dataset,
+    entry: Entry,
+    *,
+    stage: str,
+    rows: np.ndarray | None = None,
+    index: int = 0,
+    num_proc: int | None = None,
+    overwrite_cache: bool = False,
+) -> datasets.Dataset:
+    """Bring `table` into the form `ALIGNED`, row by row.
+
+    Args:
+      rows: the place in the file of each row of `table`, where some were picked.
+      index: what to write into the column `dataset`.
+    """
+    args = {"entry": entry, "stage": stage, "index": index}
+    return table.map(
+        partial(_align_batch, rows=rows, **args),
+        with_indices=True,
+        batched=True,
+        remove_columns=table.column_names,
+        features=ALIGNED,
+        num_proc=num_proc,
+        load_from_cache_file=not overwrite_cache,
+        new_fingerprint=fingerprint(table, "align", args, rows),
+        desc=f"Aligning {entry.name}",
+    )
+
+
+def align_row(row: Mapping[str, Any], entry: Entry, stage: str = "sft") -> Conversation:
+    """One row as a conversation.
+
+    >>> align_row({"instruction": "Add.", "input": "1 1", "output": "2"}, Entry("a", "file", "a.json")).messages
+    [{'role': 'user', 'content': 'Add.\\n1 1'}, {'role': 'assistant', 'content': '2'}]
+
+    Raises:
+      FaultyRow: with the reason.
+    """
+    form = _alpaca if entry.formatting == "alpaca" else _conversation
+    messages, system = form(row, entry, stage)
+    columns = entry.columns
+    if columns.system and not system:
+        system = _text(row.get(columns.system), columns.system)
+    return Conversation(messages, system, _tools(row.get(columns.tools) if columns.tools else None))
+
+
+def _align_batch(
+    batch: Mapping[str, Sequence[Any]],
+    indices: Sequence[int],
+    *,
+    entry: Entry,
+    stage: str,
+    index: int,
+    rows: np.ndarray | None,
+) -> dict[str, list[Any]]:
+    out: dict[str, list[Any]] = {key: [] for key in ALIGNED}
+    names = list(batch)
+    for values in zip(*batch.values()):
+        fault, conversation = "", Conversation([])
+        try:
+            conversation = align_row(dict(zip(names, values)), entry, stage)
+        except FaultyRow as error:
+            fault = str(error)
+        for key, value in zip(("messages", "system", "tools", "fault"), (*conversation, fault)):
+            out[key].append(value)
+    out["dataset"] = [index] * len(indices)
+    out["row"] = list(indices) if rows is None else rows[indices].tolist()
+    return out
+
+
+# ---------------------------------------------------------------------- alpaca
+
+
+def _alpaca(row: Mapping[str, Any], entry: Entry, stage: str) -> tuple[list[dict[str, str]], str]:
+    columns: Columns = entry.columns
+    messages = []
+    history = row.get(columns.history) if columns.history else None
+    for turn in history or []:
+        if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
+            raise FaultyRow(f"{columns.history} is not a list of [question, answer]")
+        messages += [_message("user", turn[0], columns.history), _message("assistant", turn[1], columns.history)]
+    parts = [_text(row.get(column), column) for column in (columns.prompt, columns.query) if column]
+    messages.append({"role": "user", "content": "\n".join(filter(None, parts))})
+    if stage == "pt":
+        return messages, ""
+    answer = row.get(columns.response)
+    if answer is None:
+        raise FaultyRow(f"no {columns.response}")
+    return [*messages, _message("assistant", answer, columns.response)], ""
+
+
+# ---------------------------------------------------------------------- sharegpt, openai
+
+
+def _conversation(row: Mapping[str, Any], entry: Entry, stage: str) -> tuple[list[dict[str, str]], str]:
+    tags, column = entry.tags, entry.columns.messages
+    turns = row.get(column)
+    if isinstance(turns, Mapping):  # a struct of lists, as older versions of `datasets` kept lists of structs
+        turns = [dict(zip(turns, values)) for values in zip(*turns.values())]
+    if not turns:
+        raise FaultyRow(f"no {column}")
+    system = ""
+    if tags.system_tag and turns[0].get(tags.role_tag) == tags.system_tag:
+        system, turns = _text(turns[0].get(tags.content_tag), "the system message"), turns[1:]
+    messages = _openai_messages(turns, tags) if entry.formatting == "openai" else _messages(turns, tags)
+    for turn, message in enumerate(messages):
+        if message["role"] not in (QUESTION_ROLES, ANSWER_ROLES)[turn % 2]:
+            raise FaultyRow(f"role out of turn ({message['role']} as {'an answer' if turn % 2 else 'a question'})")
+    if len(messages) % 2 or not messages:
+        raise FaultyRow("the conversation does not end with an answer")
+    return messages, system
+
+
+def _messages(turns: Sequence[Mapping[str, Any]], tags: Tags) -> list[dict[str, str]]:
+    roles = _roles(tags)
+    return [_message(_role(turn, tags, roles), turn.get(tags.content_tag), "a message") for turn in turns]
+
+
+def _openai_messages(turns: Sequence[Mapping[str, Any]], tags: Tags) -> list[dict[str, str]]:
+    """As `_messages`; `tool_calls` become a function message, and results of parallel calls one observation.
+
+    Results after the last answer are left out: nobody answers them.
+    """
+    roles = _roles(tags)
+    messages: list[dict[str, str]] = []
+    results: list[str] = []
+    for turn in turns:
+        role, content = _role(turn, tags, roles), turn.get(tags.content_tag)
+        if role == "observation":
+            results.append(_text(content, "a tool result"))
+            continue
+        if results:
+            joined = "\n</tool_response>\n<tool_response>\n".join(results)
+            messages, results = [*messages, {"role": "observation", "content": joined}], []
+        calls = turn.get("tool_calls") if role in ANSWER_ROLES else None
+        if calls:
+            role, content = "function", json.dumps([_present(call["function"]) for call in calls], ensure_ascii=False)
+        messages.append(_message(role, content, "a message"))
+    return messages
+
+
+def _roles(tags: Tags) -> dict[str | None, str]:
+    return {
+        tags.user_tag: "user",
+        tags.assistant_tag: "assistant",
+        tags.observation_tag: "observation",
+        tags.function_tag: "function",
+        tags.system_tag: "system",
+    }
+
+
+def _role(turn: Mapping[str, Any], tags: Tags, roles: Mapping[str | None, str]) -> str:
+    tag = turn.get(tags.role_tag)
+    if tag is None or tag not in roles:
+        raise FaultyRow(f"unknown role {tag!r} (known are {', '.join(filter(None, roles))})")
+    return roles[tag]
+
+
+# ---------------------------------------------------------------------- values
+
+
+def _message(role: str, content: Any, what: str | None) -> dict[str, str]:
+    if content is None:
+        raise FaultyRow(f"{what} without content")
+    return {"role": role, "content": _text(content, what)}
+
+
+def _text(value: Any, what: str | None) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise FaultyRow(f"{what} is not text but {type(value).__name__}")
+    return value
+
+
+def _tools(value: Any) -> str:
+    if isinstance(value, list | Mapping):
+        return json.dumps(_present(value), ensure_ascii=False) if value else ""
+    return _text(value, "tools")
+
+
+def _present(value: Any) -> Any:
+    """Without the nulls that Arrow adds so that all rows have the same keys."""
+    if isinstance(value, Mapping):
+        return {key: _present(item) for key, item in value.items() if item is not None}
+    return [_present(item) for item in value] if isinstance(value, list) else value

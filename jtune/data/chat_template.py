@@ -1,0 +1,138 @@
+"""The tokenizer's own chat template (Jinja) as a source of turns.
+
+The template renders a whole conversation. Where prompts and answers lie in that text is found by rendering its
+beginnings: up to question k, with the words that open an answer, and up to answer k. That is sound only if each
+beginning, rendered alone, is how the whole begins; a template that rewrites earlier turns (as some do with thoughts) is
+refused.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jtune.data.align import FaultyRow
+from jtune.data.chat_format import ChatFormat, Pieces, Special, Turn
+from jtune.data.chat_format import render as render_format
+from jtune.data.tools import load
+from jtune.errors import DataError
+
+REWRITES = "the chat template rewrites earlier turns"
+
+PROBE = [
+    {"role": "user", "content": "What is 1 + 1?"},
+    {"role": "assistant", "content": "It is 2."},
+    {"role": "user", "content": "And 2 + 2?"},
+    {"role": "assistant", "content": "It is 4."},
+]
+
+
+def exists(tokenizer: Any) -> bool:
+    """Whether there is a chat template; of several, the one named "default"."""
+    own = getattr(tokenizer, "chat_template", None)
+    return isinstance(own, str) or (isinstance(own, Mapping) and "default" in own)
+
+
+def render(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],
+    system: str | None = None,
+    tools: str | None = None,
+    *,
+    discard_history: bool = False,
+    default_system: str = "",
+    options: Mapping[str, Any],
+) -> list[Turn]:
+    """As `chat_format.render`, by the tokenizer's chat template. `discard_history` is the template's own business.
+
+    Raises:
+      FaultyRow: the template refuses the conversation, or a beginning of it is not rendered as in the whole.
+    """
+    if len(messages) % 2 or not messages:
+        raise FaultyRow(f"{len(messages)} messages: question and answer must alternate, and the last is an answer")
+    chat: list[dict[str, Any]] = [_message(message) for message in messages]
+    system = system or default_system
+    opening = [{"role": "system", "content": system}] if system else []
+    given = {"tools": _parse(tools, "tools")} if tools else {}
+
+    def text(count: int, *, open_answer: bool) -> str:
+        try:
+            return tokenizer.apply_chat_template(
+                opening + chat[:count], tokenize=False, add_generation_prompt=open_answer, **given, **options
+            )
+        except Exception as error:  # Jinja, and whatever the template raises
+            raise FaultyRow(f"the chat template refuses it: {str(error).splitlines()[0][:120]}") from error
+
+    whole = text(len(chat), open_answer=False)
+    turns, position = [], 0
+    for k in range(0, len(chat), 2):
+        asked, answered = text(k + 1, open_answer=True), text(k + 2, open_answer=False)
+        if not (whole.startswith(asked) and whole.startswith(answered) and position <= len(asked) <= len(answered)):
+            raise FaultyRow(REWRITES)
+        turns.append(Turn([whole[position : len(asked)]], [whole[len(asked) : len(answered)]]))
+        position = len(answered)
+    return turns
+
+
+def check(tokenizer: Any, own: Callable[..., list[Turn]]) -> None:
+    """Refuse a chat template that gives no sound loss mask for a conversation of two turns.
+
+    Raises:
+      DataError: with the reason, and the templates by name that would say the same.
+    """
+    try:
+        turns = own(PROBE)
+        reason = "an answer is not in the text" if not _holds_answers(turns) else None
+    except FaultyRow as fault:
+        reason = str(fault)
+    if reason is None:
+        return
+    same = same_text(tokenizer, own)
+    raise DataError(
+        f"no sound loss mask can be had from the tokenizer's own chat template: {reason}. Set `template`"
+        + (f"; these render a first turn as it does: {', '.join(same)}" if same else " to the format of the model")
+    )
+
+
+def same_text(tokenizer: Any, own: Callable[..., list[Turn]]) -> list[str]:
+    """Names of the formats that render one question and answer, thoughts apart, as the chat template does."""
+    from jtune.data.template_table import TABLE
+
+    try:
+        asked = own(PROBE[:2])[0]
+    except FaultyRow:
+        return []
+    wanted = "".join(map(str, asked.prompt + asked.response))
+
+    def text(form: ChatFormat) -> str:
+        [turn] = render_format(form, PROBE[:2])
+        return _spoken(tokenizer, turn.prompt + turn.response)
+
+    return [name for name, form in TABLE.items() if text(form).strip() == wanted.strip()]
+
+
+def _spoken(tokenizer: Any, pieces: Pieces) -> str:
+    special = {Special.BOS: tokenizer.bos_token or "", Special.EOS: tokenizer.eos_token or ""}
+    return "".join(special[p] if isinstance(p, Special) else p if isinstance(p, str) else p.name for p in pieces)
+
+
+def _holds_answers(turns: Sequence[Turn]) -> bool:
+    answers = [message["content"] for message in PROBE if message["role"] == "assistant"]
+    return all(answer in turn.response[0] for answer, turn in zip(answers, turns))
+
+
+def _message(message: Mapping[str, str]) -> dict[str, Any]:
+    """In OpenAI's form, which chat templates expect."""
+    role, content = message["role"], message["content"]
+    if role == "observation":
+        return {"role": "tool", "content": content}
+    if role == "function":
+        calls = _parse(content, "a function call")
+        calls = calls if isinstance(calls, list) else [calls]
+        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": c} for c in calls]}
+    return {"role": role, "content": content}
+
+
+def _parse(text: str, what: str) -> Any:
+    try:
+        return load(text)
+    except ValueError as error:
+        raise FaultyRow(f"{what} not JSON") from error

@@ -1,0 +1,208 @@
+"""Rows of a dataset as an Arrow table on disk, read by `datasets`; and, where that fails, what is wrong and where."""
+
+import difflib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from jtune.data.registry import OPENAI_TAGS, Columns, Entry
+from jtune.errors import DataError
+
+# File extension -> the reader of `datasets`.
+READERS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow", "txt": "text"}
+SHOWN = 80  # characters of a faulty line
+
+
+def load_table(
+    entry: Entry, *, cache_dir: str | None = None, token: str | None = None, num_proc: int | None = None
+) -> datasets.Dataset:
+    """All rows of one dataset, unchanged.
+
+    Raises:
+      DataError: nothing is there, the file is damaged (with file and line), or it has no rows.
+    """
+    options: dict[str, Any] = {"split": entry.split, "cache_dir": cache_dir}
+    if entry.source == "hub":
+        options |= {"name": entry.subset, "data_dir": entry.folder, "revision": entry.revision, "token": token}
+        options |= {"num_proc": num_proc}
+        reader, files = entry.path, []
+    else:
+        files = data_files(entry)
+        reader = _reader(files, entry)
+        # datasets cannot split fewer files than processes, and says so each time.
+        options |= {"data_files": files, "num_proc": min(num_proc or 1, len(files)) if len(files) > 1 else None}
+    try:
+        table = datasets.load_dataset(reader, **options)
+    except Exception as error:
+        if entry.source == "file":
+            _diagnose(files, entry)
+        raise DataError(f"cannot read dataset {entry.name!r} ({entry.path}): {_deepest(error)}") from error
+    if len(table) == 0:
+        raise DataError(f"dataset {entry.name!r} ({entry.path}) has 0 rows")
+    return table
+
+
+def data_files(entry: Entry) -> list[str]:
+    """The files of an entry: itself, or what lies in the folder, in alphabetical order (hidden files are left out)."""
+    if entry.source == "url":
+        return [entry.path]
+    path = Path(entry.path)
+    if path.is_dir():
+        files = sorted(str(f) for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
+        if not files:
+            raise DataError(f"dataset {entry.name!r}: the folder {path} holds no files")
+        return files
+    if not path.is_file():
+        siblings = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, n=1)
+        raise DataError(f"dataset {entry.name!r}: no file {path}." + (f" There is {near[0]!r}." if near else ""))
+    return [str(path)]
+
+
+def place_of(entry: Entry, row: int) -> str:
+    """Where a row is, for messages; rows count from 1."""
+    return f"{Path(entry.path).name if entry.source == 'file' else entry.path} row {row + 1}"
+
+
+def resolve_format(entry: Entry, found: list[str]) -> Entry:
+    """For a dataset without an entry: tell its format from its columns.
+
+    `messages` is OpenAI's form, `conversations` ShareGPT's; a table of `text` alone is for stage pt; else alpaca.
+    """
+    if entry.formatting is not None:
+        return entry
+    if "messages" in found:
+        return replace(entry, formatting="openai", columns=Columns(messages="messages"), tags=OPENAI_TAGS)
+    if "conversations" in found:
+        return replace(entry, formatting="sharegpt")
+    if "text" in found and "instruction" not in found:
+        return replace(entry, formatting="alpaca", columns=Columns(prompt="text", query=None, response=None))
+    return replace(entry, formatting="alpaca")
+
+
+def check_columns(entry: Entry, found: list[str], stage: str) -> None:
+    """Columns that the entry names, and those without which nothing can be read, must exist.
+
+    Raises:
+      DataError: with the columns that there are.
+    """
+    columns = entry.columns
+    needed = set(entry.listed)
+    if entry.formatting == "alpaca":
+        needed.add("prompt" if columns.prompt else "query")
+        needed |= {"response"} if stage != "pt" and not entry.ranking else set()
+    else:
+        needed.add("messages")
+    for key in sorted(needed):
+        column = getattr(columns, key)
+        if column is None or column not in found:
+            near = difflib.get_close_matches(column or key, found, n=1, cutoff=0.5)
+            suggestion = near[0] if near else "the_column"
+            raise DataError(
+                f"dataset {entry.name!r} ({entry.path}), row 1: no column {column or key!r} for the {key}. "
+                f"Its columns are {', '.join(found)}. In dataset_info.json, say which one it is: "
+                f'"columns": {{"{key}": "{suggestion}"}}'
+            )
+
+
+def _reader(files: list[str], entry: Entry) -> str:
+    kinds = {os.path.splitext(f)[1].lstrip(".").lower() for f in files}
+    unknown = sorted(kinds - set(READERS))
+    if unknown:
+        example = next(f for f in files if f.lower().endswith(unknown[0]))
+        raise DataError(f"dataset {entry.name!r}: {example} is none of {', '.join(READERS)}")
+    readers = {READERS[kind] for kind in kinds}
+    if len(readers) > 1:
+        raise DataError(
+            f"dataset {entry.name!r}: {entry.path} holds files of several kinds ({', '.join(sorted(kinds))}): "
+            "make them one kind, or one entry each"
+        )
+    return readers.pop()
+
+
+def _deepest(error: BaseException) -> str:
+    """The last line of the error that began it all: readers wrap it several times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[-1][:300]
+
+
+# ---------------------------------------------------------------------- what is wrong with a file
+
+
+def _diagnose(files: list[str], entry: Entry) -> None:
+    """Raise a DataError with file and line for the faults that have one; return if none is found."""
+    if all(os.path.getsize(f) == 0 for f in files):
+        raise DataError(f"dataset {entry.name!r} ({entry.path}) has 0 rows: the file is empty")
+    for path in files:
+        kind = READERS[os.path.splitext(path)[1].lstrip(".").lower()]
+        if kind in ("json", "csv", "text"):
+            _check_utf8(path)
+        if kind == "json":
+            _check_types(path, _parsed(path))
+
+
+def _check_utf8(path: str) -> None:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line: {line[:SHOWN]!r}. "
+                    f"If it is Latin-1: iconv -f latin1 -t utf8 {path}"
+                ) from error
+
+
+def _parsed(path: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a JSON array or of JSON lines, each with its place. Raises DataError at the first that is none."""
+    with open(path, encoding="utf-8") as file:
+        start = file.read(1).strip()
+        while start == "" and (more := file.read(1)):
+            start = more.strip()
+        file.seek(0)
+        if start == "[":
+            text = file.read()
+            try:
+                rows = json.loads(text)
+            except json.JSONDecodeError as error:
+                line = text.splitlines()[error.lineno - 1] if error.lineno <= text.count("\n") + 1 else ""
+                raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}: {line.strip()[:SHOWN]}") from error
+            yield from ((f"{path} row {i + 1}", row) for i, row in enumerate(rows))
+            return
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{number}: not JSON: {error.msg}: {line.strip()[:SHOWN]}") from error
+
+
+def _check_types(path: str, rows: Iterator[tuple[str, Any]]) -> None:
+    """Rows must be objects, and a column of one type."""
+    first: dict[str, tuple[str, str]] = {}
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{place}: expected an object, one row, found {_kind(row)}: {json.dumps(row)[:SHOWN]}")
+        for key, value in row.items():
+            if value is None:
+                continue
+            kind = _kind(value)
+            known, where = first.setdefault(key, (kind, place))
+            if kind != known:
+                raise DataError(
+                    f"{place}: {key!r} is {kind}, but {known} in {where}: a column has one type "
+                    "(jtune takes tools and function calls as JSON text, too)"
+                )
+
+
+def _kind(value: Any) -> str:
+    kinds = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), type(value).__name__)

@@ -1,0 +1,226 @@
+"""From names in dataset_info.json to encoded sets: every step is a function that can be called alone.
+
+find_datasets ── load_table ── pick_rows ── align ── merge ── hold_out ── encode
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+
+from jtune.data.align import align
+from jtune.data.encode import NOTHING_TO_LEARN, Encoded, encode_conversations, encode_documents
+from jtune.data.load import check_columns, load_table, place_of, resolve_format
+from jtune.data.mix import hold_out, merge, pick_rows
+from jtune.data.registry import Entry, find_datasets
+from jtune.data.report import EXAMPLES, Dropped, Report, SetReport, reasons
+from jtune.data.templates import Template
+from jtune.errors import ConfigError, DataError
+
+log = logging.getLogger("jtune")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Encoded sets. `eval`'s key "" is the unnamed validation set ("eval_loss"), others are names ("eval_name_loss")."""
+
+    train: Encoded | None
+    eval: dict[str, Encoded]
+    report: Report
+
+
+def load_datasets(
+    data_args: Any,
+    stage: str,
+    seed: int,
+    tokenizer: Any,
+    template: Template,
+    *,
+    train: bool,
+    evaluate: bool,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> Splits:
+    """Read, mix, split and encode the sets that `data_args` names; what was left out is logged, once, in a sentence.
+
+    Args:
+      data_args: with LLaMA-Factory's names (jtune.config.DataArguments).
+      stage: "sft" or "pt".
+      seed: of the draws of num_samples, of interleaving and of val_size.
+      train, evaluate: which sets to encode. Which rows are held out does not depend on it.
+      cache_dir, token: for downloads from the hub.
+
+    Raises:
+      DataError: a set is missing or damaged, or nothing is left of it.
+    """
+    if stage not in ("sft", "pt"):
+        raise ConfigError(f"stage {stage!r}: jtune encodes sft and pt")
+    if template.tokenizer is not tokenizer:
+        raise ValueError("the template was made for another tokenizer")
+    random = np.random.RandomState(seed)  # one stream for all sets, training sets first
+    load = {"stage": stage, "random": random, "cache_dir": cache_dir, "token": token}
+    aligned: dict[str, datasets.Dataset] = {}
+    entries: dict[str, list[Entry]] = {}
+    held_out = evaluate and data_args.val_size > 1e-6
+
+    if data_args.dataset and (train or evaluate):
+        found, tables = _load_all(data_args.dataset, data_args, **load)
+        train_table, eval_table = hold_out(_merge(tables, data_args, seed), data_args.val_size, seed)
+        entries["train"] = entries["eval"] = found
+        if train:
+            aligned["train"] = train_table
+        if held_out and eval_table is not None:
+            aligned["eval"] = eval_table
+    elif train:
+        raise DataError("nothing to train on: `dataset` names no set")
+    if data_args.eval_dataset and evaluate:
+        found, tables = _load_all(data_args.eval_dataset, data_args, **load)
+        if data_args.eval_on_each_dataset:
+            for i, name in enumerate(data_args.eval_dataset):
+                aligned[f"eval_{name}"], entries[f"eval_{name}"] = tables[i], found
+        else:
+            aligned["eval"], entries["eval"] = _merge(tables, data_args, seed), found
+
+    encoded: dict[str, Encoded] = {}
+    reports = []
+    for name, table in aligned.items():
+        encoded[name], report = encode_set(name, table, entries[name], data_args, stage, template)
+        (log.warning if report.dropped else log.info)("%s", report.sentence())
+        reports.append(report)
+    return Splits(
+        train=encoded.pop("train", None),
+        eval={name.removeprefix("eval").removeprefix("_"): rows for name, rows in encoded.items()},
+        report=Report(tuple(reports)),
+    )
+
+
+def load_aligned(
+    entry: Entry,
+    *,
+    stage: str,
+    random: np.random.RandomState,
+    index: int = 0,
+    max_samples: int | None = None,
+    num_proc: int | None = None,
+    overwrite_cache: bool = False,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> tuple[Entry, datasets.Dataset]:
+    """One set: its rows read, picked, and brought into one form. The entry comes back with its format resolved."""
+    table = load_table(entry, cache_dir=cache_dir, token=token, num_proc=num_proc)
+    entry = resolve_format(entry, table.column_names)
+    check_stage(entry, stage)
+    check_columns(entry, table.column_names, stage)
+    rows = pick_rows(len(table), entry.num_samples, max_samples, random)
+    if rows is not None:
+        table = table.select(rows)
+    return entry, align(
+        table, entry, stage=stage, rows=rows, index=index, num_proc=num_proc, overwrite_cache=overwrite_cache
+    )
+
+
+def check_stage(entry: Entry, stage: str) -> None:
+    """Raise a DataError for sets that are not for `stage`."""
+    if entry.ranking or (entry.columns.kto_tag and stage == "sft"):
+        kind, stages = ("ranking", "dpo") if entry.ranking else ("kto_tag", "kto")
+        raise DataError(f"dataset {entry.name!r} holds preferences ({kind}): it is for stage {stages}, not {stage}")
+    media = [key for key in ("images", "videos", "audios") if getattr(entry.columns, key)]
+    if media:
+        raise DataError(f"dataset {entry.name!r} has {', '.join(media)}; jtune trains on text")
+
+
+def encode_set(
+    name: str, table: datasets.Dataset, entries: Sequence[Entry], data_args: Any, stage: str, template: Template
+) -> tuple[Encoded, SetReport]:
+    """Encode aligned rows and count what is left out.
+
+    Raises:
+      DataError: nothing is left, with the reasons.
+    """
+    cutoff_len = data_args.cutoff_len
+    if data_args.packing and not (stage == "pt" and data_args.neat_packing):
+        cutoff_len -= 1  # LLaMA-Factory's packed rows end with one token of padding; only where packing is asked for
+    shared = {
+        "cutoff_len": cutoff_len,
+        "batch_size": data_args.preprocessing_batch_size,
+        "num_proc": data_args.preprocessing_num_workers,
+        "overwrite_cache": data_args.overwrite_cache,
+    }
+    if stage == "pt":
+        packing = data_args.packing is None or data_args.packing
+        made = encode_documents(table, template, packing=packing, neat_packing=data_args.neat_packing, **shared)
+        encoded = Encoded(made)
+        short = np.flatnonzero(encoded.labelled == 0)
+        if len(short):
+            encoded = Encoded(made, np.flatnonzero(encoded.labelled))
+        dropped, cut, joined = _count_faults(table, entries), 0, True
+    else:
+        made = encode_conversations(
+            table, template, mask_history=data_args.mask_history, train_on_prompt=data_args.train_on_prompt, **shared
+        )
+        dropped, joined = _count_faults(made, entries), False
+        faulty = np.array(made["fault"][:], dtype=object) != ""
+        encoded = Encoded(made, np.flatnonzero(~faulty) if faulty.any() else None)
+        cut = int(np.sum(made["cut"][:]))
+    report = SetReport(
+        name=name,
+        read=len(table),
+        encoded=len(encoded),
+        tokens=int(encoded.lengths.sum(dtype=np.int64)),
+        trained=int(encoded.labelled.sum(dtype=np.int64)),
+        cut=cut,
+        dropped=dropped,
+        joined=joined,
+    )
+    if len(encoded) == 0:
+        raise DataError(_nothing_left(report, data_args.cutoff_len, stage))
+    return encoded, report
+
+
+def _load_all(names: Sequence[str], data_args: Any, **load: Any) -> tuple[list[Entry], list[datasets.Dataset]]:
+    entries, tables = [], []
+    for index, entry in enumerate(find_datasets(names, data_args.dataset_dir)):
+        log.info("reading dataset %s", entry.name)
+        entry, table = load_aligned(
+            entry,
+            index=index,
+            max_samples=data_args.max_samples,
+            num_proc=data_args.preprocessing_num_workers,
+            overwrite_cache=data_args.overwrite_cache,
+            **load,
+        )
+        entries.append(entry)
+        tables.append(table)
+    return entries, tables
+
+
+def _merge(tables: Sequence[datasets.Dataset], data_args: Any, seed: int) -> datasets.Dataset:
+    return merge(tables, data_args.mix_strategy, data_args.interleave_probs, seed)
+
+
+def _count_faults(table: datasets.Dataset, entries: Sequence[Entry]) -> tuple[Dropped, ...]:
+    faults = np.array(table["fault"][:], dtype=object)
+    dropped = []
+    for reason in dict.fromkeys(faults[faults != ""]):
+        where = np.flatnonzero(faults == reason)
+        places = tuple(
+            place_of(entries[row["dataset"]], row["row"]) for row in map(table.__getitem__, where[:EXAMPLES].tolist())
+        )
+        dropped.append(Dropped(reason, len(where), places))
+    return tuple(dropped)
+
+
+def _nothing_left(report: SetReport, cutoff_len: int, stage: str) -> str:
+    text = f"{report.name}: nothing is left of {report.read} rows"
+    if report.dropped:
+        text += f": {reasons(report.dropped)}"
+    elif stage == "pt":
+        text += (
+            f": they do not fill one block of cutoff_len {cutoff_len} tokens. Make it smaller, or set packing: false"
+        )
+    if any(d.reason == NOTHING_TO_LEARN for d in report.dropped):
+        text += f". Is cutoff_len {cutoff_len} too small?"
+    return text

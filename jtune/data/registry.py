@@ -1,0 +1,246 @@
+"""dataset_info.json: what a name in `dataset:` stands for, where it lies and which columns mean what.
+
+LLaMA-Factory's file, with three differences:
+  - where `columns` or `tags` are given, keys that are not listed keep their defaults (there they become nothing, so
+    that `columns: {prompt: q}` loses the answers). Only of `prompt` and `query`, one listed means no other, so that
+    an entry that works there means the same here;
+  - a file, a folder or a hub id can be named in `dataset:` without an entry;
+  - in `formatting: openai`, the defaults of columns and tags are OpenAI's (messages, role, content, user, tool ...).
+"""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from jtune.errors import DataError
+
+INFO = "dataset_info.json"
+FORMATTINGS = ("alpaca", "sharegpt", "openai")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column holds what; None: no column does."""
+
+    prompt: str | None = "instruction"
+    query: str | None = "input"
+    response: str | None = "output"
+    history: str | None = None
+    messages: str | None = "conversations"
+    system: str | None = None
+    tools: str | None = None
+    images: str | None = None
+    videos: str | None = None
+    audios: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    kto_tag: str | None = None
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What roles and contents are called inside a conversation."""
+
+    role_tag: str | None = "from"
+    content_tag: str | None = "value"
+    user_tag: str | None = "human"
+    assistant_tag: str | None = "gpt"
+    observation_tag: str | None = "observation"
+    function_tag: str | None = "function_call"
+    system_tag: str | None = "system"
+
+
+OPENAI_TAGS = Tags("role", "content", "user", "assistant", "tool", "function", "system")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One dataset. `source` is "file" (a path), "hub" (a repository) or "url" (what fsspec reads)."""
+
+    name: str
+    source: str
+    path: str
+    formatting: str | None = "alpaca"  # None: to be told from the columns (a dataset without an entry)
+    ranking: bool = False
+    subset: str | None = None
+    split: str = "train"
+    folder: str | None = None
+    revision: str | None = None
+    num_samples: int | None = None
+    columns: Columns = field(default_factory=Columns)
+    listed: tuple[str, ...] = ()  # keys of `columns` that the entry names: these columns must exist
+    tags: Tags = field(default_factory=Tags)
+
+
+def find_datasets(names: Sequence[str], dataset_dir: str | Mapping[str, Any]) -> list[Entry]:
+    """Look up each name: in dataset_info.json, else as a file or folder, else as a hub id.
+
+    Args:
+      dataset_dir: a folder; "ONLINE" (every name is a hub id); "REMOTE:repo" (that repository's dataset_info.json); or
+        the content of a dataset_info.json.
+
+    Raises:
+      DataError: a name means nothing, or its entry is faulty.
+    """
+    if not names:
+        return []
+    if dataset_dir == "ONLINE":
+        return [Entry(name, "hub", name) for name in names]
+    info, where, folder = _read_info(dataset_dir)
+    return [_find(name, info, where, folder) for name in names]
+
+
+def entry_of(name: str, info: Mapping[str, Any], *, where: str = INFO, folder: Path = Path("data")) -> Entry:
+    """The entry `name` of a dataset_info.json as an `Entry`.
+
+    >>> entry_of("a", {"a": {"file_name": "a.json", "columns": {"prompt": "q", "response": "a"}}}).columns.prompt
+    'q'
+    """
+    about = f"{where}, entry {name!r}"
+    row = info[name]
+    if not isinstance(row, Mapping):
+        raise DataError(f"{about}: expected an object with file_name or hf_hub_url, found {json.dumps(row)[:80]}")
+    _check_keys(row, _KEYS, about)
+    source, path = _source(row, about, folder)
+    formatting = row.get("formatting", "alpaca")
+    if formatting not in FORMATTINGS:
+        raise DataError(f"{about}: formatting {formatting!r} is not one of {', '.join(FORMATTINGS)}")
+    openai = formatting == "openai"
+    given = row.get("columns", {})
+    return Entry(
+        name=name,
+        source=source,
+        path=path,
+        formatting=formatting,
+        ranking=bool(row.get("ranking", False)),
+        subset=row.get("subset"),
+        split=row.get("split", "train"),
+        folder=row.get("folder"),
+        revision=row.get("revision"),
+        num_samples=row.get("num_samples"),
+        columns=_columns(given, about, Columns(messages="messages") if openai else Columns()),
+        listed=tuple(key for key, column in given.items() if column),
+        tags=_tags(row.get("tags", {}), about, OPENAI_TAGS if openai else Tags()),
+    )
+
+
+_SOURCE_KEYS = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+_KEYS = (
+    *_SOURCE_KEYS,
+    "formatting",
+    "ranking",
+    "subset",
+    "split",
+    "folder",
+    "revision",
+    "num_samples",
+    "columns",
+    "tags",
+)
+
+
+def _read_info(dataset_dir: str | Mapping[str, Any]) -> tuple[Mapping[str, Any], str, Path]:
+    """The content of dataset_info.json (empty where there is none), what to call it, and the folder of its files."""
+    if isinstance(dataset_dir, Mapping):
+        return dataset_dir, INFO, Path()
+    if dataset_dir.startswith("REMOTE:"):
+        from huggingface_hub import hf_hub_download
+
+        repository = dataset_dir.removeprefix("REMOTE:")
+        try:
+            path = Path(hf_hub_download(repo_id=repository, filename=INFO, repo_type="dataset"))
+        except Exception as error:
+            raise DataError(f"dataset_dir: cannot get {INFO} of {repository!r} from the hub: {error}") from error
+        folder = path.parent
+    else:
+        folder = Path(dataset_dir)
+        path = folder / INFO
+    if not path.is_file():
+        return {}, str(path), folder
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
+    if not isinstance(info, Mapping):
+        raise DataError(f'{path}: expected an object, as in {{"my_data": {{"file_name": "my_data.json"}}}}')
+    return info, str(path), folder
+
+
+def _find(name: str, info: Mapping[str, Any], where: str, folder: Path) -> Entry:
+    if name in info:
+        return entry_of(name, info, where=where, folder=folder)
+    for path in (folder / name, Path(name)):
+        if path.exists():
+            return Entry(name, "file", str(path), formatting=None)
+    near = difflib.get_close_matches(name, info, n=3)
+    if HUB_ID.fullmatch(name) and not near and not Path(name).suffix:
+        return Entry(name, "hub", name, formatting=None)
+    if near:
+        hint = f"Did you mean {' or '.join(near)}?"
+    elif info:
+        hint = f"It holds {', '.join(list(info)[:12])}{' ...' if len(info) > 12 else ''}."
+    else:
+        hint = f"There is no {INFO}: set dataset_dir to the folder that has one, or name a data file."
+    raise DataError(f"dataset {name!r} is neither in {where} nor a file or folder. {hint}")
+
+
+def _source(row: Mapping[str, Any], about: str, folder: Path) -> tuple[str, str]:
+    """Where the rows are; a hub comes before a script, a URL, a file, as in LLaMA-Factory."""
+    if "hf_hub_url" in row:
+        return "hub", row["hf_hub_url"]
+    for key in ("ms_hub_url", "om_hub_url"):
+        if key in row:
+            raise DataError(f"{about}: {key} is not supported: give hf_hub_url, or download it and give file_name")
+    if "script_url" in row:
+        raise DataError(
+            f"{about}: script_url is refused: datasets runs no loading scripts any more (they are code from others). "
+            "Convert the data to jsonl or parquet once, and give file_name"
+        )
+    if "cloud_file_name" in row:
+        return "url", row["cloud_file_name"]
+    if "file_name" not in row:
+        raise DataError(f"{about}: no file_name and no hf_hub_url: one of them says where the rows are")
+    given = row["file_name"]
+    # By the words of the path, not by where links lead: links inside the folder were put there by its owner.
+    if os.path.isabs(given) or os.path.normpath(given).split(os.sep)[0] == "..":
+        raise DataError(
+            f"{about}: file_name {given!r} lies outside {folder}. Move the file there, link to it from there, or name "
+            "its path in `dataset:`"
+        )
+    return "file", str(folder / given)
+
+
+def _check_keys(given: Mapping[str, Any], known: Sequence[str], about: str) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise DataError(f"{about}: unknown key {key!r}; {hint}")
+
+
+def _columns(given: Mapping[str, str | None], about: str, default: Columns) -> Columns:
+    keys = [f.name for f in fields(Columns)]
+    _check_keys(given, keys, f"{about}, columns")
+    columns = {key: getattr(default, key) for key in keys} | dict(given)
+    if given:
+        if "prompt" in given or "query" in given:  # an entry that names one of the two means no other
+            columns |= {"prompt": given.get("prompt"), "query": given.get("query")}
+        claimed = set(filter(None, given.values()))
+        for key in keys:  # a default never takes a column that the entry uses for something else
+            if key not in given and columns[key] in claimed:
+                columns[key] = None
+    return Columns(**columns)
+
+
+def _tags(given: Mapping[str, str | None], about: str, default: Tags) -> Tags:
+    keys = [f.name for f in fields(Tags)]
+    _check_keys(given, keys, f"{about}, tags")
+    return Tags(**({key: getattr(default, key) for key in keys} | dict(given)))

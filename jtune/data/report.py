@@ -1,0 +1,64 @@
+"""What became of the rows: read, kept, left out and why, cut."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+EXAMPLES = 3  # places that are named for each reason
+REASONS = 6  # reasons that are named in a sentence
+
+
+@dataclass(frozen=True)
+class Dropped:
+    reason: str
+    count: int
+    examples: tuple[str, ...]  # the first places, "file row 17"
+
+    def __str__(self) -> str:
+        return f"{self.count} {self.reason} ({', '.join(self.examples)}{', ...' if self.count > len(self.examples) else ''})"
+
+
+@dataclass(frozen=True)
+class SetReport:
+    """One encoded set. Rows are rows of the data; `encoded` is what was made of them (blocks, in stage pt)."""
+
+    name: str  # "train", "eval", "eval_<name>"
+    read: int
+    encoded: int
+    tokens: int
+    trained: int  # tokens the loss counts
+    cut: int  # rows longer than cutoff_len
+    dropped: tuple[Dropped, ...] = ()
+    joined: bool = False  # rows became blocks
+
+    @property
+    def kept(self) -> int:
+        return self.read - sum(d.count for d in self.dropped)
+
+    def sentence(self) -> str:
+        """
+        >>> print(SetReport("train", 10, 9, 900, 300, 2, (Dropped("no output", 1, ("a.json row 3",)),)).sentence())
+        train: 9 of 10 rows, 900 tokens, 33% of them trained on; 2 cut to cutoff_len; left out: 1 no output (a.json row 3)
+        """
+        share = f", {self.trained / self.tokens:.0%} of them trained on" if self.tokens and not self.joined else ""
+        blocks = f" in {self.encoded} blocks" if self.joined else ""
+        parts = [f"{self.name}: {self.kept} of {self.read} rows, {self.tokens} tokens{blocks}{share}"]
+        if self.cut:
+            parts.append(f"{self.cut} cut to cutoff_len")
+        if self.dropped:
+            parts.append("left out: " + reasons(self.dropped))
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Report:
+    sets: tuple[SetReport, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join(s.sentence() for s in self.sets)
+
+
+def reasons(dropped: Sequence[Dropped]) -> str:
+    """The most frequent reasons in one line."""
+    ranked = sorted(dropped, key=lambda d: -d.count)
+    rest = sum(d.count for d in ranked[REASONS:])
+    return ", ".join(map(str, ranked[:REASONS])) + (f", {rest} for other reasons" if rest else "")

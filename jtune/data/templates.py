@@ -1,0 +1,181 @@
+"""A template: what turns a conversation into prompt and response ids, for one tokenizer.
+
+    get_template("llama3", tokenizer)     a format of template_table.py
+    get_template(None, tokenizer)         the tokenizer's own chat template, where a sound loss mask can be had from it
+
+The ids are LLaMA-Factory's, except:
+  - `{{idx}}` and the like in a message are text; there, they are replaced by the number of the turn;
+  - a call, a list of tools or a role that cannot be rendered is the fault of one row, which is counted and left out;
+    there, it stops the run;
+  - templates share nothing: options of one do not change the next;
+  - without a name, the whole conversation is rendered by the chat template, tools and calls as well. There, slots are
+    cut from a rendering of single messages: what the chat template puts in front of a conversation (bos, a default
+    system message) comes again with each turn, and twice with a system message.
+The tool prompt of llama3 tells the day. It is today's, as there; `date=` sets another, so that ids can be repeated.
+"""
+
+import difflib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date as Date
+from functools import partial
+from typing import Any
+
+from jtune.data import chat_template
+from jtune.data.cache import tokenizer_key
+from jtune.data.chat_format import CONTENT, EOS, ChatFormat, Pieces, Special, Token, Turn, render
+from jtune.data.template_table import MULTIMODAL, TABLE
+from jtune.data.tokenizer import fix_special_tokens
+from jtune.data.tools import FORMATS
+from jtune.errors import ConfigError
+
+log = logging.getLogger("jtune")
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """How conversations become ids with one tokenizer. Make it with `get_template`.
+
+    Attributes:
+      render: (messages, system, tools, *, discard_history) -> the pieces of each turn.
+      eos_id, efficient_eos, preserve_thinking: what encoding needs to know (see `ChatFormat`).
+      stop_ids: tokens that end an answer.
+      key: changes with whatever the ids depend on, but for `day`, which only rows with tools may depend on.
+    """
+
+    name: str | None
+    tokenizer: Any
+    render: Callable[..., list[Turn]]
+    eos_id: int
+    stop_ids: tuple[int, ...]
+    key: str
+    efficient_eos: bool = False
+    preserve_thinking: bool = False
+    day: Date | None = None
+
+    def encode(
+        self, messages: Sequence[Mapping[str, str]], system: str | None = None, tools: str | None = None
+    ) -> list[tuple[list[int], list[int]]]:
+        """One `(prompt_ids, response_ids)` for each question and its answer; joined, they are the conversation.
+
+        Args:
+          messages: `{role, content}`, roles user, assistant, function, observation; question and answer in turn.
+          tools: JSON, a list of functions.
+
+        Raises:
+          DataError: the messages are no conversation, or tools or calls are not JSON.
+        """
+        turns = self.render(messages, system, tools)
+        ids = tokenise(self.tokenizer, [pieces for turn in turns for pieces in turn])
+        return list(zip(ids[::2], ids[1::2]))
+
+
+def get_template(
+    name: str | None,
+    tokenizer: Any,
+    *,
+    tool_format: str | None = None,
+    default_system: str | None = None,
+    enable_thinking: bool | None = True,
+    preserve_thinking: bool = False,
+    date: Date | None = None,
+) -> Template:
+    """The template `name`, or the tokenizer's own for None. Adds to `tokenizer` the special tokens that it needs.
+
+    >>> template = get_template("llama3", tokenizer)                                              # doctest: +SKIP
+    >>> [(prompt, response)] = template.encode([{"role": "user", "content": "Hi"},
+    ...                                         {"role": "assistant", "content": "Hello"}])       # doctest: +SKIP
+
+    Args:
+      tool_format: how tools and calls are written, if not as the template does. As in LLaMA-Factory, calls then lose
+        what the template puts around them, but for eos.
+      default_system: system message of rows that have none; "" for none.
+      enable_thinking, preserve_thinking: see `ChatFormat`; only for templates of thinking models.
+
+    Raises:
+      ConfigError: an unknown name.
+      DataError: the tokenizer's own chat template gives no sound loss mask.
+    """
+    if name is None and not chat_template.exists(tokenizer):
+        log.warning("the tokenizer has no chat template and `template` is not set: messages are joined as they are")
+        name = "empty"
+    if name is None:
+        if tool_format is not None:
+            raise ConfigError("tool_format needs a template by name; the tokenizer's own writes tools in its own way")
+        fix_special_tokens(tokenizer)
+        options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        own = partial(chat_template.render, tokenizer, default_system=default_system or "", options=options)
+        chat_template.check(tokenizer, own)
+        return _bind(None, tokenizer, own, (), f"{tokenizer.chat_template!r} {default_system!r} {options}")
+
+    form = chat_format(name)
+    if tool_format is not None:
+        if tool_format not in FORMATS:
+            raise ConfigError(f"tool_format {tool_format!r} is unknown: {_near(tool_format, FORMATS)}")
+        form = replace(form, tool_format=tool_format, function=(CONTENT,) if form.efficient_eos else (CONTENT, EOS))
+    if default_system is not None:
+        form = replace(form, default_system=default_system)
+    if form.thinking:
+        form = replace(form, enable_thinking=enable_thinking, preserve_thinking=preserve_thinking)
+    fix_special_tokens(tokenizer, form.stop_words, replace_eos=form.replace_eos)
+    day = date or Date.today()  # one day for the whole run, also over midnight
+    template = _bind(name, tokenizer, partial(render, replace(form, day=day)), form.stop_words, repr(form))
+    return replace(template, efficient_eos=form.efficient_eos, preserve_thinking=form.preserve_thinking, day=day)
+
+
+def chat_format(name: str) -> ChatFormat:
+    """The format `name` of the table.
+
+    Raises:
+      ConfigError: there is none, with the nearest names.
+    """
+    if name in TABLE:
+        return TABLE[name]
+    if name in MULTIMODAL:
+        raise ConfigError(f"template {name!r} is for images, sound or video; jtune trains on text")
+    raise ConfigError(f"template {name!r} is unknown: {_near(name, TABLE)}")
+
+
+def tokenise(tokenizer: Any, sequences: Sequence[Pieces]) -> list[list[int]]:
+    """The ids of each sequence of pieces: every string is tokenised on its own, no special tokens are added.
+
+    Strings are tokenised in one call, and each only once: what stands around messages is the same in all rows.
+    """
+    texts = list({piece: None for pieces in sequences for piece in pieces if isinstance(piece, str) and piece})
+    encoded = token_ids(tokenizer, texts)
+    ids_of: dict[Any, list[int]] = dict(zip(texts, encoded))
+    ids_of |= {
+        "": [],
+        Special.BOS: [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id],
+        Special.EOS: [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
+    }
+
+    def ids(piece: str | Special | Token) -> list[int]:
+        return [tokenizer.convert_tokens_to_ids(piece.name)] if isinstance(piece, Token) else ids_of[piece]
+
+    return [[token for piece in pieces for token in ids(piece)] for pieces in sequences]
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text, no special tokens added."""
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _bind(name: str | None, tokenizer: Any, render: Callable, stop_words: Sequence[str], key: str) -> Template:
+    stops = {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(word) for word in stop_words)}
+    return Template(
+        name=name,
+        tokenizer=tokenizer,
+        render=render,
+        eos_id=tokenizer.eos_token_id,
+        stop_ids=tuple(sorted(stops)),
+        key=f"{key} {tokenizer_key(tokenizer)}",
+    )
+
+
+def _near(name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"

@@ -1,0 +1,77 @@
+"""The tokenizer of a model, and the special tokens that training needs."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jtune.errors import DataError
+
+log = logging.getLogger("jtune")
+
+
+def load_tokenizer(model_args: Any) -> Any:
+    """The tokenizer of `model_name_or_path`, a transformers tokenizer.
+
+    Args:
+      model_args: with LLaMA-Factory's names: model_name_or_path, and where set use_fast_tokenizer,
+        split_special_tokens, cache_dir, model_revision, hf_hub_token.
+
+    Raises:
+      DataError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer  # slow to import
+
+    path = model_args.model_name_or_path
+    if path is None:
+        raise DataError("model_name_or_path is not set: it says where the tokenizer is")
+    options = {
+        "use_fast": getattr(model_args, "use_fast_tokenizer", True),
+        "split_special_tokens": getattr(model_args, "split_special_tokens", False),
+        "cache_dir": getattr(model_args, "cache_dir", None),
+        "revision": getattr(model_args, "model_revision", None) or "main",
+        "token": getattr(model_args, "hf_hub_token", None),
+        "padding_side": "right",
+    }
+    try:
+        return AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:
+        raise DataError(_unreadable(path, error)) from error
+
+
+def fix_special_tokens(tokenizer: Any, stop_words: Sequence[str] = (), *, replace_eos: bool = False) -> None:
+    """Give `tokenizer`, in place, an eos, a pad token, and the stop words of a template as special tokens.
+
+    Stop words are special so that they are one token in text and are left out when an answer is shown. With
+    `replace_eos` the first of them becomes eos. Doing it again changes nothing. Tokens that the vocabulary lacks are
+    appended to it, with a warning: the model has no embedding for them.
+    """
+    before = len(tokenizer)
+    if replace_eos and tokenizer.eos_token != stop_words[0]:
+        log.info("the tokenizer's eos is now %s (it was %s)", stop_words[0], tokenizer.eos_token)
+        tokenizer.add_special_tokens({"eos_token": stop_words[0]})
+    if tokenizer.eos_token_id is None:
+        tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+        log.info("the tokenizer has no eos: it is now <|endoftext|>")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        log.info("the tokenizer has no pad token: it is now %s", tokenizer.eos_token)
+    others = list(stop_words[1:] if replace_eos else stop_words)
+    if others:
+        tokenizer.add_special_tokens({"extra_special_tokens": others}, replace_extra_special_tokens=False)
+    if len(tokenizer) > before:
+        added = tokenizer.convert_ids_to_tokens(list(range(before, len(tokenizer))))
+        log.warning(
+            "tokens that the tokenizer did not have: %s. Is it the template of this model?", ", ".join(map(str, added))
+        )
+
+
+def _unreadable(path: str, error: Exception) -> str:
+    folder = Path(path)
+    if folder.is_dir():
+        files = {f.name for f in folder.iterdir()}
+        if not files & {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"}:
+            return f"{path} holds no tokenizer (no tokenizer.json): copy the tokenizer files of the model there"
+    elif folder.is_absolute() or path.startswith(".") or path.count("/") > 1:
+        return f"model_name_or_path {path!r}: there is no such folder"
+    return f"cannot read the tokenizer of {path!r}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
