@@ -1,0 +1,1 @@
+"""Other programs' files: Hugging Face checkpoints and PEFT adapters, in and out."""

@@ -1,0 +1,295 @@
+"""The decoder: one causal language model for all families, told by a `DecoderConfig` what it is.
+
+Shape suffixes: B batch, T tokens, D embed, H query heads, K key/value heads, V vocab.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jtune.models.attention import attend
+from jtune.models.config import DecoderConfig
+from jtune.models.kernels import Linear, parameter
+from jtune.models.moe import MoE
+from jtune.models.rope import cos_sin, rotate
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+REMAT = ("none", "dots", "full")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, the mean of squares in float32 (arXiv:1910.07467)."""
+
+    eps: float
+    offset: bool = False  # multiply by 1 + scale, in float32
+    axis: str | None = "embed"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = parameter(self, "scale", init, x.shape[-1:], (self.axis,))
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        if self.offset:
+            return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+        return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    config: DecoderConfig
+    window: int | None
+    backend: str
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, cos_sin_BT1F, segment_ids_BT: jax.Array) -> jax.Array:
+        c = self.config
+        heads = lambda x, n: x.reshape(*x.shape[:-1], n, c.head_dim)
+        linear = lambda n, axis, name: Linear(n * c.head_dim, ("embed", axis), use_bias=c.qkv_bias, name=name)
+        q_BTHD = heads(linear(c.num_attention_heads, "heads", "q_proj")(x_BTD), c.num_attention_heads)
+        k_BTKD = heads(linear(c.num_key_value_heads, "kv_heads", "k_proj")(x_BTD), c.num_key_value_heads)
+        v_BTKD = heads(linear(c.num_key_value_heads, "kv_heads", "v_proj")(x_BTD), c.num_key_value_heads)
+        if c.qk_norm:
+            q_BTHD = RMSNorm(c.rms_norm_eps, axis=None, name="q_norm")(q_BTHD)
+            k_BTKD = RMSNorm(c.rms_norm_eps, axis=None, name="k_norm")(k_BTKD)
+        out_BTHD = attend(
+            rotate(q_BTHD, *cos_sin_BT1F),
+            rotate(k_BTKD, *cos_sin_BT1F),
+            v_BTKD,
+            segment_ids_BT,
+            scale=c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
+            window=self.window,
+            softcap=c.attention_softcap,
+            backend=self.backend,
+        )
+        joined = out_BTHD.reshape(*x_BTD.shape[:-1], -1)
+        return Linear(c.hidden_size, ("heads", "embed"), use_bias=c.o_bias, name="o_proj")(joined)
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)) (arXiv:2002.05202)."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, act) -> jax.Array:
+        c = self.config
+        up = lambda name: Linear(c.intermediate_size, ("embed", "mlp"), use_bias=c.mlp_bias, name=name)(x_BTD)
+        hidden = act(up("gate_proj")) * up("up_proj")
+        return Linear(c.hidden_size, ("mlp", "embed"), use_bias=c.mlp_bias, name="down_proj")(hidden)
+
+
+class DecoderLayer(nn.Module):
+    config: DecoderConfig
+    window: int | None = None
+    backend: str = "auto"
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, cos_sin_BT1F, segment_ids_BT: jax.Array) -> jax.Array:
+        c = self.config
+        norm = lambda name: RMSNorm(c.rms_norm_eps, c.norm_offset, name=name)
+        act = ACTIVATIONS[c.hidden_act]
+
+        y = Attention(c, self.window, self.backend, name="self_attn")(
+            norm("input_layernorm")(x_BTD), cos_sin_BT1F, segment_ids_BT
+        )
+        x_BTD = x_BTD + (norm("post_attention_layernorm")(y) if c.sandwich_norms else y)
+
+        before_mlp = "pre_feedforward_layernorm" if c.sandwich_norms else "post_attention_layernorm"
+        mlp = MoE(c, name="mlp") if c.num_experts else MLP(c, name="mlp")
+        y = mlp(norm(before_mlp)(x_BTD), act)
+        return x_BTD + (norm("post_feedforward_layernorm")(y) if c.sandwich_norms else y)
+
+
+class CausalLM(nn.Module):
+    """A causal language model.
+
+    >>> config = DecoderConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    ...                        num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    >>> params = init_params(config, jax.random.key(0))
+    >>> CausalLM(config).apply({"params": params}, jnp.zeros((1, 8), jnp.int32)).shape
+    (1, 8, 256)
+
+    Attributes:
+      dtype: of activations and matrix products. Norms, softmax and logits are float32.
+      remat: what the backward pass recomputes: "none", "full" (all but the input of each layer) or "dots" (all but the
+        outputs of matrix products with parameters).
+      attention: see `jtune.models.attention.attend`.
+
+    `params["layers"]` is a stack of layers (leaves `[layers, ...]`), or a tuple of such stacks, in order. Dropout, of
+    kernels that have it, happens when `apply` gets `rngs={"dropout": key}`.
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    attention: str = "auto"
+
+    @property
+    def head_keys(self) -> tuple[str, str]:
+        """The subtrees of the parameters that `head` needs."""
+        return ("norm", "embed_tokens" if self.config.tie_word_embeddings else "lm_head")
+
+    def setup(self):
+        c = self.config
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
+        self.norm = RMSNorm(c.rms_norm_eps, c.norm_offset)
+        if not c.tie_word_embeddings:
+            self.lm_head = Linear(c.vocab_size, ("embed", "vocab"))
+
+    def __call__(
+        self, input_ids: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """Logits float32 `[batch, seq, vocab]` of int32 `[batch, seq]`.
+
+        Args:
+          positions: int32 `[batch, seq]`; default 0, 1, 2 ... in each row.
+          segment_ids: int32 `[batch, seq]`; tokens see only their own segment. Default: a row is one segment.
+        """
+        return self.head(self.hidden(input_ids, positions, segment_ids))
+
+    @nn.compact
+    def hidden(
+        self, input_ids: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """What the last layer gives, before the final norm: `[batch, seq, embed]` in `dtype`."""
+        c = self.config
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(input_ids)
+        if self.has_variable("params", "layers"):
+            layers = self.get_variable("params", "layers")
+        else:
+            layers = self.param("layers", partial(_init_layers, c))
+
+        x = self.embed_tokens(input_ids).astype(self.dtype)
+        if c.scale_embeddings:
+            x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        stacks = layers if isinstance(layers, tuple) else (layers,)
+        shared = (cos_sin(c.rope, c.head_dim, positions), segment_ids)
+        first = 0
+        for stack in stacks:
+            count = jax.tree.leaves(stack)[0].shape[0]
+            for start, period, repeats in periods(c.windows[first : first + count]):
+                part = jax.tree.map(lambda leaf: leaf[start : start + period * repeats], stack)
+                x = self._scan(x, part, first + start, period, key, shared)
+            first += count
+        if first != c.num_hidden_layers:
+            raise ValueError(f"params hold {first} layers, the config says {c.num_hidden_layers}")
+        return x
+
+    def _scan(self, x: jax.Array, stack, first: int, period: int, key, shared) -> jax.Array:
+        """Run `stack` over `x`, `period` layers in each turn of the loop; the compiled code does not grow with depth."""
+        c = self.config
+
+        def turn(x, turn_and_params):
+            index, params = turn_and_params
+            for i in range(period):
+                layer = DecoderLayer(c, c.windows[first + i], self.attention, parent=None)
+                rngs = None if key is None else {"dropout": jax.random.fold_in(key, first + index * period + i)}
+                mine = jax.tree.map(lambda leaf, i=i: leaf[i], params)
+                x = layer.apply({"params": mine}, x, *shared, rngs=rngs)
+            return x, None
+
+        grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), stack)
+        turns = jnp.arange(jax.tree.leaves(grouped)[0].shape[0])
+        return jax.lax.scan(_rematerialised(turn, self.remat), x, (turns, grouped))[0]
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Logits float32 `[..., vocab]` of `[..., embed]`: the final norm, the head, the soft-cap."""
+        x = self.norm(hidden)
+        logits = self.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
+        logits = logits.astype(jnp.float32)
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
+        return logits
+
+
+class Embedding(nn.Module):
+    """A table `[vocab, embed]`, looked up at the bottom and, when tied, multiplied with at the top."""
+
+    vocab: int
+    features: int
+
+    def setup(self):
+        shape, axes = (self.vocab, self.features), ("vocab", "embed")
+        self.embedding = parameter(self, "embedding", nn.initializers.normal(0.02), shape, axes)
+
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding, input_ids, axis=0)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        return x @ self.embedding.astype(x.dtype).T
+
+
+def periods(kinds: Sequence[Any], longest: int = 8) -> list[tuple[int, int, int]]:
+    """Cut a sequence of kinds of layers into repeated patterns: (start, period, repeats), in order.
+
+    >>> periods("aaaa"), periods("ababa"), periods("aabbb")
+    ([(0, 1, 4)], [(0, 2, 2), (4, 1, 1)], [(0, 1, 2), (2, 1, 3)])
+    """
+    found, start = [], 0
+    while start < len(kinds):
+        best = (1, 1)
+        for period in range(1, longest + 1):
+            pattern, repeats = kinds[start : start + period], 1
+            while len(pattern) == period and kinds[start + repeats * period :][:period] == pattern:
+                repeats += 1
+            # A pattern that is not repeated is no pattern; of equal coverage the shortest wins.
+            if repeats > 1 and period * repeats > best[0] * best[1]:
+                best = (period, repeats)
+        found.append((start, *best))
+        start += best[0] * best[1]
+    return found
+
+
+def _rematerialised(turn, remat: str):
+    # Inside a scan there is nothing for common-subexpression elimination to undo, and preventing it costs fusions.
+    if remat == "none":
+        return turn
+    if remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(turn, policy=policy, prevent_cse=False)
+    if remat == "full":
+        return jax.checkpoint(turn, prevent_cse=False)
+    raise ValueError(f"remat {remat!r}: expected one of {', '.join(REMAT)}")
+
+
+def _init_layers(config: DecoderConfig, key: jax.Array):
+    """All layers, initialised and stacked; every leaf gets the logical axis `layers` in front."""
+    x = jnp.zeros((1, 1, config.hidden_size))
+    shared = (cos_sin(config.rope, config.head_dim, jnp.zeros((1, 1), jnp.int32)), jnp.ones((1, 1), jnp.int32))
+    init = lambda key: DecoderLayer(config, parent=None).init(key, x, *shared)["params"]
+    stacked = jax.vmap(init)(jax.random.split(key, config.num_hidden_layers))
+    return jax.tree.map(
+        lambda box: box.replace(names=("layers", *box.names)), stacked, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
+
+
+def _boxed(config: DecoderConfig, key: jax.Array):
+    return CausalLM(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def init_params(config: DecoderConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Random parameters: kernels and embeddings normal(0.02), norms one."""
+    return jax.tree.map(lambda x: x.astype(dtype), nn.unbox(_boxed(config, key)))
+
+
+def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """The parameter tree as `ShapeDtypeStruct`s; nothing is computed."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
+
+
+def logical_axes(config: DecoderConfig) -> dict[str, Any]:
+    """The parameter tree with the names of each leaf's axes (see `jtune.sharding.RULES`) in its place."""
+    boxed = jax.eval_shape(lambda: _boxed(config, jax.random.key(0)))
+    return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
