@@ -5,7 +5,7 @@
 `load_datasets` goes the way from names to encoded sets; each step can be called alone (see pipeline.py).
 """
 
-from jtune.data.batches import BatchPlan, EvalPlan, eval_batches, plan_batches
+from jtune.data.batches import BatchPlan, EvalBatch, EvalPlan, eval_batches, plan_batches
 from jtune.data.encode import Encoded, check_vocabulary
 from jtune.data.pipeline import Splits, load_datasets
 from jtune.data.report import Report
@@ -15,6 +15,7 @@ from jtune.data.tokenizer import load_tokenizer
 __all__ = [
     "BatchPlan",
     "Encoded",
+    "EvalBatch",
     "EvalPlan",
     "Report",
     "Splits",

@@ -26,6 +26,7 @@ class Examples(Protocol):
 
     lengths: np.ndarray  # int32 [n], tokens
     labelled: np.ndarray  # int32 [n], t with labels[t + 1] != -100
+    first_labelled: np.ndarray  # int32 [n], 1 where labels[0] != -100
 
     def __len__(self) -> int: ...
 
@@ -76,13 +77,22 @@ class BatchPlan:
         """Tokens of update `step`, padding not counted."""
         return int(self.encoded.lengths[self.examples(step)].sum())
 
+    def divisor(self, step: int) -> int:
+        """What the sum of the losses of update `step` is divided by: the number of its labels that are not -100.
+
+        As in Hugging Face's Trainer, the label of an example's first token is among them where there is one (stage pt,
+        train_on_prompt), though nothing predicts it.
+        """
+        examples = self.examples(step)
+        return int(self.encoded.labelled[examples].sum() + self.encoded.first_labelled[examples].sum())
+
     def update(self, step: int) -> dict[str, np.ndarray]:
         """The arrays of update `step`, each `[accum, batch, seq]`: a pure function of `step`, at the same cost for all.
 
         Returns:
           input_ids, targets (the next token of the segment, 0 where it does not count), positions (from 0 in each
           segment), segment_ids (from 1 in each row, 0 is padding), int32; loss_weights (1 where the target counts),
-          float32.
+          float32; and the scalar divisor, float32.
 
         Raises:
           DataError: the data is not what it was when the plan was made.
@@ -97,7 +107,8 @@ class BatchPlan:
             slots = place(*sizes, shape, self.shards)[0][0]
         arrays = fill(self.encoded, examples, slots, shape.accum * shape.batch, shape.seq)
         _check_capacity(arrays["loss_weights"], shape.accum * self.shards, self.capacities[shape], f"update {step}")
-        return {key: x.reshape(shape) for key, x in arrays.items()}
+        divisor = np.float32(self.divisor(step))
+        return {key: x.reshape(shape) for key, x in arrays.items()} | {"divisor": divisor}
 
 
 def plan_batches(

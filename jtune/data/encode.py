@@ -81,6 +81,13 @@ class Encoded:
             return np.maximum(self.lengths - 1, 0)
         return self._of_kept(self._labels.count_after_first(IGNORED))
 
+    @cached_property
+    def first_labelled(self) -> np.ndarray:
+        """int32 `[n]`: 1 where the first token has a label, which nothing predicts; Hugging Face's Trainer counts it."""
+        if self._labels is None:
+            return (self.lengths > 0).astype(np.int32)
+        return self._of_kept(self._labels.first_is_not(IGNORED))
+
     def _of_kept(self, per_row: np.ndarray) -> np.ndarray:
         return per_row if self.kept is None else per_row[self.kept]
 
@@ -124,6 +131,16 @@ class Lists:
             starts, ends = offsets[:-1] - first, offsets[1:] - first
             counts.append(before[ends] - before[np.minimum(starts + 1, ends)])
         return np.concatenate(counts).astype(np.int32)
+
+    def first_is_not(self, ignored: int) -> np.ndarray:
+        """1 for each list whose first value is not `ignored`, int32; 0 for the others and for empty lists."""
+        found = [np.zeros(0, np.int32)]
+        for values, offsets in zip(self.values, self.offsets):
+            starts, filled = offsets[:-1], np.diff(offsets) > 0
+            first = np.zeros(len(starts), bool)
+            first[filled] = values[starts[filled]] != ignored
+            found.append(first.astype(np.int32))
+        return np.concatenate(found)
 
 
 def check_vocabulary(encoded: Encoded, vocab_size: int) -> None:

@@ -185,7 +185,7 @@ def save_model(
     """Write config.json and safetensors files that transformers loads.
 
     Args:
-      params: plain arrays, layers in one stack (see `jtune.tuning.merge_all`).
+      params: plain arrays (see `jtune.lora.merge`).
       source: the config.json that the model came with.
       dtype: of all tensors; default: what `source` says its weights are.
     """
@@ -201,8 +201,8 @@ def save_model(
         written.append((name, list(pending), sum(x.nbytes for x in pending.values())))
         pending.clear()
 
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        for part in tensors(_keys(path), config):
+    for keys, leaf, first in _stacks(params):
+        for part in tensors(keys, config, first_layer=first, layers=leaf.shape[0]):
             x = np.asarray(leaf[part.index] if part.index else leaf).astype(dtype)
             x = np.ascontiguousarray(x.T if part.transposed else x)
             if pending and sum(p.nbytes for p in pending.values()) + x.nbytes > max_shard_bytes:
@@ -212,6 +212,18 @@ def save_model(
     _name_shards(folder, written)
     config_json = {key: value for key, value in source.items() if key not in ("_name_or_path", "torch_dtype")}
     (folder / "config.json").write_text(json.dumps(config_json | {"dtype": dtype.name}, indent=2) + "\n")
+
+
+def _stacks(params: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], jax.Array, int]]:
+    """Every leaf, with its path and the number of its first layer; layers may be in one stack or in several."""
+    stacks = params["layers"] if isinstance(params["layers"], tuple) else (params["layers"],)
+    first = 0
+    for stack in stacks:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(stack):
+            yield ("layers", *_keys(path)), leaf, first
+        first += jax.tree.leaves(stack)[0].shape[0]
+    for path, leaf in jax.tree_util.tree_leaves_with_path({k: v for k, v in params.items() if k != "layers"}):
+        yield _keys(path), leaf, 0
 
 
 def _name_shards(folder: Path, written: list[tuple[str, list[str], int]]) -> None:

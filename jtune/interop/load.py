@@ -30,6 +30,6 @@ def load_model(path: str, adapter: str | None = None, dtype: str = "float32") ->
     config = decoder_config(hf.read_config(folder))
     params = hf.load_params(folder, config, dtype=jnp.dtype(dtype))
     if adapter is not None:
-        params = peft.load_adapter(params, config, adapter)
+        params, _ = peft.load_adapter(params, config, adapter)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     return CausalLM(config, dtype=jnp.dtype(dtype)), params

@@ -30,12 +30,11 @@ class RMSNorm(nn.Module):
 
     eps: float
     offset: bool = False  # multiply by 1 + scale, in float32
-    axis: str | None = "embed"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.zeros if self.offset else nn.initializers.ones
-        scale = parameter(self, "scale", init, x.shape[-1:], (self.axis,))
+        scale = parameter(self, "scale", init, x.shape[-1:], (None,))
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         if self.offset:
@@ -57,8 +56,8 @@ class Attention(nn.Module):
         k_BTKD = heads(linear(c.num_key_value_heads, "kv_heads", "k_proj")(x_BTD), c.num_key_value_heads)
         v_BTKD = heads(linear(c.num_key_value_heads, "kv_heads", "v_proj")(x_BTD), c.num_key_value_heads)
         if c.qk_norm:
-            q_BTHD = RMSNorm(c.rms_norm_eps, axis=None, name="q_norm")(q_BTHD)
-            k_BTKD = RMSNorm(c.rms_norm_eps, axis=None, name="k_norm")(k_BTKD)
+            q_BTHD = RMSNorm(c.rms_norm_eps, name="q_norm")(q_BTHD)
+            k_BTKD = RMSNorm(c.rms_norm_eps, name="k_norm")(k_BTKD)
         out_BTHD = attend(
             rotate(q_BTHD, *cos_sin_BT1F),
             rotate(k_BTKD, *cos_sin_BT1F),

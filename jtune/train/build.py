@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from jtune import tuning
 from jtune.config import FinetuningArguments, ModelArguments, TrainingArguments
+from jtune.errors import ConfigError
 from jtune.data import BatchPlan, Encoded, EvalPlan, eval_batches
-from jtune.interop import hf
+from jtune.interop import hf, peft
 from jtune.models import CausalLM, DecoderConfig, abstract_params, init_params, logical_axes
 from jtune.sharding import batch_sharding, batch_shards, replicated, shard_like, tree_shardings
 from jtune.train.digest import digests, named_leaves
@@ -65,6 +67,7 @@ def compute_dtype(training: TrainingArguments, pure_bf16: bool, stored: str | No
 
 
 def load_model(
+    folder: Path,
     args: ModelArguments,
     finetuning: FinetuningArguments,
     decoder: DecoderConfig,
@@ -88,13 +91,32 @@ def load_model(
         )
     else:
         log.info("reading weights of %s", args.model_name_or_path)
-        params = hf.load_params(args.model_name_or_path, decoder, dtype=None, shardings=shardings)
+        params = hf.load_params(folder, decoder, shardings=shardings)
+    read_adapter = partial(peft.load_adapter, subfolder=args.adapter_folder, **hub_options(args))
     params, mask = tuning.prepare(
-        params, finetuning, decoder, adapters=args.adapter_name_or_path, key=jax.random.key(seed), frozen_dtype=dtype
+        params,
+        finetuning,
+        decoder,
+        adapters=args.adapter_name_or_path,
+        load_adapter=read_adapter,
+        key=jax.random.key(seed),
+        frozen_dtype=dtype,
     )
     params = jax.tree.map(lambda x, s: jax.device_put(x, s), params, placement(params, mesh))
     module = CausalLM(decoder, dtype=dtype, remat=remat, attention=attention_backend(args.flash_attn))
     return Model(module, decoder, source, params, mask)
+
+
+def fetch_model(args: ModelArguments) -> Path:
+    """The folder of `model_name_or_path`, downloaded if it is a hub id."""
+    if args.model_name_or_path is None:
+        raise ConfigError("model_name_or_path is not set: the folder of a Hugging Face model, or a hub id")
+    return hf.fetch(args.model_name_or_path, **hub_options(args))
+
+
+def hub_options(args: ModelArguments) -> dict[str, Any]:
+    """The options of `jtune.interop.hf.fetch`."""
+    return {"revision": args.model_revision, "cache_dir": args.cache_dir, "token": args.hf_hub_token}
 
 
 def attention_backend(flash_attn: str) -> str:
@@ -138,7 +160,6 @@ def compile_steps(
     """
     compiled: dict[tuple[int, ...], Any] = {}
     everywhere = replicated(mesh)
-    rows = batch_sharding(mesh, accumulated=True)
 
     def compile_for(shape: tuple[int, ...], batch: Mapping[str, jax.Array]):
         log.info("compiling the step for [accum, batch, seq] = %s", list(shape))
@@ -146,7 +167,7 @@ def compile_steps(
         step = jax.jit(
             make_train_step(loss_sum, tx, max_grad_norm=max_grad_norm, dropout_key=dropout_key),
             donate_argnums=0,
-            in_shardings=(shardings_of(state_like), shardings_of(frozen), dict.fromkeys(batch, rows), everywhere),
+            in_shardings=(shardings_of(state_like), shardings_of(frozen), shardings_of(batch), everywhere),
             out_shardings=(shardings_of(state_like), everywhere),
         )
         rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
@@ -161,9 +182,10 @@ def compile_steps(
     return update
 
 
-def place_batch(index: int, plan: BatchPlan, sharding: NamedSharding) -> dict[str, jax.Array]:
-    """The batch of a 0-based update, on the devices."""
-    return {key: jax.device_put(x, sharding) for key, x in plan.update(index).items()}
+def place_batch(index: int, plan: BatchPlan, mesh: Mesh) -> dict[str, jax.Array]:
+    """The batch of a 0-based update, on the devices: rows split, the scalar everywhere."""
+    rows, everywhere = batch_sharding(mesh, accumulated=True), replicated(mesh)
+    return {key: jax.device_put(x, rows if x.ndim else everywhere) for key, x in plan.update(index).items()}
 
 
 def data_fingerprint(encoded: Encoded) -> str:
@@ -177,7 +199,7 @@ def data_fingerprint(encoded: Encoded) -> str:
 
 def tree_fingerprint(tree: Any) -> str:
     """One digest of all arrays of a tree; the same on every mesh."""
-    return xxhash.xxh3_64(repr(sorted(digests(named_leaves(tree)).items()))).hexdigest()
+    return xxhash.xxh3_64(repr(sorted(digests(named_leaves(tree)).items())).encode()).hexdigest()
 
 
 def make_cadence(training: TrainingArguments, plan: BatchPlan) -> Cadence:

@@ -152,17 +152,16 @@ def run_loop(
     Raises:
       NonFiniteError: loss or gradients were not finite `MAX_BAD_STEPS` times in a row; those updates were skipped.
     """
-    queue: deque[tuple[int, float, Metrics, bool]] = deque()
+    queue: deque[tuple[int, float, int, Metrics, bool]] = deque()
     clock = [time.monotonic(), progress.tokens]
 
     def event(kind, record=None) -> set[Ask]:
-        return tell(
-            subscribers, Event(kind, progress.step, cadence.max_steps, hooks.epoch_at(progress.step), record or {})
-        )
+        step = record["step"] if record else progress.step  # a log is of the update that it measured, one or more back
+        return tell(subscribers, Event(kind, step, cadence.max_steps, hooks.epoch_at(step), record or {}))
 
     def read(entry) -> set[Ask]:
         """Take the metrics of a dispatched update to the host, and log if that was due."""
-        step, rate, on_device, log_due = entry
+        step, rate, tokens, on_device, log_due = entry
         metrics = Metrics(*(x.item() for x in jax.device_get(on_device)))
         if metrics.finite:
             progress.bad_steps = 0
@@ -181,9 +180,8 @@ def run_loop(
             "epoch": hooks.epoch_at(step),
             "step": step,
         }
-        extra = {"tokens_per_second": (progress.tokens - clock[1]) / max(1e-9, now - clock[0])}
-        extra["num_input_tokens_seen"] = progress.tokens
-        clock[:] = [now, progress.tokens]
+        extra = {"tokens_per_second": (tokens - clock[1]) / max(1e-9, now - clock[0]), "num_input_tokens_seen": tokens}
+        clock[:] = [now, tokens]
         progress.log_history.append(record)
         progress.unlogged_loss, progress.unlogged_steps = 0.0, 0
         return event("log", record | extra)
@@ -198,7 +196,7 @@ def run_loop(
             progress.step = index + 1
             progress.tokens += hooks.tokens(index)
             due = cadence.due(progress.step, hooks.epoch_at(progress.step))
-            queue.append((progress.step, rate, metrics, "log" in due))
+            queue.append((progress.step, rate, progress.tokens, metrics, "log" in due))
             asked: set[Ask] = event("step")
             due |= asked & {"evaluate", "save"}
             wait_for_all = due & {"evaluate", "save"} or stopping.is_set() or "stop" in asked

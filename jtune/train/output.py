@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jtune import tuning
 from jtune.config import Config
 from jtune.data import BatchPlan
 from jtune.errors import CheckpointError, ConfigError
@@ -113,12 +112,20 @@ def trainer_state(progress: Progress, *, plan: BatchPlan, cadence: Cadence, batc
 
 
 def save_model(
-    folder: Path, params: Any, *, config: Config, decoder: DecoderConfig, source: dict[str, Any], tokenizer: Any
+    folder: Path,
+    params: Any,
+    *,
+    mask: Any,
+    config: Config,
+    decoder: DecoderConfig,
+    source: dict[str, Any],
+    tokenizer: Any,
 ) -> None:
     """Write the model as others load it: a PEFT adapter for lora, else a Hugging Face checkpoint; and the tokenizer."""
-    if config.finetuning.finetuning_type == "lora":
-        peft.save_adapter(params, decoder, folder, config.finetuning, base=config.model.model_name_or_path)
+    model, finetuning = config.model, config.finetuning
+    if finetuning.finetuning_type == "lora":
+        base = model.model_name_or_path or ""
+        peft.save_adapter(params, mask, decoder, folder, base=base, use_rslora=finetuning.use_rslora)
     else:
-        params = tuning.join_layers(params)
-        hf.save_model(params, decoder, source, folder, max_shard_bytes=int(config.model.export_size * 1e9))
+        hf.save_model(params, decoder, source, folder, max_shard_bytes=model.export_size * 10**9)
     tokenizer.save_pretrained(folder)

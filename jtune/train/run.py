@@ -19,7 +19,7 @@ from jtune.data import Splits, check_vocabulary, get_template, load_datasets, lo
 from jtune.errors import Preempted
 from jtune.interop import hf
 from jtune.models.families import decoder_config
-from jtune.sharding import batch_shards, batch_sharding, make_mesh
+from jtune.sharding import batch_shards, make_mesh
 from jtune.train import build, report
 from jtune.train.checkpoint import Checkpointer, read_meta, restore, restore_newest
 from jtune.train.loop import Hooks, Progress, run_loop
@@ -56,7 +56,8 @@ def run(config: Config) -> dict[str, Any]:
     log.info("devices: %d x %s (%s)", mesh.size, jax.devices()[0].device_kind, axes)
 
     # ------------------------------------------------------------------ data
-    source = hf.read_config(config.model.model_name_or_path, revision=config.model.model_revision)
+    folder = build.fetch_model(config.model)
+    source = hf.read_config(folder)
     decoder = decoder_config(source)
     tokenizer = load_tokenizer(config.model)
     splits = load_data(config, tokenizer, decoder.vocab_size)
@@ -64,7 +65,7 @@ def run(config: Config) -> dict[str, Any]:
     # ------------------------------------------------------------------ model
     dtype = build.compute_dtype(training, finetuning.pure_bf16, source.get("dtype") or source.get("torch_dtype"))
     model = build.load_model(
-        config.model, finetuning, decoder, source, mesh, dtype=dtype, remat=remat(config), seed=training.seed
+        folder, config.model, finetuning, decoder, source, mesh, dtype=dtype, remat=remat(config), seed=training.seed
     )
     log.info("%s", tuning.describe(model.params, model.mask))
     measure = build.make_evaluation(
@@ -124,7 +125,7 @@ def run(config: Config) -> dict[str, Any]:
         state_like,
         mesh,
         max_grad_norm=training.max_grad_norm,
-        dropout_key=jax.random.key(training.seed) if finetuning.lora_dropout > 0 else None,
+        dropout_key=jax.random.key(training.seed) if tuning.lora.has_dropout(model.params) else None,
     )
 
     # ------------------------------------------------------------------ start or resume
@@ -148,13 +149,13 @@ def run(config: Config) -> dict[str, Any]:
             checkpoint, state = restore_newest(output_dir, state_like)
         progress = Progress(**read_meta(checkpoint)["progress"])
         log.info("resumed from %s: %d of %d updates are done", checkpoint, progress.step, plan.max_steps)
-    del trainable, model
+    del trainable
 
     # ------------------------------------------------------------------ train
     cadence = build.make_cadence(training, plan)
     improvement = build.best_metric(training, finetuning)
     saver = Checkpointer(output_dir, keep=training.save_total_limit)
-    write = partial(save_model, config=config, decoder=decoder, source=source, tokenizer=tokenizer)
+    write = partial(save_model, mask=model.mask, config=config, decoder=decoder, source=source, tokenizer=tokenizer)
     whole = lambda state: tuning.combine(state.trainable, frozen)
     state_file = lambda: trainer_state(
         progress, plan=plan, cadence=cadence, batch_size=training.per_device_train_batch_size
@@ -171,7 +172,7 @@ def run(config: Config) -> dict[str, Any]:
         saver.save(progress.step, None if training.save_only_model else state, meta, files)
 
     hooks = Hooks(
-        prepare=partial(build.place_batch, plan=plan, sharding=batch_sharding(mesh, accumulated=True)),
+        prepare=partial(build.place_batch, plan=plan, mesh=mesh),
         update=update,
         tokens=plan.tokens,
         epoch_at=plan.epoch_at,
@@ -255,7 +256,8 @@ def inspect(config: Config) -> None:
     """Print the parameter tree that `config` trains: paths, shapes, dtypes, bytes, sharding, what trains."""
     from jtune.inspect import show
 
-    source = hf.read_config(config.model.model_name_or_path, revision=config.model.model_revision)
+    folder = build.fetch_model(config.model)
+    source = hf.read_config(folder)
     mesh = make_mesh(
         data=config.training.mesh_data, fsdp=config.training.mesh_fsdp, tensor=config.training.mesh_tensor
     )
@@ -263,6 +265,7 @@ def inspect(config: Config) -> None:
         config.training, config.finetuning.pure_bf16, source.get("dtype") or source.get("torch_dtype")
     )
     model = build.load_model(
+        folder,
         config.model,
         config.finetuning,
         decoder_config(source),

@@ -26,6 +26,7 @@ class Batch(TypedDict):
     positions: jax.Array  # int32, from 0 in each segment
     segment_ids: jax.Array  # int32, from 1 in each row
     loss_weights: jax.Array  # float32
+    divisor: jax.Array  # float32 scalar, training only: what the sum of losses is divided by
 
 
 class Metrics(NamedTuple):
@@ -65,33 +66,39 @@ def make_train_step(
 ):
     """`train_step(state, frozen, batch, learning_rate) -> (state, metrics)`, to be jitted with `state` donated.
 
-    `batch` holds `[accum, batch, seq]`; the microbatches are scanned, their losses, token counts and gradients summed
-    in float32 and divided once, by all tokens that count on all devices: accumulation, data parallelism and packing
-    change nothing. Gradients exist for trainable leaves only. A non-finite update is skipped and reported.
+    `batch` holds `[accum, batch, seq]`; the losses and gradients of the microbatches are summed in float32 and divided
+    once, by the number of tokens that count in the whole update: accumulation, data parallelism and packing change
+    nothing. Gradients exist for trainable leaves only. A non-finite update is skipped and reported.
     """
 
     def accumulate(state: TrainState, frozen, batch: Batch):
-        tokens = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
+        divisor = jnp.maximum(batch["divisor"], 1.0)
         # float16 scales the mean loss, as is usual, so that the scale means the same for every batch size.
-        scale = 1.0 if state.loss_scale is None else state.loss_scale.scale / tokens
+        scale = 1.0 if state.loss_scale is None else state.loss_scale.scale / divisor
+        rows = {key: x for key, x in batch.items() if key != "divisor"}
 
-        def microbatch(total, xs):
-            index, micro = xs
+        def microbatch(index):
             key = None
             if dropout_key is not None:
                 key = jax.random.fold_in(jax.random.fold_in(dropout_key, state.step), index)
+            micro = {name: jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for name, x in rows.items()}
 
             def scaled(trainable):
                 loss = loss_sum(trainable, frozen, micro, key)
                 return loss * scale, loss
 
             grads, loss = jax.grad(scaled, has_aux=True)(state.trainable)
-            return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, (grads, loss)), None
+            return jax.tree.map(lambda x: x.astype(jnp.float32), (grads, loss))
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
-        steps = jnp.arange(batch["input_ids"].shape[0])
-        (grads, loss), _ = jax.lax.scan(microbatch, (zeros, jnp.float32(0)), (steps, batch))
-        return jax.tree.map(lambda g: g / (tokens * scale), grads), loss / tokens, tokens
+        if rows["input_ids"].shape[0] == 1:
+            grads, loss = microbatch(0)
+        else:
+            # The microbatches that hold anything come first; the others are not computed.
+            used = jnp.sum(jnp.any(rows["segment_ids"] > 0, axis=(1, 2)))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (state.trainable, jnp.float32(0)))
+            add = lambda index, total: jax.tree.map(jnp.add, total, microbatch(index))
+            grads, loss = jax.lax.fori_loop(0, used, add, zeros)
+        return jax.tree.map(lambda g: g / (divisor * scale), grads), loss / divisor, divisor
 
     def train_step(state: TrainState, frozen, batch: Batch, learning_rate) -> tuple[TrainState, Metrics]:
         grads, loss, tokens = accumulate(state, frozen, batch)

@@ -1,0 +1,73 @@
+"""Freeze tuning: some layers train, the others do not, and stacks are cut where that changes."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jtune.errors import ConfigError
+
+PyTree = Any
+
+
+def trainable_layers(count: int, wanted: int) -> range:
+    """The layers that train: the last `wanted`, or the first ones if it is negative."""
+    return range(max(0, count - wanted), count) if wanted > 0 else range(min(-wanted, count))
+
+
+def cut_layers(params: PyTree, at: Sequence[int]) -> PyTree:
+    """Cut the stack of layers into contiguous stacks, so that gradients exist only for those that train."""
+    stack = params["layers"]
+    count = jax.tree.leaves(stack)[0].shape[0]
+    ends = [0, *sorted({i for i in at if 0 < i < count}), count]
+    parts = tuple(jax.tree.map(lambda x: x[a:b], stack) for a, b in zip(ends, ends[1:]))
+    return {**params, "layers": parts if len(parts) > 1 else parts[0]}
+
+
+def freeze(params: PyTree, layers: int, modules: Sequence[str], extra: Sequence[str]) -> tuple[PyTree, PyTree]:
+    """(params with its layers cut, mask), as LLaMA-Factory's freeze tuning selects them.
+
+    Args:
+      layers: how many train (`freeze_trainable_layers`).
+      modules: names right under a layer (`mlp`, `self_attn`, `input_layernorm` ...), or `all`.
+      extra: names outside the layers (`embed_tokens`, `norm`, `lm_head`). As there, a name counts wherever it is part
+        of a parameter's name: `norm` is also part of every layer's `input_layernorm`.
+
+    Raises:
+      ConfigError: a name that matches nothing.
+    """
+    inside, outside = list(params["layers"]), [name for name in params if name != "layers"]
+    for name in modules:
+        if name != "all" and name not in inside:
+            raise ConfigError(_unknown("freeze_trainable_modules", name, ["all", *inside]))
+    for name in extra:
+        if name not in outside:
+            tied = " (this model's head is its embed_tokens)" if name == "lm_head" else ""
+            raise ConfigError(_unknown("freeze_extra_modules", name, outside) + tied)
+
+    chosen = trainable_layers(jax.tree.leaves(params["layers"])[0].shape[0], layers)
+    cut = cut_layers(params, [chosen.start, chosen.stop])
+    stacks = cut["layers"] if isinstance(cut["layers"], tuple) else (cut["layers"],)
+
+    def in_stack(first: int, stack: PyTree) -> PyTree:
+        def trains(path: Any, _: Any) -> bool:
+            names = [key.key for key in path]
+            return (first in chosen and ("all" in modules or names[0] in modules)) or any(
+                word in ".".join(names) for word in extra
+            )
+
+        return jax.tree_util.tree_map_with_path(trains, stack)
+
+    masks, first = [], 0
+    for stack in stacks:
+        masks.append(in_stack(first, stack))
+        first += jax.tree.leaves(stack)[0].shape[0]
+    mask = {name: jax.tree.map(lambda _, name=name: name in extra, params[name]) for name in outside}
+    return cut, {**mask, "layers": tuple(masks) if len(masks) > 1 else masks[0]}
+
+
+def _unknown(argument: str, name: str, there: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, there, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{argument}: {name!r} is not in this model.{hint} There are: {', '.join(there)}"

@@ -1,0 +1,157 @@
+"""From the parameters that were read to those that are trained: one function for all ways of tuning."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jtune.config import FinetuningArguments
+from jtune.errors import ConfigError
+from jtune.models import DecoderConfig
+from jtune.models.names import WORDS
+from jtune.tuning import lora
+from jtune.tuning.freeze import freeze
+from jtune.tuning.masks import adapter_mask, full_mask
+
+log = logging.getLogger("jtune")
+
+PyTree = Any
+
+
+def prepare(
+    params: PyTree,
+    args: FinetuningArguments,
+    decoder: DecoderConfig,
+    *,
+    adapters: Sequence[str] = (),
+    load_adapter: Callable[[PyTree, DecoderConfig, str], tuple[PyTree, Sequence[str]]],
+    key: jax.Array,
+    frozen_dtype: Any,
+) -> tuple[PyTree, PyTree]:
+    """Apply the tuning that `args` asks for.
+
+    Args:
+      adapters: PEFT adapters; merged in order, but for the last, which goes on being trained unless
+        `create_new_adapter`.
+      load_adapter: `jtune.interop.peft.load_adapter`.
+      frozen_dtype: frozen leaves are cast to it where that makes them smaller. What trains is float32, or bfloat16
+        with `pure_bf16`.
+
+    Returns:
+      The parameters and, of the same structure, a tree of bool: what trains.
+
+    Raises:
+      ConfigError: a name that matches nothing, or contradicts another.
+    """
+    if args.finetuning_type == "full":
+        mask = full_mask(params)
+    elif args.finetuning_type == "freeze":
+        params, mask = freeze(
+            params, args.freeze_trainable_layers, args.freeze_trainable_modules, args.freeze_extra_modules
+        )
+    else:
+        params, whole = with_adapter(params, args, decoder, adapters, load_adapter, key)
+        mask = whole_modules(params, adapter_mask(params), whole)
+    trained = jnp.bfloat16 if args.pure_bf16 else jnp.float32
+    return jax.tree.map(lambda x, trains: _cast(x, trained if trains else frozen_dtype, trains), params, mask), mask
+
+
+def _cast(x: jax.Array, dtype: Any, trains: bool) -> jax.Array:
+    return x.astype(dtype) if trains or jnp.dtype(dtype).itemsize < x.dtype.itemsize else x
+
+
+def with_adapter(
+    params: PyTree, args: FinetuningArguments, decoder: DecoderConfig, adapters: Sequence[str], load_adapter, key
+) -> tuple[PyTree, Sequence[str]]:
+    """The parameters with the one adapter that is trained, on top of those that are merged; what trains whole."""
+    to_merge, resumed = (adapters, None) if args.create_new_adapter or not adapters else (adapters[:-1], adapters[-1])
+    for path in to_merge:
+        log.info("merging adapter %s into the base", path)
+        params = lora.merge(load_adapter(params, decoder, path)[0])
+    if resumed is None:
+        added = lora.add(
+            params,
+            args.lora_target,
+            rank=args.lora_rank,
+            alpha=args.lora_alpha,
+            dropout=args.lora_dropout,
+            use_rslora=args.use_rslora,
+            key=key,
+            words=WORDS.get(decoder.family),
+        )
+        return added, args.additional_target
+    log.info("training goes on from adapter %s: rank, alpha and targets are its own", resumed)
+    return load_adapter(params, decoder, resumed)
+
+
+def whole_modules(params: PyTree, mask: PyTree, names: Sequence[str]) -> PyTree:
+    """Flip the leaves of the modules that `additional_target` names, by the end of their names as PEFT has it.
+
+    Raises:
+      ConfigError: a name that matches nothing, or a module that has an adapter.
+    """
+    matched = set()
+
+    def flip(path: Any, trains: bool) -> bool:
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)][:-1]
+        modules = [".".join(keys[: i + 1]) for i in range(len(keys))]
+        hit = [name for name in names if any(module.endswith(name) for module in modules)]
+        matched.update(hit)
+        if hit and isinstance(path[-1], jax.tree_util.GetAttrKey):
+            raise ConfigError(f"additional_target: {hit[0]!r} has an adapter already (lora_target): name it in one only")
+        return trains or bool(hit)
+
+    flipped = jax.tree_util.tree_map_with_path(flip, mask)
+    missing = [name for name in names if name not in matched]
+    if missing:
+        there = list(dict.fromkeys(key.key for path, _ in jax.tree_util.tree_leaves_with_path(mask) for key in path[:-1]
+                                   if isinstance(key, jax.tree_util.DictKey) and key.key != "layers"))  # fmt: skip
+        tied = " This model's head is its embed_tokens." if "lm_head" in missing else ""
+        raise ConfigError(f"additional_target: {', '.join(missing)} not found.{tied} There are: {', '.join(there)}")
+    return flipped
+
+
+def describe(params: PyTree, mask: PyTree) -> str:
+    """What trains, module by module, and how much of the whole that is.
+
+    >>> print(describe(*prepare(...)))                                                         # doctest: +SKIP
+    trains 81,920 of 412,352 parameters (19.9%):
+      layers.*.self_attn.{q_proj,v_proj}: LoRA of rank 8, scale 2
+    """
+    groups: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+    nodes = jax.tree.map(lambda x, m: (x, m), params, mask, is_leaf=lora.is_node)
+    is_pair = lambda x: isinstance(x, tuple) and len(x) == 2 and not isinstance(x[0], dict)
+    first: dict[int, str] = _layer_spans(params)
+    for path, (x, m) in jax.tree_util.tree_leaves_with_path(nodes, is_leaf=is_pair):
+        if not any(jax.tree.leaves(m)):
+            continue
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if names[0] == "layers":
+            stack = next((key.idx for key in path if isinstance(key, jax.tree_util.SequenceKey)), 0)
+            names[0] = f"layers.{first[stack]}"
+        how = f"LoRA of rank {x.a.shape[-1]}, scale {x.scale:g}" if lora.is_node(x) else "whole"
+        module = names[:-1]
+        groups[".".join(module[:-1]), how][module[-1]] = None
+    sizes = jax.tree.map(lambda x, trains: x.size if trains else 0, params, mask)
+    trained, total = sum(jax.tree.leaves(sizes)), sum(x.size for x in jax.tree.leaves(params))
+    lines = [f"trains {trained:,} of {total:,} parameters ({trained / total:.2%}):"]
+    for (parent, how), modules in groups.items():
+        inner = next(iter(modules)) if len(modules) == 1 else "{" + ",".join(modules) + "}"
+        lines.append(f"  {parent + '.' if parent else ''}{inner}: {how}")
+    return "\n".join(lines)
+
+
+def _layer_spans(params: PyTree) -> dict[int, str]:
+    """How each stack of layers is called: `*` if there is one, else `4-7`."""
+    stacks = params["layers"] if isinstance(params["layers"], tuple) else (params["layers"],)
+    if len(stacks) == 1:
+        return {0: "*"}
+    spans, start = {}, 0
+    for i, stack in enumerate(stacks):
+        count = jax.tree.leaves(stack)[0].shape[0]
+        spans[i] = f"{start}-{start + count - 1}" if count > 1 else str(start)
+        start += count
+    return spans
