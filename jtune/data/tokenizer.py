@@ -14,27 +14,30 @@ def load_tokenizer(model_args: Any) -> Any:
     """The tokenizer of `model_name_or_path`, a transformers tokenizer.
 
     Args:
-      model_args: with LLaMA-Factory's names: model_name_or_path, and where set use_fast_tokenizer,
-        split_special_tokens, cache_dir, model_revision, hf_hub_token.
+      model_args: with LLaMA-Factory's names: model_name_or_path, and where set split_special_tokens, cache_dir,
+        model_revision, hf_hub_token.
 
     Raises:
       DataError: there is none, or it cannot be read.
     """
-    from transformers import AutoTokenizer  # slow to import
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import
+    from transformers.utils import cached_file
 
     path = model_args.model_name_or_path
     if path is None:
         raise DataError("model_name_or_path is not set: it says where the tokenizer is")
-    options = {
-        "use_fast": getattr(model_args, "use_fast_tokenizer", True),
-        "split_special_tokens": getattr(model_args, "split_special_tokens", False),
+    hub = {
         "cache_dir": getattr(model_args, "cache_dir", None),
         "revision": getattr(model_args, "model_revision", None) or "main",
         "token": getattr(model_args, "hf_hub_token", None),
-        "padding_side": "right",
     }
+    split = getattr(model_args, "split_special_tokens", False)
     try:
-        return AutoTokenizer.from_pretrained(path, **options)
+        # tokenizer.json says all of what the tokenizer does. AutoTokenizer may prefer a class by the model's type, which
+        # puts its own pre-tokenizer in the place of the file's: other ids than the model was trained on.
+        whole = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub)
+        kind = PreTrainedTokenizerFast if whole is not None else AutoTokenizer
+        return kind.from_pretrained(path, split_special_tokens=split, padding_side="right", **hub)
     except Exception as error:
         raise DataError(_unreadable(path, error)) from error
 

@@ -242,7 +242,7 @@ def load_data(config: Config, tokenizer: Any, vocab_size: int) -> Splits:
 
 def rows_are_packed(config: Config) -> bool:
     """Whether several examples share a row: always with `packing`, but the blocks of stage pt are rows already."""
-    return config.data.neat_packing or (config.data.packing and config.finetuning.stage != "pt")
+    return bool(config.data.neat_packing or (config.data.packing and config.finetuning.stage != "pt"))
 
 
 def remat(config: Config) -> str:

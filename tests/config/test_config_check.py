@@ -265,7 +265,7 @@ def test_derived_defaults():
     assert load("lora_rank=4").finetuning.lora_alpha == 8
     assert load("lora_rank=4", "lora_alpha=0").finetuning.lora_alpha == 8
     assert load().data.packing is False
-    assert load("stage=pt").data.packing is True
+    assert load("stage=pt").data.packing is None
     assert load("stage=pt", "packing=false").data.packing is False
     assert load("neat_packing=true", "cutoff_len=64").data.packing is True
     assert load("packing=true", "cutoff_len=64").data.cutoff_len == 64
@@ -305,7 +305,7 @@ def test_cases_of_llamafactory_load_unchanged(reference, name):
     assert config.notes == ()
     assert config.finetuning.disable_shuffling
     assert config.training.learning_rate == 1e-3
-    assert config.data.packing is (name == "pt_packed")
+    assert config.data.packing is (None if name == "pt_packed" else False)
 
 
 @pytest.mark.parametrize(
