@@ -67,7 +67,8 @@ def run(config: Config) -> dict[str, Any]:
     model = build.load_model(
         folder, config.model, finetuning, decoder, source, mesh, dtype=dtype, remat=remat(config), seed=training.seed
     )
-    log.info("%s", tuning.describe(model.params, model.mask))
+    if training.do_train:
+        log.info("%s", tuning.describe(model.params, model.mask))
     measure = build.make_evaluation(
         model.module,
         splits.eval,

@@ -18,6 +18,7 @@ class Examples:
         tail = self.lengths * 2 // 3 if labelled is None else np.asarray(labelled)
         self.tail = self.lengths if train_on_all else np.minimum(tail, self.lengths - 1)
         self.labelled = np.minimum(self.tail, np.maximum(self.lengths - 1, 0)).astype(np.int32)
+        self.first_labelled = (self.tail == self.lengths).astype(np.int32)
         self.first = np.cumsum(self.lengths) - self.lengths + 1  # token ids tell example and position
 
     def __len__(self):
@@ -61,7 +62,7 @@ CASES = [
 
 def segments(arrays):
     """Every segment of `[..., seq]` arrays by plain loops: (tokens, targets, weights, positions)."""
-    flat = {k: x.reshape(-1, x.shape[-1]) for k, x in arrays.items()}
+    flat = {k: x.reshape(-1, x.shape[-1]) for k, x in arrays.items() if x.ndim}
     for row in range(len(flat["input_ids"])):
         ids = flat["segment_ids"][row]
         for s in range(1, ids.max(initial=0) + 1):
@@ -95,7 +96,7 @@ def test_padding_is_zero_everywhere(case):
     for step in range(batches.max_steps):
         arrays = batches.update(step)
         padding = arrays["segment_ids"] == 0
-        assert all((x[padding] == 0).all() for x in arrays.values())
+        assert all((x[padding] == 0).all() for x in arrays.values() if x.ndim)
         assert (~padding).sum() == batches.tokens(step)
 
 
@@ -106,6 +107,8 @@ def test_shapes_are_few_static_and_divisible_by_the_shards(case):
     shards = case.get("batch_shards", 1)
     for step in range(batches.max_steps):
         arrays = batches.update(step)
+        divisor = arrays.pop("divisor")
+        assert divisor.shape == () and divisor.dtype == np.float32 and divisor == arrays["loss_weights"].sum()
         assert {x.shape for x in arrays.values()} <= set(batches.shapes)
         assert arrays["loss_weights"].dtype == np.float32
         assert {x.dtype for k, x in arrays.items() if k != "loss_weights"} == {np.dtype(np.int32)}
@@ -294,3 +297,14 @@ def test_evaluation_of_a_few_rows_is_not_padded_to_a_large_batch():
     assert evaluation.shape == (4, 64)
     with pytest.raises(DataError, match="no evaluation examples"):
         eval_batches(Examples([]), per_device_batch_size=1, batch_shards=1, cutoff_len=64)
+
+
+def test_the_divisor_counts_the_first_label_as_the_trainer_does():
+    encoded = Examples([10, 20, 30, 40], train_on_all=True)
+    batches = plan_batches(
+        encoded, stage="pt", packing=False, cutoff_len=40, per_device_batch_size=2, batch_shards=1, accumulation=2,
+        seed=0, shuffle=False, num_epochs=1,
+    )  # fmt: skip
+    arrays = batches.update(0)
+    assert arrays["divisor"] == 100
+    assert arrays["loss_weights"].sum() == 96

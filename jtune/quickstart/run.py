@@ -1,0 +1,116 @@
+"""`jtune quickstart [FOLDER] [key=value ...]`: make a small model, train it, and show what it has learned."""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jtune.config import load_config
+from jtune.data import Template, get_template, load_tokenizer
+from jtune.interop.load import load_model
+from jtune.quickstart.make_data import FOLDER as DATA
+from jtune.quickstart.prepare import prepare
+from jtune.train.run import run as train
+
+log = logging.getLogger("jtune")
+
+SHOWN = 5  # answers printed at the end
+LONGEST = 64  # tokens of a question and its answer
+
+
+def run(argv: Sequence[str] = ()) -> int:
+    """Returns the exit status, 0.
+
+    Args:
+      argv: where to write (default `out/quickstart`), and arguments that override the YAML's.
+    """
+    began = time.monotonic()
+    overrides = [word for word in argv if "=" in word]
+    folder = Path(next((word for word in argv if "=" not in word), "out/quickstart"))
+    case, model = folder / "quickstart.yaml", folder / "model"
+    rows = [json.loads(line) for line in (DATA / "dates_train.jsonl").read_text().splitlines()]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    log.info("making a tokenizer and a model with random weights in %s", model)
+    parameters = prepare(model, rows)
+    case.write_text(_with_paths(Path(__file__).with_name("quickstart.yaml").read_text(), folder))
+    log.info("%s parameters; %d questions about dates to learn from, %s", f"{parameters:,}", len(rows), case)
+
+    log.info("\nbefore training:")
+    untrained = ["do_train=false", "do_eval=true", "eval_strategy=no", f"output_dir={folder / 'before'}"]
+    before = train(load_config([str(case), *overrides, *untrained], command="train"))
+    log.info("\ntraining:")
+    config = load_config([str(case), *overrides], command="train")
+    after = train(config)
+
+    output = Path(config.training.output_dir)
+    log.info("\nquestions about dates that it has not seen, and its answers:")
+    show_answers(output, DATA / "dates_test.jsonl")
+    log.info(
+        "\nexact match on %d unseen questions: %.0f%% before, %.0f%% after, in %.0f seconds\n"
+        "the loss:      %s\n"
+        "the model:     %s, which transformers loads too\n"
+        "the run:       %s\n"
+        "look at it:    jtune data %s\n"
+        "change it:     jtune train %s finetuning_type=lora lora_rank=16 learning_rate=5e-3\n"
+        "your own data: see README.md",
+        len((DATA / "dates_test.jsonl").read_text().splitlines()),
+        100 * before["eval_exact_match"],
+        100 * after["eval_exact_match"],
+        time.monotonic() - began,
+        output / "training_loss.png",
+        output,
+        case,
+        case,
+        case,
+    )
+    return 0
+
+
+def _with_paths(yaml: str, folder: Path) -> str:
+    """The YAML with its three paths filled in."""
+    paths = {
+        "model_name_or_path": folder / "model",
+        "dataset_dir": DATA,
+        "output_dir": folder / "run",
+    }
+    lines = []
+    for line in yaml.splitlines():
+        key = line.split(":")[0]
+        lines.append(f"{key}: {paths[key]}" if key in paths else line)
+    return "\n".join(lines) + "\n"
+
+
+def show_answers(model_folder: Path, questions: Path) -> None:
+    """Print the first few questions of a file, the model's answers, and what was expected where they differ."""
+    from types import SimpleNamespace
+
+    model, params = load_model(str(model_folder))
+    tokenizer = load_tokenizer(SimpleNamespace(model_name_or_path=str(model_folder)))
+    template = get_template("chatml", tokenizer)
+    answer = partial(_answer, jax.jit(model.apply), params, template)
+    for line in questions.read_text().splitlines()[:SHOWN]:
+        row = json.loads(line)
+        given = answer(f"{row['instruction']}\n{row['input']}")
+        verdict = "" if given == row["output"] else f"   (expected: {row['output']})"
+        log.info("  %-34s %-12s -> %s%s", row["instruction"], row["input"], given, verdict)
+
+
+def _answer(apply: Any, params: Any, template: Template, question: str) -> str:
+    """The likeliest answer, token by token. Rows of one length, so that it is compiled once."""
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
+    ids = list(template.encode(messages)[-1][0])
+    start = len(ids)
+    while len(ids) < LONGEST:
+        row = jnp.asarray([ids + [0] * (LONGEST - len(ids))], jnp.int32)
+        token = int(jnp.argmax(apply({"params": params}, row)[0, len(ids) - 1]))
+        if token in template.stop_ids:
+            break
+        ids.append(token)
+    return template.tokenizer.decode(ids[start:])
