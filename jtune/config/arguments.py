@@ -51,15 +51,12 @@ class ModelArguments:
     cache_dir: str | None = arg(None, "where downloads are kept; default: the hub's cache")
     model_revision: str = arg("main", "branch, tag or commit on the hub")
     hf_hub_token: str | None = arg(None, "token for gated models; better: the HF_TOKEN variable", secret=True)
-    use_fast_tokenizer: bool = arg(True, "the tokenizer in Rust; the one in Python where there is none")
     split_special_tokens: bool = arg(False, "treat special tokens as text, in templates too")
     train_from_scratch: bool = arg(False, "random weights in the shape of the model's config.json")
     flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3"] = arg(
         "auto", "auto: the best attention kernel of the platform; disabled: plain XLA"
     )
     disable_gradient_checkpointing: bool = arg(False, "keep all activations: faster, more memory (see remat)")
-    upcast_layernorm: bool = arg(False, "keep the scales of norms in float32")
-    upcast_lmhead_output: bool = arg(False, "logits in float32; jtune's always are")
     infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = arg("auto", "dtype of chat and export")
     print_param_status: bool = arg(False, "list every parameter: dtype, shape, whether it trains")
     export_dir: str | None = arg(None, "where `jtune export` writes the merged model")
@@ -120,8 +117,10 @@ class FinetuningArguments:
     compute_accuracy: bool = arg(False, "token accuracy at evaluation")
     disable_shuffling: bool = arg(False, "rows in the order of the file")
     early_stopping_steps: int | None = arg(None, "stop after so many evaluations without improvement", at_least(1))
-    plot_loss: bool = arg(False, "draw training_loss.png")
-    include_effective_tokens_per_second: bool = arg(False, "report tokens per second, padding not counted")
+    plot_loss: bool = arg(False, "draw training_loss.png; jtune always does")
+    include_effective_tokens_per_second: bool = arg(
+        False, "effective_tokens_per_sec among the results: tokens per second, padding not counted"
+    )
 
     def __post_init__(self):
         if not self.lora_alpha:  # null and 0 alike, as in LLaMA-Factory
@@ -187,7 +186,7 @@ class TrainingArguments:
     fp16: bool = arg(False, "compute in float16 with loss scaling")
     use_cpu: bool = arg(False, "do not use an accelerator")
     report_to: Names = arg((), "none or tensorboard; the loss is in trainer_log.jsonl anyway")
-    run_name: str | None = arg(None, "a name for the run in reports")
+    run_name: str | None = arg(None, "a name for the run, over the plot of its loss; default: output_dir")
     disable_tqdm: bool | None = arg(None, "no progress bar; default: a bar on terminals only")
     dataloader_drop_last: bool = arg(False, "leave out the last batch of an epoch if it is not full")
     include_num_input_tokens_seen: Literal["no", "all", "non_padding"] = arg(
@@ -202,7 +201,6 @@ class TrainingArguments:
         "auto", "what the backward pass computes again: nothing, all but matrix products, or whole layers"
     )
     compile_cache_dir: str | None = arg(None, "where compiled programs are kept; default: ~/.cache/jtune/compiled")
-    checkpoint_dir: str | None = arg(None, "a training checkpoint for `jtune export` to read its weights from")
 
     def __post_init__(self):
         if self.eval_strategy != "no":

@@ -200,6 +200,11 @@ def _evaluation(v: SimpleNamespace) -> Iterator[Rule]:
         asked = "do_eval" if v.do_eval else f"eval_strategy: {v.eval_strategy}" if scheduled else "eval_on_start"
         message = f"{asked} needs something to evaluate on: eval_dataset, or val_size to hold rows out of dataset"
         yield ("eval_strategy" if scheduled and not v.do_eval else "do_eval", "eval_dataset", "val_size"), message
+    if v.load_best_model_at_end and v.save_only_model:
+        message = (
+            "load_best_model_at_end reads a whole checkpoint, but save_only_model leaves half of it out: choose one"
+        )
+        yield ("save_only_model", "load_best_model_at_end"), message
     best = "early_stopping_steps" if v.early_stopping_steps else ""
     best = "save_strategy" if v.save_strategy == "best" else best
     best = "load_best_model_at_end" if v.load_best_model_at_end else best

@@ -37,6 +37,14 @@ def _refused_in_training(why: str, **names: Any) -> Group:
 GROUPS: tuple[Group, ...] = (
     # ---------------------------------------------------------------- memory and devices
     _ignored(
+        "norms, softmax and the loss are always computed in float32",
+        upcast_layernorm=False, upcast_lmhead_output=False,
+    ),
+    _ignored(
+        "transformers has one kind of tokenizer now: what tokenizer.json says",
+        use_fast_tokenizer=True,
+    ),
+    _ignored(
         "weights are always read piece by piece, straight to the devices",
         low_cpu_mem_usage=True, offload_folder="offload",
     ),

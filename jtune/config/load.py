@@ -86,7 +86,9 @@ def _filled_in(values: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults that depend on an argument of another section (those within one: `__post_init__`)."""
     values = dict(values)
     if values.get("packing") is None and values.get("stage") != "pt":
-        values["packing"] = False  # stage pt packs by default, and a token more than when asked to, as LLaMA-Factory does
+        values["packing"] = (
+            False  # stage pt packs by default, and a token more than when asked to, as LLaMA-Factory does
+        )
     values["report_to"] = tuple(name for name in values.get("report_to", ()) if name != "none")
     return values
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +21,7 @@ from jtune.models.names import Tensor, tensors
 log = logging.getLogger("jtune")
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 # What a decoder of ours does not use, though some files hold it: buffers that follow from the config.
 UNUSED = ("rotary_emb.inv_freq", "attn.masked_bias")
 DTYPES = {"BF16": jnp.bfloat16, "F16": jnp.float16, "F32": jnp.float32}
@@ -65,6 +67,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise DataError(f"{path}: {error}") from error
 
 
+def stored_dtype(source: Mapping[str, Any]) -> jnp.dtype:
+    """What a config.json says its weights are stored in."""
+    return jnp.dtype(source.get("dtype") or source.get("torch_dtype") or "float32")
+
+
 def load_params(
     folder: str | Path, config: DecoderConfig, *, dtype: Any = None, shardings: Any = None
 ) -> dict[str, Any]:
@@ -101,6 +108,9 @@ def open_weights(folder: Path, stack: ExitStack) -> dict[str, Any]:
             files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         except (ValueError, KeyError) as error:
             raise DataError(f"{folder / INDEX}: not an index of safetensors files: {error}") from error
+        strange = [file for file in files if Path(file).name != file]
+        if strange:
+            raise DataError(f"{folder / INDEX}: names {strange[0]!r}, which is not a file of this folder")
     elif (folder / WEIGHTS).exists():
         files = [WEIGHTS]
     else:
@@ -117,7 +127,7 @@ def _open(path: Path, stack: ExitStack) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path}: the index names this file, but it is not there") from error
     except SafetensorError as error:
         raise DataError(f"{path}: not a complete safetensors file: {error}") from error
-    for name in file.keys():
+    for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
         yield name, file.get_slice(name)
 
 
@@ -146,7 +156,9 @@ def _check_tensors(folder: Path, stored: Mapping[str, Any], wanted: Mapping[Any,
             faults.append(f"{name} has no place in this model (model_type {config.family})")
     if faults:
         more = f"\n  ... and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise DataError(f"{folder}: these weights are not the model of config.json:\n  " + "\n  ".join(faults[:8]) + more)
+        raise DataError(
+            f"{folder}: these weights are not the model of config.json:\n  " + "\n  ".join(faults[:8]) + more
+        )
 
 
 def _read_leaf(stored: Mapping[str, Any], parts: list[Tensor], shape: tuple[int, ...], sharding, dtype) -> jax.Array:
@@ -191,7 +203,7 @@ def save_model(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = jnp.dtype(dtype or source.get("dtype") or source.get("torch_dtype") or jnp.float32)
+    dtype = stored_dtype(source) if dtype is None else jnp.dtype(dtype)
     written: list[tuple[str, list[str], int]] = []  # file, tensors, bytes
     pending: dict[str, np.ndarray] = {}
 
@@ -240,3 +252,9 @@ def _name_shards(folder: Path, written: list[tuple[str, list[str], int]]) -> Non
         weight_map |= dict.fromkeys(names, final)
     index = {"metadata": {"total_size": sum(size for *_, size in written)}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def copy_generation_config(base: Path, folder: Path) -> None:
+    """Take along what says how to generate, where there is such a file."""
+    if (base / GENERATION).exists():
+        shutil.copyfile(base / GENERATION, folder / GENERATION)

@@ -1,7 +1,7 @@
 """PEFT adapters: adapter_config.json and adapter_model.safetensors, read onto a tree and written from one.
 
-A mixture's experts are one parameter `[experts, out, in]` in PEFT's eyes, with gate and up joined; its adapter is a pair
-of matrices for all experts (PEFT's `target_parameters`). Adapters from before that, with a pair for each expert's
+A mixture's experts are one parameter `[experts, out, in]` in PEFT's eyes, with gate and up joined; its adapter is a
+pair of matrices for all experts (PEFT's `target_parameters`). Adapters from before that, with a pair for each expert's
 module, are read as well.
 """
 
@@ -148,7 +148,8 @@ def _open(folder: Path) -> Adapter:
             raise DataError(f"{folder}: {CONFIG} is there, but {WEIGHTS} is not") from error
         except SafetensorError as error:
             raise DataError(f"{folder / WEIGHTS}: not a complete safetensors file: {error}") from error
-        stored = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}
+        names = file.keys()
+        stored = {name.removeprefix(PREFIX): file.get_tensor(name) for name in names}
     return Adapter(folder, options, stored, set())
 
 
@@ -162,7 +163,9 @@ def _read_whole(adapter: Adapter, keys: Keys, leaf: jax.Array, config: DecoderCo
         x = adapter.stored[part.name]
         adapter.used.add(part.name)
         if (x.T if part.transposed else x).shape != leaf.shape[len(part.index) :]:
-            raise DataError(f"{adapter.folder / WEIGHTS}: {part.name} has shape {list(x.shape)}: is it for another model?")
+            raise DataError(
+                f"{adapter.folder / WEIGHTS}: {part.name} has shape {list(x.shape)}: is it for another model?"
+            )
         out[part.index] = x.T if part.transposed else x
     if keys[0] == "embed_tokens" and config.tie_word_embeddings:
         adapter.used.add("lm_head.weight")  # the same, repeated
@@ -216,7 +219,9 @@ def _read_experts(adapter: Adapter, keys: Keys, config: DecoderConfig, layer: in
     modules = [_read_module(adapter, keys, config, layer, expert) for expert in range(config.num_experts)]
     if all(modules):
         scale = modules[0].scale
-        return Pair(np.stack([m.a for m in modules]), np.stack([m.b * np.float32(m.scale / scale) for m in modules]), scale)
+        return Pair(
+            np.stack([m.a for m in modules]), np.stack([m.b * np.float32(m.scale / scale) for m in modules]), scale
+        )
     block = module_name(keys[: keys.index("experts")], "", layer=layer) + ".experts"
     down = keys[-2] == "down_proj"
     E, M = config.num_experts, config.intermediate_size

@@ -5,6 +5,7 @@ Shape suffixes: B batch, T tokens, D embed, H query heads, K key/value heads, V 
 
 from collections.abc import Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import flax.linen as nn
@@ -179,7 +180,7 @@ class CausalLM(nn.Module):
         for stack in stacks:
             count = jax.tree.leaves(stack)[0].shape[0]
             for start, period, repeats in periods(c.windows[first : first + count]):
-                part = jax.tree.map(lambda leaf: leaf[start : start + period * repeats], stack)
+                part = jax.tree.map(itemgetter(slice(start, start + period * repeats)), stack)
                 x = self._scan(x, part, first + start, period, key, shared)
             first += count
         if first != c.num_hidden_layers:
@@ -187,7 +188,7 @@ class CausalLM(nn.Module):
         return x
 
     def _scan(self, x: jax.Array, stack, first: int, period: int, key, shared) -> jax.Array:
-        """Run `stack` over `x`, `period` layers in each turn of the loop; the compiled code does not grow with depth."""
+        """Run `stack` over `x`, `period` layers in each turn of the loop: compiled code does not grow with depth."""
         c = self.config
 
         def turn(x, turn_and_params):
@@ -195,7 +196,7 @@ class CausalLM(nn.Module):
             for i in range(period):
                 layer = DecoderLayer(c, c.windows[first + i], self.attention, parent=None)
                 rngs = None if key is None else {"dropout": jax.random.fold_in(key, first + index * period + i)}
-                mine = jax.tree.map(lambda leaf, i=i: leaf[i], params)
+                mine = jax.tree.map(itemgetter(i), params)
                 x = layer.apply({"params": mine}, x, *shared, rngs=rngs)
             return x, None
 

@@ -14,16 +14,55 @@ from jtune.models.config import DecoderConfig, Rope
 
 # Options that say nothing about the computation of logits in training, or only name what is in the files anyway.
 HARMLESS = frozenset(
-    "_name_or_path architectures auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id id2label "
-    "initializer_range is_encoder_decoder label2id max_position_embeddings model_type output_attentions "
-    "output_hidden_states pad_token_id pretraining_tp problem_type return_dict torch_dtype transformers_version use_cache "
-    "tokenizer_class router_aux_loss_coef max_window_layers".split()
+    [
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "is_encoder_decoder",
+        "label2id",
+        "max_position_embeddings",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "tokenizer_class",
+        "router_aux_loss_coef",
+        "max_window_layers",
+    ]
 )
 HONOURED = frozenset(
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "rms_norm_eps tie_word_embeddings rope_parameters".split()
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "rope_parameters",
+    ]
 )
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
 
 Source = Mapping[str, Any]
 

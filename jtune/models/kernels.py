@@ -35,9 +35,7 @@ def project(
     return x @ kernel if group_sizes is None else jax.lax.ragged_dot(x, kernel, group_sizes)
 
 
-def parameter(
-    module: nn.Module, name: str, init: Callable, shape: Sequence[int], axes: Sequence[str | None]
-) -> Any:
+def parameter(module: nn.Module, name: str, init: Callable, shape: Sequence[int], axes: Sequence[str | None]) -> Any:
     """The parameter `name` of a module, with its shape, initialiser and logical axes: its one declaration.
 
     What is there is taken as it is. Linen would compare its shape with the declared one, which a node does not have.

@@ -1,4 +1,4 @@
-"""Makes the quickstart's model folder: a byte-level tokenizer, a Llama config, random weights, in Hugging Face's form."""
+"""Makes the quickstart's model folder, in Hugging Face form: a byte-level tokenizer, a Llama config, random weights."""
 
 import json
 from pathlib import Path

@@ -3,4 +3,4 @@
 from jtune.sharding.mesh import batch_shards, make_mesh
 from jtune.sharding.rules import batch_sharding, replicated, shard_like, tree_shardings
 
-__all__ = ["batch_shards", "batch_sharding", "make_mesh", "replicated", "shard_like", "tree_shardings"]
+__all__ = ["batch_sharding", "batch_shards", "make_mesh", "replicated", "shard_like", "tree_shardings"]

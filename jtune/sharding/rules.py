@@ -46,12 +46,15 @@ def tree_shardings(axes, shapes, mesh: Mesh):
       shapes: tree of anything with `.shape`, of the same structure.
     """
     return jax.tree.map(
-        lambda leaf, names: NamedSharding(mesh, spec(names, leaf.shape, mesh)), shapes, axes, is_leaf=lambda x: x is None
+        lambda leaf, names: NamedSharding(mesh, spec(names, leaf.shape, mesh)),
+        shapes,
+        axes,
+        is_leaf=lambda x: x is None,
     )
 
 
 def shard_like(tree, mesh: Mesh):
-    """Place what has no declared axes (adapters, small states): over `fsdp` on the largest dimension that it divides."""
+    """Place what has no declared axes (adapters): over `fsdp` on the largest dimension that it divides."""
 
     def place(leaf):
         n = mesh.shape["fsdp"]

@@ -1,7 +1,6 @@
 """The parts a run is put together from; each can be called alone in a REPL."""
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,14 +14,15 @@ from jax.sharding import Mesh, NamedSharding
 
 from jtune import tuning
 from jtune.config import FinetuningArguments, ModelArguments, TrainingArguments
-from jtune.errors import ConfigError
 from jtune.data import BatchPlan, Encoded, EvalPlan, eval_batches
+from jtune.errors import ConfigError
 from jtune.interop import hf, peft
 from jtune.models import CausalLM, DecoderConfig, abstract_params, init_params, logical_axes
 from jtune.sharding import batch_sharding, batch_shards, replicated, shard_like, tree_shardings
 from jtune.train.digest import digests, named_leaves
 from jtune.train.evaluate import evaluate, make_eval_step
 from jtune.train.loop import Cadence, Improvement
+from jtune.train.schedule import make_schedule
 from jtune.train.state import TrainState, init_state, state_shardings
 from jtune.train.step import Metrics, make_loss_sum, make_train_step
 
@@ -50,7 +50,7 @@ def use_compile_cache(folder: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def compute_dtype(training: TrainingArguments, pure_bf16: bool, stored: str | None) -> jnp.dtype:
+def compute_dtype(training: TrainingArguments, pure_bf16: bool, stored: jnp.dtype) -> jnp.dtype:
     """What matrix products are computed in: `bf16` or `fp16` if asked for, else what the weights are stored in.
 
     On CPU without `bf16`/`fp16` it is float32, as there is nothing to gain. TPUs have no float16 units.
@@ -61,7 +61,7 @@ def compute_dtype(training: TrainingArguments, pure_bf16: bool, stored: str | No
         return jnp.dtype(jnp.bfloat16)
     if training.fp16:
         return jnp.dtype(jnp.float16)
-    if training.bf16 or pure_bf16 or (platform != "cpu" and stored == "bfloat16"):
+    if training.bf16 or pure_bf16 or (platform != "cpu" and stored == jnp.bfloat16):
         return jnp.dtype(jnp.bfloat16)
     return jnp.dtype(jnp.float32)
 
@@ -202,6 +202,11 @@ def tree_fingerprint(tree: Any) -> str:
     return xxhash.xxh3_64(repr(sorted(digests(named_leaves(tree)).items())).encode()).hexdigest()
 
 
+def check_schedule(training: TrainingArguments) -> None:
+    """Raise a ConfigError for options that the schedule does not take, before anything is read."""
+    make_schedule(training.lr_scheduler_type, training.learning_rate, 0, 1, training.lr_scheduler_kwargs)
+
+
 def make_cadence(training: TrainingArguments, plan: BatchPlan) -> Cadence:
     """When to log, evaluate and save; a number of steps below 1 is a share of the run."""
 
@@ -219,6 +224,8 @@ def make_cadence(training: TrainingArguments, plan: BatchPlan) -> Cadence:
         eval_delay=training.eval_delay,
         save_strategy=training.save_strategy,
         save_steps=steps(training.save_steps),
+        eval_on_start=training.eval_on_start,
+        log_tokens=training.include_num_input_tokens_seen != "no",
     )
 
 

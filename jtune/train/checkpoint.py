@@ -149,7 +149,7 @@ def restore(path: Path, like: Any) -> Any:
     wanted = named_leaves(like)
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
         try:
-            stored = {key: value for key, value in reader.metadata(path.absolute() / "state").item_metadata.items()}
+            stored = dict(reader.metadata(path.absolute() / "state").item_metadata.items())
         except Exception as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
         _compare(path, stored, wanted)
@@ -170,7 +170,9 @@ def _compare(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None
         if key in stored:
             have, want = stored[key], wanted[key]
             if tuple(have.shape) != tuple(want.shape) or have.dtype != want.dtype:
-                faults.append(f"{key} is {have.dtype}{list(have.shape)} in it, {want.dtype}{list(want.shape)} in this run")
+                faults.append(
+                    f"{key} is {have.dtype}{list(have.shape)} in it, {want.dtype}{list(want.shape)} in this run"
+                )
     if faults:
         shown = "\n  ".join(faults[:6]) + (f"\n  ... and {len(faults) - 6} more" if len(faults) > 6 else "")
         raise CheckpointError(

@@ -51,7 +51,9 @@ def make_eval_step(model: CausalLM, *, label_capacity: int, batch_shards: int, s
             target = pairs[..., 0]
             return None, (token_nll(logits, target) * w, (jnp.argmax(logits, -1) == target) * w)
 
-        chunks = cut(chunk_positions(label_capacity, batch_shards, model.config.vocab_size), hidden_SKD, pairs_SK2, weights_SK)
+        chunks = cut(
+            chunk_positions(label_capacity, batch_shards, model.config.vocab_size), hidden_SKD, pairs_SK2, weights_SK
+        )
         _, (nll, correct) = jax.lax.scan(body, None, chunks)
         _, pairs, weights = chunks
         owner = jnp.where(weights > 0, pairs[..., 1], slots - 1)

@@ -41,6 +41,8 @@ class Cadence:
     eval_delay: float = 0
     save_strategy: str = "steps"  # also "best": when an evaluation was the best so far
     save_steps: int = 500
+    eval_on_start: bool = False
+    log_tokens: bool = False  # num_input_tokens_seen in every record
 
     def due(self, step: int, epoch: float) -> set[str]:
         """What is due after `step` updates: a subset of "log", "evaluate", "save"."""
@@ -182,11 +184,15 @@ def run_loop(
         }
         extra = {"tokens_per_second": (tokens - clock[1]) / max(1e-9, now - clock[0]), "num_input_tokens_seen": tokens}
         clock[:] = [now, tokens]
+        if cadence.log_tokens:
+            record["num_input_tokens_seen"] = tokens
         progress.log_history.append(record)
         progress.unlogged_loss, progress.unlogged_steps = 0.0, 0
         return event("log", record | extra)
 
     event("train_begin")
+    if cadence.eval_on_start and progress.step == 0 and hooks.evaluate is not None:
+        _evaluate(state, progress, hooks, improvement, event)
     outcome = "done"
     with stop_signals() as stopping:
         start = progress.step
@@ -237,8 +243,8 @@ def _count_bad(progress: Progress, step: int, metrics: Metrics, hooks: Hooks) ->
     if progress.bad_steps >= MAX_BAD_STEPS:
         raise NonFiniteError(
             f"loss or gradients were not finite in {MAX_BAD_STEPS} updates in a row, the last of them update {step} "
-            f"({hooks.explain(step - 1)}).\nThose updates were skipped, so no checkpoint holds them. Look at these rows "
-            "(jtune data), lower learning_rate, or train in bf16 rather than fp16."
+            f"({hooks.explain(step - 1)}).\nThose updates were skipped, so no checkpoint holds them. Look at these "
+            "rows (jtune data), lower learning_rate, or train in bf16 rather than fp16."
         )
 
 

@@ -50,6 +50,11 @@ def resume_point(output_dir: Path, resume_from: str | bool | None, *, overwrite:
     if overwrite:
         _clear(output_dir, found)
         return None
+    if found and resume_from is False:
+        raise ConfigError(
+            f"resume_from_checkpoint is false, but {output_dir} holds checkpoints of an earlier run.\n"
+            "Give another output_dir, or overwrite_output_dir=true to replace it."
+        )
     if found:
         log.info("resuming from %s (to start from the beginning: overwrite_output_dir=true)", found[-1])
         return found[-1]
@@ -65,10 +70,18 @@ def resume_point(output_dir: Path, resume_from: str | bool | None, *, overwrite:
 def _clear(output_dir: Path, checkpoints: list[Path]) -> None:
     """Forget the run before this one: its logs, and its checkpoints, which would be mistaken for this run's."""
     if checkpoints:
-        log.info("overwrite_output_dir: removing %d checkpoints of an earlier run from %s", len(checkpoints), output_dir)
+        log.info(
+            "overwrite_output_dir: removing %d checkpoints of an earlier run from %s", len(checkpoints), output_dir
+        )
     for path in checkpoints:
         shutil.rmtree(path)
-    for name in ("trainer_log.jsonl", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"):
+    for name in (
+        "trainer_log.jsonl",
+        "trainer_state.json",
+        "all_results.json",
+        "train_results.json",
+        "eval_results.json",
+    ):
         (output_dir / name).unlink(missing_ok=True)
 
 
@@ -119,13 +132,15 @@ def save_model(
     config: Config,
     decoder: DecoderConfig,
     source: dict[str, Any],
+    base: Path,
     tokenizer: Any,
 ) -> None:
     """Write the model as others load it: a PEFT adapter for lora, else a Hugging Face checkpoint; and the tokenizer."""
     model, finetuning = config.model, config.finetuning
     if finetuning.finetuning_type == "lora":
-        base = model.model_name_or_path or ""
-        peft.save_adapter(params, mask, decoder, folder, base=base, use_rslora=finetuning.use_rslora)
+        name = model.model_name_or_path or ""
+        peft.save_adapter(params, mask, decoder, folder, base=name, use_rslora=finetuning.use_rslora)
     else:
         hf.save_model(params, decoder, source, folder, max_shard_bytes=model.export_size * 10**9)
+        hf.copy_generation_config(base, folder)
     tokenizer.save_pretrained(folder)

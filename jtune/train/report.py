@@ -188,7 +188,14 @@ def progress_lines(start_step: int, out=None) -> Subscriber:
 
 def progress_bar(start_step: int, max_steps: int) -> Subscriber:
     """A bar with loss, tokens/s and time left; evaluation results are printed above it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     bar = Progress(
         TextColumn("[bold]train"),

@@ -17,6 +17,7 @@ from jtune import tuning
 from jtune.config import Config
 from jtune.data import Splits, check_vocabulary, get_template, load_datasets, load_tokenizer, plan_batches
 from jtune.errors import Preempted
+from jtune.inspect import show
 from jtune.interop import hf
 from jtune.models.families import decoder_config
 from jtune.sharding import batch_shards, make_mesh
@@ -43,6 +44,7 @@ def run(config: Config) -> dict[str, Any]:
     training, finetuning = config.training, config.finetuning
     for note in config.notes:
         log.info("note: %s", note)
+    build.check_schedule(training)
     output_dir = Path(training.output_dir)
     checkpoint = resume_point(
         output_dir, training.resume_from_checkpoint, overwrite=training.overwrite_output_dir, do_train=training.do_train
@@ -63,12 +65,14 @@ def run(config: Config) -> dict[str, Any]:
     splits = load_data(config, tokenizer, decoder.vocab_size)
 
     # ------------------------------------------------------------------ model
-    dtype = build.compute_dtype(training, finetuning.pure_bf16, source.get("dtype") or source.get("torch_dtype"))
+    dtype = build.compute_dtype(training, finetuning.pure_bf16, hf.stored_dtype(source))
     model = build.load_model(
         folder, config.model, finetuning, decoder, source, mesh, dtype=dtype, remat=remat(config), seed=training.seed
     )
     if training.do_train:
         log.info("%s", tuning.describe(model.params, model.mask))
+    if config.model.print_param_status:
+        show(model.params, model.mask)
     measure = build.make_evaluation(
         model.module,
         splits.eval,
@@ -156,7 +160,15 @@ def run(config: Config) -> dict[str, Any]:
     cadence = build.make_cadence(training, plan)
     improvement = build.best_metric(training, finetuning)
     saver = Checkpointer(output_dir, keep=training.save_total_limit)
-    write = partial(save_model, mask=model.mask, config=config, decoder=decoder, source=source, tokenizer=tokenizer)
+    write = partial(
+        save_model,
+        mask=model.mask,
+        config=config,
+        decoder=decoder,
+        source=source,
+        base=folder,
+        tokenizer=tokenizer,
+    )
     whole = lambda state: tuning.combine(state.trainable, frozen)
     state_file = lambda: trainer_state(
         progress, plan=plan, cadence=cadence, batch_size=training.per_device_train_batch_size
@@ -205,10 +217,13 @@ def run(config: Config) -> dict[str, Any]:
         epoch=plan.epoch_at(progress.step),
         parameters=parameters,
     )
+    if finetuning.include_effective_tokens_per_second:
+        summary["effective_tokens_per_sec"] = summary["train_tokens_per_second"]
     progress.log_history.append(summary | {"step": progress.step})
     report.save_results(output_dir, "train", summary)
     report.write_json(output_dir / "trainer_state.json", state_file())
-    report.plot_losses(progress.log_history, output_dir / "training_loss.png", f"Training loss of {output_dir}")
+    title = f"Training loss of {training.run_name or output_dir}"
+    report.plot_losses(progress.log_history, output_dir / "training_loss.png", title)
     if training.do_eval:
         report.finish_evaluation(measure(params), output_dir)
     log.info("wrote %s", output_dir)
@@ -234,6 +249,8 @@ def load_data(config: Config, tokenizer: Any, vocab_size: int) -> Splits:
         template,
         train=config.training.do_train,
         evaluate=config.training.do_eval,
+        cache_dir=config.model.cache_dir,
+        token=config.model.hf_hub_token,
     )
     for encoded in (splits.train, *splits.eval.values()):
         if encoded is not None:
@@ -255,16 +272,10 @@ def remat(config: Config) -> str:
 
 def inspect(config: Config) -> None:
     """Print the parameter tree that `config` trains: paths, shapes, dtypes, bytes, sharding, what trains."""
-    from jtune.inspect import show
-
     folder = build.fetch_model(config.model)
     source = hf.read_config(folder)
-    mesh = make_mesh(
-        data=config.training.mesh_data, fsdp=config.training.mesh_fsdp, tensor=config.training.mesh_tensor
-    )
-    dtype = build.compute_dtype(
-        config.training, config.finetuning.pure_bf16, source.get("dtype") or source.get("torch_dtype")
-    )
+    mesh = make_mesh(data=config.training.mesh_data, fsdp=config.training.mesh_fsdp, tensor=config.training.mesh_tensor)
+    dtype = build.compute_dtype(config.training, config.finetuning.pure_bf16, hf.stored_dtype(source))
     model = build.load_model(
         folder,
         config.model,

@@ -122,13 +122,17 @@ def _warmup_stable_decay(
     if step < warmup:
         t = _ramp(step, warmup)
         return lifted(
-            {"linear": t, "cosine": 0.5 * (1.0 - math.cos(math.pi * t)), "1-sqrt": 1.0 - math.sqrt(1.0 - t)}[warmup_type]
+            {"linear": t, "cosine": 0.5 * (1.0 - math.cos(math.pi * t)), "1-sqrt": 1.0 - math.sqrt(1.0 - t)}[
+                warmup_type
+            ]
         )
     if step < warmup + stable:
         return 1.0
     if step < warmup + stable + decay:
         t = (step - warmup - stable) / max(1, decay)
-        return lifted({"linear": 1.0 - t, "cosine": _half_cosine(t, num_cycles), "1-sqrt": 1.0 - math.sqrt(t)}[decay_type])
+        return lifted(
+            {"linear": 1.0 - t, "cosine": _half_cosine(t, num_cycles), "1-sqrt": 1.0 - math.sqrt(t)}[decay_type]
+        )
     return min_lr_ratio
 
 
@@ -147,7 +151,7 @@ SCHEDULES: dict[str, Callable[..., float]] = {
 
 
 def warmup_updates(max_steps: int, warmup_steps: float, warmup_ratio: float | None) -> int:
-    """Number of warm-up updates: `warmup_steps` if it is a count, else (below 1, or `warmup_ratio`) a share of the run."""
+    """Number of warm-up updates: `warmup_steps` if it is a count, else a share of the run (or `warmup_ratio`)."""
     if warmup_steps >= 1:
         return int(warmup_steps)
     return math.ceil(max_steps * (warmup_steps or warmup_ratio or 0.0))
@@ -176,7 +180,8 @@ def make_schedule(name: str, learning_rate: float, warmup: int, max_steps: int, 
     if name not in SCHEDULES:
         near = difflib.get_close_matches(name, SCHEDULES, n=1) or ["linear"]
         raise ConfigError(
-            f"lr_scheduler_type: {name!r} is not a schedule of jtune. Did you mean {near[0]!r}? (There are: {', '.join(SCHEDULES)})"
+            f"lr_scheduler_type: {name!r} is not a schedule of jtune. Did you mean {near[0]!r}? "
+            f"(There are: {', '.join(SCHEDULES)})"
         )
     known = [p for p in inspect.signature(SCHEDULES[name]).parameters if p not in ("step", "warmup", "total", "peak")]
     for key in kwargs or {}:

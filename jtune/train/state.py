@@ -12,7 +12,7 @@ from jtune.train.optimizer import init_optimizer
 
 
 class LossScale(NamedTuple):
-    """Dynamic loss scaling for float16 (arXiv:1710.03740): double after `GROWTH_INTERVAL` good steps, halve on overflow."""
+    """Dynamic loss scaling (arXiv:1710.03740): double after `GROWTH_INTERVAL` good steps, halve on overflow."""
 
     scale: jax.Array  # float32 scalar
     good_steps: jax.Array  # int32 scalar, since the scale last changed
@@ -32,7 +32,9 @@ def init_state(trainable, tx: optax.GradientTransformation, *, float16: bool = F
     return TrainState(jnp.int32(0), trainable, init_optimizer(tx, trainable), scale)
 
 
-def state_shardings(abstract: TrainState, trainable_shardings, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_shardings(
+    abstract: TrainState, trainable_shardings, tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
     """Shardings of a whole state: optimizer moments lie where their parameters lie, scalars everywhere.
 
     Args:

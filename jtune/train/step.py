@@ -19,7 +19,7 @@ GROWTH_INTERVAL = 2000  # good steps before the float16 loss scale doubles
 
 
 class Batch(TypedDict):
-    """Arrays `[batch, seq]` (with a leading `accum` axis in training). Segment 0 is padding; weight 0 does not count."""
+    """Arrays `[batch, seq]`, in training `[accum, batch, seq]`. Segment 0 is padding; weight 0 does not count."""
 
     input_ids: jax.Array  # int32
     targets: jax.Array  # int32, the next token

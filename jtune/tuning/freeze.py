@@ -2,6 +2,8 @@
 
 import difflib
 from collections.abc import Sequence
+from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -21,7 +23,7 @@ def cut_layers(params: PyTree, at: Sequence[int]) -> PyTree:
     stack = params["layers"]
     count = jax.tree.leaves(stack)[0].shape[0]
     ends = [0, *sorted({i for i in at if 0 < i < count}), count]
-    parts = tuple(jax.tree.map(lambda x: x[a:b], stack) for a, b in zip(ends, ends[1:]))
+    parts = tuple(jax.tree.map(itemgetter(slice(a, b)), stack) for a, b in pairwise(ends))
     return {**params, "layers": parts if len(parts) > 1 else parts[0]}
 
 

@@ -1,8 +1,8 @@
 """LoRA (arXiv:2106.09685) as a transform of the parameter tree: a kernel is replaced by a node that holds it.
 
-    lora.add(params, ("q_proj", "v_proj"))    kernels -> LoRA nodes
-    lora.merge(params)                        LoRA nodes -> kernels
-    lora.split(params)                        -> (parameters without adapters, adapters alone)
+lora.add(params, ("q_proj", "v_proj"))    kernels -> LoRA nodes
+lora.merge(params)                        LoRA nodes -> kernels
+lora.split(params)                        -> (parameters without adapters, adapters alone)
 """
 
 import dataclasses

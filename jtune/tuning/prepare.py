@@ -101,7 +101,9 @@ def whole_modules(params: PyTree, mask: PyTree, names: Sequence[str]) -> PyTree:
         hit = [name for name in names if any(module.endswith(name) for module in modules)]
         matched.update(hit)
         if hit and isinstance(path[-1], jax.tree_util.GetAttrKey):
-            raise ConfigError(f"additional_target: {hit[0]!r} has an adapter already (lora_target): name it in one only")
+            raise ConfigError(
+                f"additional_target: {hit[0]!r} has an adapter already (lora_target): name it in one only"
+            )
         return trains or bool(hit)
 
     flipped = jax.tree_util.tree_map_with_path(flip, mask)

@@ -66,7 +66,7 @@ def test_booleans_have_many_spellings(words):
 def test_a_bare_flag_does_not_swallow_the_next_word(case):
     assert "'junk' is neither an argument" in refused(case, CASE, "--bf16", "junk")
     assert "--lora_rank needs a value" in refused(case, CASE, "--lora_rank", "--bf16")
-    assert case(CASE, "--no_use_fast_tokenizer", "--bf16").model.use_fast_tokenizer is False
+    assert case(CASE, "--no_do_train", "--do_eval", "--eval_dataset", "b").training.do_train is False
 
 
 def test_text_survives_as_it_is_written(case):

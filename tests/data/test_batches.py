@@ -108,7 +108,8 @@ def test_shapes_are_few_static_and_divisible_by_the_shards(case):
     for step in range(batches.max_steps):
         arrays = batches.update(step)
         divisor = arrays.pop("divisor")
-        assert divisor.shape == () and divisor.dtype == np.float32 and divisor == arrays["loss_weights"].sum()
+        assert (divisor.shape, divisor.dtype) == ((), np.float32)
+        assert divisor == arrays["loss_weights"].sum()
         assert {x.shape for x in arrays.values()} <= set(batches.shapes)
         assert arrays["loss_weights"].dtype == np.float32
         assert {x.dtype for k, x in arrays.items() if k != "loss_weights"} == {np.dtype(np.int32)}

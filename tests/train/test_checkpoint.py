@@ -110,7 +110,12 @@ def test_another_configuration_is_refused_leaf_by_leaf(tmp_path):
     other = {"a": jnp.zeros((3, 5)), "b": (None, jnp.int32(0)), "d": jnp.zeros(2)}
     with pytest.raises(CheckpointError) as error:
         restore_newest(tmp_path, like(other))
-    for said in ("a is float32[3, 4] in it, float32[3, 5] in this run", "d is not in it", "c is in it, but not in this run"):
+    differences = (
+        "a is float32[3, 4] in it, float32[3, 5] in this run",
+        "d is not in it",
+        "c is in it, but not in this run",
+    )
+    for said in differences:
         assert said in str(error.value)
     assert (tmp_path / "checkpoint-1").is_dir()  # it is not damaged, so it stays
 

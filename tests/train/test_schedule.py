@@ -21,7 +21,10 @@ CASES = [
     ("cosine_warmup_with_min_lr", {"min_lr_rate": 0.1}),
     ("cosine_warmup_with_min_lr", {"min_lr": 1e-5, "warmup_lr_rate": 0.2}),
     ("warmup_stable_decay", {"num_stable_steps": 10, "num_decay_steps": 8, "min_lr_ratio": 0.1}),
-    ("warmup_stable_decay", {"num_stable_steps": 4, "num_decay_steps": 8, "decay_type": "1-sqrt", "warmup_type": "cosine"}),
+    (
+        "warmup_stable_decay",
+        {"num_stable_steps": 4, "num_decay_steps": 8, "decay_type": "1-sqrt", "warmup_type": "cosine"},
+    ),
 ]
 
 

@@ -1,0 +1,301 @@
+"""The train step: what it computes does not depend on how its tokens are laid out, and it computes nothing in vain."""
+
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jtune import tuning
+from jtune.models import CausalLM, DecoderConfig, abstract_params, init_params, logical_axes
+from jtune.sharding import make_mesh, replicated, tree_shardings
+from jtune.train import build
+from jtune.train.loss import token_nll
+from jtune.train.optimizer import make_optimizer
+from jtune.train.state import LossScale, init_state
+from jtune.train.step import make_loss_sum, make_train_step
+from jtune.tuning.freeze import cut_layers
+
+CONFIG = DecoderConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
+LENGTHS = [5, 9, 3, 12, 7, 8, 2, 16]
+RATE = 1e-2
+
+
+def examples(lengths=LENGTHS, seed=0):
+    """(ids, labels) of each example; about half of the labels count."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for n in lengths:
+        ids = rng.integers(1, CONFIG.vocab_size, n)
+        made.append((ids, np.where(rng.random(n) < 0.5, ids, -100)))
+    return made
+
+
+def lay_out(rows, seq, accum=1):
+    """A batch of rows, each a list of examples that are laid out one after the other."""
+    shape = (len(rows), seq)
+    batch = {name: np.zeros(shape, np.int32) for name in ("input_ids", "targets", "positions", "segment_ids")}
+    batch["loss_weights"] = np.zeros(shape, np.float32)
+    for row, members in enumerate(rows):
+        column = 0
+        for segment, (ids, labels) in enumerate(members, 1):
+            for t in range(len(ids)):
+                at = row, column + t
+                batch["input_ids"][at], batch["positions"][at], batch["segment_ids"][at] = ids[t], t, segment
+                if t + 1 < len(ids) and labels[t + 1] != -100:
+                    batch["targets"][at], batch["loss_weights"][at] = labels[t + 1], 1
+            column += len(ids)
+    divisor = np.float32(batch["loss_weights"].sum())
+    return {k: jnp.asarray(x.reshape(accum, -1, seq)) for k, x in batch.items()} | {"divisor": jnp.asarray(divisor)}
+
+
+@cache
+def weights(config):
+    return jax.jit(lambda: init_params(config, jax.random.key(0)))()
+
+
+def prepared(method="full", config=CONFIG):
+    params = dict(weights(config))
+    if method == "lora":
+        params = tuning.lora.add(params, ("q_proj", "v_proj", "down_proj"), rank=4)
+        return params, tuning.trainable_mask(params)
+    if method == "freeze":
+        return tuning.freeze(params, 2, ("all",), ())
+    return params, tuning.full_mask(params)
+
+
+def step_for(params, mask, batch, *, shards=1, clip=1.0, dtype=jnp.float32, float16=False, dropout_key=None):
+    """(state, frozen, step) for batches of this shape."""
+    trainable, frozen = tuning.partition(params, mask)
+    tx = make_optimizer()
+    capacity = batch["input_ids"].shape[1] // shards * batch["input_ids"].shape[2]
+    loss_sum = make_loss_sum(CausalLM(CONFIG, dtype=dtype), label_capacity=capacity, batch_shards=shards)
+    step = make_train_step(loss_sum, tx, max_grad_norm=clip, dropout_key=dropout_key)
+    return init_state(trainable, tx, float16=float16), frozen, step
+
+
+def run(rows, seq, *, method="full", accum=1, updates=2, **options):
+    batch = lay_out(rows, seq, accum)
+    params, mask = prepared(method)
+    state, frozen, step = step_for(params, mask, batch, **options)
+    step = jax.jit(step)
+    losses = []
+    for _ in range(updates):
+        state, metrics = step(state, frozen, batch, RATE)
+        losses.append((float(metrics.loss), float(metrics.grad_norm)))
+    return losses, state
+
+
+def same(a, b, rtol=2e-5):
+    np.testing.assert_allclose(a, b, rtol=rtol)
+
+
+ONE_EACH = [[example] for example in examples()]
+PACKED = [[e for i in group for e in [examples()[i]]] for group in ([7, 6, 4], [3, 1, 2], [5, 0])]
+
+
+def test_the_loss_is_the_mean_over_all_tokens_that_count():
+    batch = lay_out(ONE_EACH, 16)
+    params, mask = prepared()
+    state, frozen, step = step_for(params, mask, batch)
+    _, metrics = jax.jit(step)(state, frozen, batch, RATE)
+    logits = CausalLM(CONFIG).apply({"params": params}, batch["input_ids"][0])
+    total, count = 0.0, 0
+    for row, (ids, labels) in enumerate(examples()):
+        kept = labels[1:] != -100
+        total += float(jnp.sum(token_nll(logits[row, : len(ids) - 1], jnp.asarray(ids[1:]))[kept]))
+        count += int(kept.sum())
+    same(float(metrics.loss), total / count)
+    assert float(metrics.tokens) == count
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "freeze"])
+def test_packed_equals_unpacked(method):
+    same(run(ONE_EACH, 16, method=method)[0], run(PACKED, 32, method=method)[0])
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "freeze"])
+@pytest.mark.parametrize("accum", [2, 4])
+def test_accumulated_equals_one_batch_with_uneven_masks(accum, method):
+    same(run(ONE_EACH, 16, method=method)[0], run(ONE_EACH, 16, method=method, accum=accum)[0])
+
+
+def test_empty_microbatches_at_the_end_change_nothing():
+    padded = [*ONE_EACH, [], [], [], []]
+    same(run(ONE_EACH, 16, accum=2)[0], run(padded, 16, accum=3)[0])
+
+
+def test_clipping_scales_the_whole_gradient():
+    free, clipped = run(ONE_EACH, 16, updates=1, clip=0.0)[1], run(ONE_EACH, 16, updates=1, clip=1e-3)[1]
+    moments = lambda state: state.opt_state[0].mu["norm"]["scale"]
+    norm = run(ONE_EACH, 16, updates=1)[0][0][1]
+    same(moments(clipped), moments(free) * (1e-3 / (norm + 1e-6)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "freeze"])
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8, "fsdp": 1}])
+def test_eight_devices_equal_one(sizes, method):
+    alone = run(ONE_EACH, 16, method=method, accum=2 if sizes.get("tensor") else 1)[0]
+    mesh = make_mesh(**sizes)
+    shards = sizes.get("data", 1) * sizes.get("fsdp", 1)
+    accum = len(ONE_EACH) // shards
+    batch = lay_out(ONE_EACH, 16, accum)
+    params, mask = prepared(method)
+    axes = tree_shardings(logical_axes(CONFIG), abstract_params(CONFIG), mesh)
+    params = jax.device_put(params, axes if method == "full" else build.placement(params, mesh))
+    rows = lambda x: jax.sharding.NamedSharding(mesh, jax.P(None, ("data", "fsdp")) if x.ndim else jax.P())
+    batch = {key: jax.device_put(x, rows(x)) for key, x in batch.items()}
+    state, frozen, step = step_for(params, mask, batch, shards=shards)
+    like = build.abstract_state(state.trainable, make_optimizer(), mesh, float16=False)
+    where = build.shardings_of(like)
+    step = jax.jit(
+        step,
+        in_shardings=(where, build.shardings_of(frozen), build.shardings_of(batch), replicated(mesh)),
+        out_shardings=(where, replicated(mesh)),
+    )
+    state, losses = jax.device_put(state, where), []
+    for _ in range(2):
+        state, metrics = step(state, frozen, batch, jnp.float32(RATE))
+        losses.append((float(metrics.loss), float(metrics.grad_norm)))
+    same(losses, alone, rtol=5e-5)
+    if method == "full" and sizes.get("fsdp", 1) > 1:
+        kernel = state.trainable["layers"]["mlp"]["up_proj"]["kernel"]
+        assert kernel.addressable_shards[0].data.size < kernel.size
+
+
+@pytest.mark.parametrize("method", ["lora", "freeze"])
+def test_a_frozen_leaf_has_no_gradient_and_no_state_and_is_not_an_output(method):
+    batch = lay_out(ONE_EACH, 16)
+    params, mask = prepared(method)
+    state, frozen, step = step_for(params, mask, batch)
+    trained = sum(jax.tree.leaves(jax.tree.map(lambda x, m: x.size if m else 0, params, mask)))
+    assert sum(x.size for x in jax.tree.leaves(state.trainable)) == trained
+    moments = state.opt_state[0]
+    assert sum(x.size for x in jax.tree.leaves((moments.mu, moments.nu))) == 2 * trained
+    out, _ = jax.eval_shape(step, state, frozen, batch, RATE)
+    assert jax.tree.structure(out.trainable) == jax.tree.structure(state.trainable)
+    before = jax.tree.map(np.asarray, frozen)
+    jax.jit(step, donate_argnums=0)(state, frozen, batch, RATE)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == np.asarray(b)).all()), before, frozen)))
+
+
+def flops(method, layers):
+    """Of loss and gradients. Each layer is a stack of its own: what a scan runs is counted once, however often."""
+    config = replace(CONFIG, hidden_size=128, intermediate_size=512, head_dim=32, num_hidden_layers=layers, windows=())
+    params, _ = prepared("full", config)
+    params = cut_layers(params, range(layers))
+    if method == "lora":
+        params = tuning.lora.add(params, ("all",), rank=1)
+    trainable, frozen = tuning.partition(params, tuning.trainable_mask(params))
+    batch = {k: x[0] for k, x in lay_out([[e] for e in examples([16] * 64)], 16).items() if x.ndim}
+    loss_sum = make_loss_sum(CausalLM(config), label_capacity=64 * 16, batch_shards=1)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (trainable, frozen))
+    gradient = jax.jit(jax.grad(lambda t, f: loss_sum(t, f, batch, None)))
+    return gradient.lower(*shapes).compile().cost_analysis()["flops"]
+
+
+def test_lora_forms_no_gradient_of_a_frozen_kernel():
+    """A token costs a layer of N parameters 2N forward, 2N back to its input, 2N for its kernels: LoRA saves these."""
+    config = replace(CONFIG, hidden_size=128, intermediate_size=512, head_dim=32, num_hidden_layers=1, windows=())
+    N = sum(x.size for x in jax.tree.leaves(abstract_params(config)["layers"]) if x.ndim == 3)
+    of_a_layer = lambda method: (flops(method, 3) - flops(method, 2)) / (N * 64 * 16)
+    assert of_a_layer("full") == pytest.approx(6, abs=0.5)
+    assert of_a_layer("lora") == pytest.approx(4, abs=0.5)
+
+
+def test_a_second_step_of_a_shape_compiles_nothing_and_the_state_is_donated():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    params, mask = prepared("lora")
+    params = jax.device_put(params, build.placement(params, mesh))
+    trainable, frozen = tuning.partition(params, mask)
+    tx = make_optimizer()
+    state_like = build.abstract_state(trainable, tx, mesh, float16=False)
+    plan = type("Plan", (), {"label_capacity": staticmethod(lambda shape: 128)})
+    update = build.compile_steps(
+        CausalLM(CONFIG), tx, plan, frozen, state_like, mesh, max_grad_norm=1.0, dropout_key=None
+    )
+    state = jax.device_put(init_state(trainable, tx), build.shardings_of(state_like))
+    batch = jax.device_put(lay_out(ONE_EACH, 16), replicated(mesh))
+    state, _ = update(state, batch, RATE)
+    pointers = lambda s: {x.unsafe_buffer_pointer() for x in jax.tree.leaves((s.trainable, s.opt_state)) if x.ndim > 1}
+    before, old = pointers(state), state
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+    state, _ = update(state, batch, RATE)
+    jax.block_until_ready(state)
+    assert compiled == []
+    assert all(x.is_deleted() for x in jax.tree.leaves(old.trainable))
+    assert pointers(state) == before
+
+
+def test_dropout_follows_from_the_key_and_the_step():
+    params = tuning.lora.add(weights(CONFIG), ("q_proj",), rank=4, dropout=0.5)
+    mask = tuning.trainable_mask(params)
+    params = jax.tree.map(
+        lambda x, trains: jax.random.normal(jax.random.key(1), x.shape) if trains else x, params, mask
+    )
+    batch = lay_out(ONE_EACH, 16)
+
+    def two_steps(seed):
+        state, frozen, step = step_for(params, mask, batch, dropout_key=jax.random.key(seed))
+        step = jax.jit(step)
+
+        def losses():
+            first, one = step(state, frozen, batch, 0.0)
+            return [float(one.loss), float(step(first, frozen, batch, 0.0)[1].loss)]
+
+        return losses
+
+    losses, others = two_steps(0), two_steps(1)
+    assert losses() == losses()
+    assert losses()[0] != losses()[1]
+    assert losses() != others()
+
+
+def test_bfloat16_keeps_float32_weights_and_comes_close():
+    batch = lay_out(ONE_EACH, 16)
+    params, mask = prepared()
+    state, frozen, step = step_for(params, mask, batch, dtype=jnp.bfloat16)
+    state, metrics = jax.jit(step)(state, frozen, batch, RATE)
+    assert {x.dtype for x in jax.tree.leaves(state.trainable)} == {jnp.dtype(jnp.float32)}
+    same(float(metrics.loss), run(ONE_EACH, 16, updates=1)[0][0][0], rtol=1e-2)
+
+
+def test_float16_overflow_skips_the_update_and_halves_the_scale():
+    batch = lay_out(ONE_EACH, 16)
+    params, mask = prepared()
+    state, frozen, step = step_for(params, mask, batch, dtype=jnp.float16, float16=True)
+    good, metrics = jax.jit(step)(state, frozen, batch, RATE)
+    assert bool(metrics.finite)
+    same(float(metrics.grad_norm), run(ONE_EACH, 16, updates=1)[0][0][1], rtol=5e-2)
+    wild = state._replace(loss_scale=LossScale(jnp.float32(2.0**40), jnp.int32(5)))
+    after, metrics = jax.jit(step)(wild, frozen, batch, RATE)
+    assert not bool(metrics.finite)
+    assert float(after.loss_scale.scale) == 2.0**39
+    assert int(after.loss_scale.good_steps) == 0
+    unchanged = jax.tree.map(lambda a, b: bool((a == b).all()), wild.trainable, after.trainable)
+    assert all(jax.tree.leaves(unchanged))
+    assert int(good.loss_scale.good_steps) == 1
+
+
+def test_a_step_with_nothing_finite_changes_nothing():
+    batch = lay_out(ONE_EACH, 16)
+    params, mask = prepared()
+    params["norm"] = {"scale": params["norm"]["scale"].at[0].set(jnp.nan)}
+    state, frozen, step = step_for(params, mask, batch)
+    after, metrics = jax.jit(step)(state, frozen, batch, RATE)
+    assert not bool(metrics.finite)
+    kernel = lambda s: s.trainable["lm_head"]["kernel"]
+    assert bool((kernel(after) == kernel(state)).all())
