@@ -21,6 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage(argv[1] if len(argv) > 1 else None))
         return 0
+    if "--help" in argv[1:] or "-h" in argv[1:]:
+        print(usage())
+        return 0
     _set_up_logging()
     try:
         return _command(argv[0]).run(argv[1:])

@@ -16,8 +16,8 @@ from jtune.train.loop import Cadence, Progress
 
 log = logging.getLogger("jtune")
 
-# What training writes. A folder with one of these, and no checkpoint, holds a finished run or a model.
-_LEFT_BY_A_RUN = ("trainer_log.jsonl", "trainer_state.json", "adapter_config.json", "config.json", "all_results.json")
+# What a finished run leaves. Only a log, and no checkpoint: a run that was cut short before its first one.
+_FINISHED = ("trainer_state.json", "adapter_config.json", "config.json", "all_results.json")
 
 
 def resume_point(output_dir: Path, resume_from: str | bool | None, *, overwrite: bool, do_train: bool) -> Path | None:
@@ -58,7 +58,7 @@ def resume_point(output_dir: Path, resume_from: str | bool | None, *, overwrite:
     if found:
         log.info("resuming from %s (to start from the beginning: overwrite_output_dir=true)", found[-1])
         return found[-1]
-    left = [name for name in _LEFT_BY_A_RUN if (output_dir / name).exists()]
+    left = [name for name in _FINISHED if (output_dir / name).exists()]
     if left:
         raise ConfigError(
             f"output_dir: {output_dir} holds another run ({', '.join(left)}) and no checkpoint to resume from.\n"
