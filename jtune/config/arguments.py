@@ -62,6 +62,11 @@ class ModelArguments:
     export_dir: str | None = arg(None, "where `jtune export` writes the merged model")
     export_size: int = arg(5, "gigabytes in one weight file of the export", at_least(1))
 
+    @property
+    def hub(self) -> dict[str, Any]:
+        """What a download needs besides the id."""
+        return {"revision": self.model_revision, "cache_dir": self.cache_dir, "token": self.hf_hub_token}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataArguments:

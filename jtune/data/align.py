@@ -4,7 +4,8 @@
 
 `messages` alternates question (user or observation) and answer (assistant or function) and ends with an answer; in
 stage pt the first one is the text. A row that cannot be learned from keeps its place, with the reason in `fault`: it is
-counted and left out later, when the sets are mixed and split, as LLaMA-Factory does.
+counted and left out later, when the sets are mixed and split, as LLaMA-Factory does. Only a row that lacks a column is
+an error at once: more often than not the whole file is meant otherwise.
 """
 
 import json
@@ -16,6 +17,7 @@ import datasets
 import numpy as np
 
 from jtune.data.cache import fingerprint
+from jtune.data.load import place_of
 from jtune.data.registry import Columns, Entry, Tags
 from jtune.errors import DataError
 
@@ -32,6 +34,8 @@ ALIGNED = datasets.Features(
         "row": datasets.Value("int64"),  # in the file, from 0
     }
 )
+
+MISSING = "no "  # begins the fault of a row that lacks a column, or has null in it; the column's name follows
 
 Message = Mapping[str, str]
 
@@ -61,9 +65,12 @@ def align(
     Args:
       rows: the place in the file of each row of `table`, where some were picked.
       index: what to write into the column `dataset`.
+
+    Raises:
+      DataError: a row has nothing in a column that it must have.
     """
     args = {"entry": entry, "stage": stage, "index": index}
-    return table.map(
+    aligned = table.map(
         partial(_align_batch, rows=rows, **args),
         with_indices=True,
         batched=True,
@@ -74,6 +81,20 @@ def align(
         new_fingerprint=fingerprint(table, "align", args, rows),
         desc=f"Aligning {entry.name}",
     )
+    _refuse_missing(aligned, entry)
+    return aligned
+
+
+def _refuse_missing(aligned: datasets.Dataset, entry: Entry) -> None:
+    faults = np.array(aligned["fault"][:], dtype=object)
+    lacking = np.flatnonzero([fault.startswith(MISSING) for fault in faults])
+    if len(lacking):
+        column = faults[lacking[0]].removeprefix(MISSING)
+        others = f" ({len(lacking)} rows have none)" if len(lacking) > 1 else ""
+        raise DataError(
+            f"{place_of(entry, aligned[int(lacking[0])]['row'])}: nothing in column {column!r}{others}. Fill it in, "
+            "take the row out, or name the right column in dataset_info.json"
+        )
 
 
 def align_row(row: Mapping[str, Any], entry: Entry, stage: str = "sft") -> Conversation:
@@ -128,13 +149,16 @@ def _alpaca(row: Mapping[str, Any], entry: Entry, stage: str) -> tuple[list[dict
         if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
             raise FaultyRow(f"{columns.history} is not a list of [question, answer]")
         messages += [_message("user", turn[0], columns.history), _message("assistant", turn[1], columns.history)]
-    parts = [_text(row.get(column), column) for column in (columns.prompt, columns.query) if column]
+    asked = [column for column in (columns.prompt, columns.query) if column]
+    if all(row.get(column) is None for column in asked):
+        raise FaultyRow(f"{MISSING}{asked[0]}")
+    parts = [_text(row.get(column), column) for column in asked]
     messages.append({"role": "user", "content": "\n".join(filter(None, parts))})
     if stage == "pt":
         return messages, ""
     answer = row.get(columns.response)
     if answer is None:
-        raise FaultyRow(f"no {columns.response}")
+        raise FaultyRow(f"{MISSING}{columns.response}")
     return [*messages, _message("assistant", answer, columns.response)], ""
 
 
@@ -146,8 +170,10 @@ def _conversation(row: Mapping[str, Any], entry: Entry, stage: str) -> tuple[lis
     turns = row.get(column)
     if isinstance(turns, Mapping):  # a struct of lists, as older versions of `datasets` kept lists of structs
         turns = [dict(zip(turns, values)) for values in zip(*turns.values())]
+    if turns is None:
+        raise FaultyRow(f"{MISSING}{column}")
     if not turns:
-        raise FaultyRow(f"no {column}")
+        raise FaultyRow("an empty conversation")
     system = ""
     if tags.system_tag and turns[0].get(tags.role_tag) == tags.system_tag:
         system, turns = _text(turns[0].get(tags.content_tag), "the system message"), turns[1:]

@@ -83,7 +83,7 @@ class Encoded:
 
     @cached_property
     def first_labelled(self) -> np.ndarray:
-        """int32 `[n]`: 1 where the first token has a label, which nothing predicts; Hugging Face's Trainer counts it."""
+        """int32 `[n]`: 1 where the first token has a label; nothing predicts it, yet HF's Trainer counts it."""
         if self._labels is None:
             return (self.lengths > 0).astype(np.int32)
         return self._of_kept(self._labels.first_is_not(IGNORED))
@@ -307,8 +307,8 @@ def encode_documents(
     """Ids of the texts of aligned rows; every token is learned, so there is no column of labels.
 
     With `packing`, the texts of each batch of rows are joined by eos and cut every `cutoff_len` tokens, and what is
-    left at the end of a batch is dropped. Without, each text is cut to `cutoff_len`. With `neat_packing`, each text is a
-    row, or several.
+    left at the end of a batch is dropped. Without, each text is cut to `cutoff_len`. With `neat_packing`, each text is
+    a row, or several.
     """
     form = "documents" if neat_packing else "blocks" if packing else "truncated"
     args = {"cutoff_len": cutoff_len, "form": form, "eos": document_end(template), "batch_size": batch_size}

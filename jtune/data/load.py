@@ -39,6 +39,8 @@ def load_table(
     try:
         table = datasets.load_dataset(reader, **options)
     except Exception as error:
+        if "corresponds to no data" in str(error):
+            raise DataError(f"dataset {entry.name!r} ({entry.path}) has 0 rows") from error
         if entry.source == "file":
             _diagnose(files, entry)
         raise DataError(f"cannot read dataset {entry.name!r} ({entry.path}): {_deepest(error)}") from error

@@ -25,7 +25,7 @@ log = logging.getLogger("jtune")
 
 @dataclass(frozen=True)
 class Splits:
-    """Encoded sets. `eval`'s key "" is the unnamed validation set ("eval_loss"), others are names ("eval_name_loss")."""
+    """Encoded sets. `eval`'s key "" is the unnamed set ("eval_loss"), others are names ("eval_name_loss")."""
 
     train: Encoded | None
     eval: dict[str, Encoded]

@@ -44,9 +44,12 @@ def run(config: Any, rows: int = 3, as_json: bool = False, out: TextIO | None = 
     console = Console(file=out, highlight=False)
     for i in range(min(rows, len(encoded))):
         console.print(Text(f"row {i + 1} of {len(encoded)}: {encoded.lengths[i]} tokens", style="bold"))
-        console.print(marked(encoded[i], template.tokenizer))
+        console.print(marked(encoded[i], template.tokenizer, styled=console.is_terminal))
         console.print()
-    console.print(Text("trained on", style=TRAINED) + Text("  not trained on", style=GIVEN))
+    if console.is_terminal:
+        console.print(Text("trained on", style=TRAINED) + Text("  not trained on", style=GIVEN))
+    else:
+        console.print(Text(f"{BRACKETS[0]}trained on{BRACKETS[1]}  not trained on"))
     console.print(Text(statistics(config, encoded)))
     return 0
 
@@ -56,7 +59,7 @@ def encode_training_set(config: Any) -> tuple[Template, Encoded]:
     data, model = config.data, config.model
     template = get_template(
         data.template,
-        load_tokenizer(model),
+        load_tokenizer(model.model_name_or_path, split_special_tokens=model.split_special_tokens, **model.hub),
         tool_format=data.tool_format,
         default_system=data.default_system,
         enable_thinking=data.enable_thinking,
@@ -87,15 +90,19 @@ def json_rows(encoded: Encoded, rows: int) -> Iterator[str]:
 
 
 TRAINED, GIVEN = "bold green", "dim"
+BRACKETS = "\u27e6", "\u27e7"  # where there are no colours: rare in text, unlike plain brackets
 
 
-def marked(row: dict[str, np.ndarray], tokenizer: Any) -> Text:
+def marked(row: dict[str, np.ndarray], tokenizer: Any, *, styled: bool = True) -> Text:
     """The text of a row; tokens that are learned stand out. Several tokens may share a character: runs are decoded."""
     learned = row["labels"] != IGNORED
     learned[:1] = False  # nothing comes before the first token that could predict it
     text = Text()
     for is_learned, run in groupby(zip(learned.tolist(), row["input_ids"].tolist()), key=lambda pair: pair[0]):
-        text.append(tokenizer.decode([token for _, token in run]), style=TRAINED if is_learned else GIVEN)
+        words = tokenizer.decode([token for _, token in run])
+        if is_learned and not styled:
+            words = words.join(BRACKETS)
+        text.append(words, style=TRAINED if is_learned else GIVEN)
     return text
 
 
@@ -125,8 +132,8 @@ def statistics(config: Any, encoded: Encoded) -> str:
     )
     shapes = ", ".join("x".join(map(str, shape)) for shape in plan.shapes)
     lines.append(
-        f"on one device: {plan.updates_per_epoch} steps an epoch, {plan.max_steps} in all; batches [accum x batch x seq] "
-        f"{shapes}, {plan.padding_share:.1%} padding"
+        f"on one device: {plan.updates_per_epoch} steps an epoch, {plan.max_steps} in all; "
+        f"batches [accum x batch x seq] {shapes}, {plan.padding_share:.1%} padding"
     )
     return "\n".join(lines)
 

@@ -10,12 +10,15 @@ from jtune.errors import DataError
 log = logging.getLogger("jtune")
 
 
-def load_tokenizer(model_args: Any) -> Any:
-    """The tokenizer of `model_name_or_path`, a transformers tokenizer.
-
-    Args:
-      model_args: with LLaMA-Factory's names: model_name_or_path, and where set split_special_tokens, cache_dir,
-        model_revision, hf_hub_token.
+def load_tokenizer(
+    path: str,
+    *,
+    split_special_tokens: bool = False,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> Any:
+    """The transformers tokenizer of a model: of its folder, or of a hub id (`revision`, `cache_dir`, `token`).
 
     Raises:
       DataError: there is none, or it cannot be read.
@@ -23,21 +26,13 @@ def load_tokenizer(model_args: Any) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import
     from transformers.utils import cached_file
 
-    path = model_args.model_name_or_path
-    if path is None:
-        raise DataError("model_name_or_path is not set: it says where the tokenizer is")
-    hub = {
-        "cache_dir": getattr(model_args, "cache_dir", None),
-        "revision": getattr(model_args, "model_revision", None) or "main",
-        "token": getattr(model_args, "hf_hub_token", None),
-    }
-    split = getattr(model_args, "split_special_tokens", False)
+    path, hub = str(path), {"revision": revision or "main", "cache_dir": cache_dir, "token": token}
     try:
-        # tokenizer.json says all of what the tokenizer does. AutoTokenizer may prefer a class by the model's type, which
-        # puts its own pre-tokenizer in the place of the file's: other ids than the model was trained on.
+        # tokenizer.json says all of what the tokenizer does. AutoTokenizer may prefer a class by the model's type,
+        # whose own pre-tokenizer takes the place of the file's: other ids than the model was trained on.
         whole = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub)
         kind = PreTrainedTokenizerFast if whole is not None else AutoTokenizer
-        return kind.from_pretrained(path, split_special_tokens=split, padding_side="right", **hub)
+        return kind.from_pretrained(path, split_special_tokens=split_special_tokens, padding_side="right", **hub)
     except Exception as error:
         raise DataError(_unreadable(path, error)) from error
 
@@ -77,4 +72,5 @@ def _unreadable(path: str, error: Exception) -> str:
             return f"{path} holds no tokenizer (no tokenizer.json): copy the tokenizer files of the model there"
     elif folder.is_absolute() or path.startswith(".") or path.count("/") > 1:
         return f"model_name_or_path {path!r}: there is no such folder"
-    return f"cannot read the tokenizer of {path!r}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    return f"cannot read the tokenizer of {path!r}: {reason}"

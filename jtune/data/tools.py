@@ -2,8 +2,8 @@
 """How each family of models is told of its tools, and how it writes a call.
 
 `describe` is what follows the system message, `call` what stands in a function message. The words are those the models
-were trained on. LLaMA-Factory writes the calls of three formats in another way than it tells the model to; here they are
-as told: glm4_moe closes <tool_call>, minimax2 stands in <minimax:tool_call>, seed_oss closes <function=name>.
+were trained on. LLaMA-Factory writes the calls of three formats in another way than it tells the model to; here they
+are as told: glm4_moe closes <tool_call>, minimax2 stands in <minimax:tool_call>, seed_oss closes <function=name>.
 """
 
 import json

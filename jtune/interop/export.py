@@ -33,13 +33,12 @@ def run(config: Config) -> Path:
       DataError: what is wrong with the files.
     """
     args = config.model
-    hub = {"revision": args.model_revision, "cache_dir": args.cache_dir, "token": args.hf_hub_token}
-    base, out = hf.fetch(args.model_name_or_path or "", **hub), Path(args.export_dir or "")
+    base, out = hf.fetch(args.model_name_or_path or "", **args.hub), Path(args.export_dir or "")
     if out.resolve() == base.resolve():
         raise ConfigError(f"export_dir: {out} is the folder of the base itself: give another one")
     source = hf.read_config(base)
     decoder = decoder_config(source)
-    tokenizer = load_tokenizer(args)
+    tokenizer = load_tokenizer(str(base), split_special_tokens=args.split_special_tokens)
     if config.data.template is not None:
         get_template(config.data.template, tokenizer)  # gives the tokenizer the template's eos and pad tokens
 
@@ -49,7 +48,7 @@ def run(config: Config) -> Path:
     dtype = hf.stored_dtype(source) if args.infer_dtype == "auto" else jnp.dtype(args.infer_dtype)
     for path in args.adapter_name_or_path:
         log.info("merging adapter %s", path)
-        loaded, _ = peft.load_adapter(params, decoder, path, subfolder=args.adapter_folder, **hub)
+        loaded, _ = peft.load_adapter(params, decoder, path, subfolder=args.adapter_folder, **args.hub)
         params = tuning.lora.merge(loaded)
     hf.save_model(params, decoder, source, out, max_shard_bytes=args.export_size * 10**9, dtype=dtype)
     tokenizer.save_pretrained(out)

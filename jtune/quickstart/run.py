@@ -89,10 +89,8 @@ def _with_paths(yaml: str, folder: Path) -> str:
 
 def show_answers(model_folder: Path, questions: Path) -> None:
     """Print the first few questions of a file, the model's answers, and what was expected where they differ."""
-    from types import SimpleNamespace
-
     model, params = load_model(str(model_folder))
-    tokenizer = load_tokenizer(SimpleNamespace(model_name_or_path=str(model_folder)))
+    tokenizer = load_tokenizer(str(model_folder))
     template = get_template("chatml", tokenizer)
     answer = partial(_answer, jax.jit(model.apply), params, template)
     for line in questions.read_text().splitlines()[:SHOWN]:

@@ -92,7 +92,7 @@ def load_model(
     else:
         log.info("reading weights of %s", args.model_name_or_path)
         params = hf.load_params(folder, decoder, shardings=shardings)
-    read_adapter = partial(peft.load_adapter, subfolder=args.adapter_folder, **hub_options(args))
+    read_adapter = partial(peft.load_adapter, subfolder=args.adapter_folder, **args.hub)
     params, mask = tuning.prepare(
         params,
         finetuning,
@@ -111,12 +111,7 @@ def fetch_model(args: ModelArguments) -> Path:
     """The folder of `model_name_or_path`, downloaded if it is a hub id."""
     if args.model_name_or_path is None:
         raise ConfigError("model_name_or_path is not set: the folder of a Hugging Face model, or a hub id")
-    return hf.fetch(args.model_name_or_path, **hub_options(args))
-
-
-def hub_options(args: ModelArguments) -> dict[str, Any]:
-    """The options of `jtune.interop.hf.fetch`."""
-    return {"revision": args.model_revision, "cache_dir": args.cache_dir, "token": args.hf_hub_token}
+    return hf.fetch(args.model_name_or_path, **args.hub)
 
 
 def attention_backend(flash_attn: str) -> str:

@@ -61,7 +61,7 @@ def run(config: Config) -> dict[str, Any]:
     folder = build.fetch_model(config.model)
     source = hf.read_config(folder)
     decoder = decoder_config(source)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(str(folder), split_special_tokens=config.model.split_special_tokens)
     splits = load_data(config, tokenizer, decoder.vocab_size)
 
     # ------------------------------------------------------------------ model
