@@ -89,7 +89,7 @@ def _refuse_missing(aligned: datasets.Dataset, entry: Entry) -> None:
     faults = np.array(aligned["fault"][:], dtype=object)
     lacking = np.flatnonzero([fault.startswith(MISSING) for fault in faults])
     if len(lacking):
-        column = faults[lacking[0]].removeprefix(MISSING)
+        column = str(faults[lacking[0]]).removeprefix(MISSING)
         others = f" ({len(lacking)} rows have none)" if len(lacking) > 1 else ""
         raise DataError(
             f"{place_of(entry, aligned[int(lacking[0])]['row'])}: nothing in column {column!r}{others}. Fill it in, "
@@ -97,7 +97,7 @@ def _refuse_missing(aligned: datasets.Dataset, entry: Entry) -> None:
         )
 
 
-def align_row(row: Mapping[str, Any], entry: Entry, stage: str = "sft") -> Conversation:
+def align_row(row: Mapping[Any, Any], entry: Entry, stage: str = "sft") -> Conversation:
     """One row as a conversation.
 
     >>> align_row({"instruction": "Add.", "input": "1 1", "output": "2"}, Entry("a", "file", "a.json")).messages
@@ -141,7 +141,7 @@ def _align_batch(
 # ---------------------------------------------------------------------- alpaca
 
 
-def _alpaca(row: Mapping[str, Any], entry: Entry, stage: str) -> tuple[list[dict[str, str]], str]:
+def _alpaca(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[dict[str, str]], str]:
     columns: Columns = entry.columns
     messages = []
     history = row.get(columns.history) if columns.history else None
@@ -165,7 +165,7 @@ def _alpaca(row: Mapping[str, Any], entry: Entry, stage: str) -> tuple[list[dict
 # ---------------------------------------------------------------------- sharegpt, openai
 
 
-def _conversation(row: Mapping[str, Any], entry: Entry, stage: str) -> tuple[list[dict[str, str]], str]:
+def _conversation(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[dict[str, str]], str]:
     tags, column = entry.tags, entry.columns.messages
     turns = row.get(column)
     if isinstance(turns, Mapping):  # a struct of lists, as older versions of `datasets` kept lists of structs
@@ -186,12 +186,12 @@ def _conversation(row: Mapping[str, Any], entry: Entry, stage: str) -> tuple[lis
     return messages, system
 
 
-def _messages(turns: Sequence[Mapping[str, Any]], tags: Tags) -> list[dict[str, str]]:
+def _messages(turns: Sequence[Mapping[Any, Any]], tags: Tags) -> list[dict[str, str]]:
     roles = _roles(tags)
     return [_message(_role(turn, tags, roles), turn.get(tags.content_tag), "a message") for turn in turns]
 
 
-def _openai_messages(turns: Sequence[Mapping[str, Any]], tags: Tags) -> list[dict[str, str]]:
+def _openai_messages(turns: Sequence[Mapping[Any, Any]], tags: Tags) -> list[dict[str, str]]:
     """As `_messages`; `tool_calls` become a function message, and results of parallel calls one observation.
 
     Results after the last answer are left out: nobody answers them.
@@ -224,7 +224,7 @@ def _roles(tags: Tags) -> dict[str | None, str]:
     }
 
 
-def _role(turn: Mapping[str, Any], tags: Tags, roles: Mapping[str | None, str]) -> str:
+def _role(turn: Mapping[Any, Any], tags: Tags, roles: Mapping[str | None, str]) -> str:
     tag = turn.get(tags.role_tag)
     if tag is None or tag not in roles:
         raise FaultyRow(f"unknown role {tag!r} (known are {', '.join(filter(None, roles))})")

@@ -6,7 +6,7 @@ Arrays are `[accum, batch, seq]`; shard s of the batch axis owns rows s * batch/
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,9 +24,9 @@ PLANNED_ENTRIES = 2**20
 class Examples(Protocol):
     """What is needed of an encoded dataset (see encode.py)."""
 
-    lengths: np.ndarray  # int32 [n], tokens
-    labelled: np.ndarray  # int32 [n], t with labels[t + 1] != -100
-    first_labelled: np.ndarray  # int32 [n], 1 where labels[0] != -100
+    lengths: Any  # int32 array [n], tokens
+    labelled: Any  # int32 array [n], places t with labels[t + 1] != -100
+    first_labelled: Any  # int32 array [n], 1 where labels[0] != -100
 
     def __len__(self) -> int: ...
 
@@ -107,7 +107,7 @@ class BatchPlan:
             slots = place(*sizes, shape, self.shards)[0][0]
         arrays = fill(self.encoded, examples, slots, shape.accum * shape.batch, shape.seq)
         _check_capacity(arrays["loss_weights"], shape.accum * self.shards, self.capacities[shape], f"update {step}")
-        divisor = np.float32(self.divisor(step))
+        divisor = np.asarray(self.divisor(step), np.float32)
         return {key: x.reshape(shape) for key, x in arrays.items()} | {"divisor": divisor}
 
 

@@ -142,7 +142,7 @@ def _opening(form: ChatFormat, role: str, text: str, system: str, tools: str | N
     spoken = with_content(form.system, system)
     if not form.system_in_user:
         return prefix + spoken + _message(form, role, text)
-    return prefix + _message(form, role, "".join(spoken) + text if role == "user" else text)
+    return prefix + _message(form, role, "".join(map(str, spoken)) + text if role == "user" else text)
 
 
 def _message(form: ChatFormat, role: str, text: str) -> Pieces:

@@ -116,7 +116,7 @@ def _spoken(tokenizer: Any, pieces: Pieces) -> str:
 
 def _holds_answers(turns: Sequence[Turn]) -> bool:
     answers = [message["content"] for message in PROBE if message["role"] == "assistant"]
-    return all(answer in turn.response[0] for answer, turn in zip(answers, turns))
+    return all(answer in str(turn.response[0]) for answer, turn in zip(answers, turns))
 
 
 def _message(message: Mapping[str, str]) -> dict[str, Any]:

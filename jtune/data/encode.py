@@ -233,7 +233,8 @@ def encode_conversations(
     if train_on_prompt and template.efficient_eos:
         raise DataError(f"template {template.name!r} learns eos where a prompt begins: train_on_prompt is not for it")
     rules = {"cutoff_len": cutoff_len, "mask_history": mask_history, "train_on_prompt": train_on_prompt}
-    told_the_day = template.day if pc.any(pc.not_equal(_column(table, "tools"), "")).as_py() else None
+    tools = pc.call_function("not_equal", [_column(table, "tools"), pa.scalar("")])
+    told_the_day = template.day if pc.call_function("any", [tools]).as_py() else None
     return table.map(
         partial(_encode_batch, template=template, **rules),
         batched=True,
@@ -334,8 +335,8 @@ def _encode_texts(
     batch: Mapping[str, Sequence[Any]], *, tokenizer: Any, cutoff_len: int, form: str, eos: str
 ) -> dict[str, list[np.ndarray]]:
     texts = [messages[0]["content"] + eos for messages, fault in zip(batch["messages"], batch["fault"]) if not fault]
-    with_bos = bool(getattr(tokenizer, "add_bos_token", False)) and tokenizer.bos_token_id is not None
-    if with_bos and form != "blocks":
+    bos = tokenizer.bos_token_id if getattr(tokenizer, "add_bos_token", False) else None
+    if bos is not None and form != "blocks":
         texts = [tokenizer.bos_token + text for text in texts]
     documents = [np.array(ids, np.int32) for ids in token_ids(tokenizer, texts)]
     if form == "truncated":
@@ -344,8 +345,8 @@ def _encode_texts(
         return {"input_ids": [ids[i : i + cutoff_len] for ids in documents for i in range(0, len(ids), cutoff_len)]}
     joined = np.concatenate([np.zeros(0, np.int32), *documents])
     blocks = joined[: len(joined) // cutoff_len * cutoff_len].reshape(-1, cutoff_len)
-    if with_bos:
-        blocks[:, 0] = tokenizer.bos_token_id  # in the place of a token, as LLaMA-Factory does
+    if bos is not None:
+        blocks[:, 0] = bos  # in the place of a token, as LLaMA-Factory does
     return {"input_ids": list(blocks)}
 
 

@@ -58,7 +58,7 @@ def merge(
         list(tables),
         probabilities=list(probabilities) if probabilities else None,
         seed=seed,
-        stopping_strategy=STOPPING[strategy],
+        stopping_strategy=STOPPING[strategy],  # pyright: ignore[reportArgumentType]
     )
 
 

@@ -142,8 +142,8 @@ def histogram(lengths: np.ndarray) -> list[str]:
     """Rows by their length, a line for each bin.
 
     >>> print(*histogram(np.array([1, 2, 2, 9])), sep="\\n")
-      1-4       3 ████████████████████████████████████████
-      5-9       1 █████████████
+      1-5               3 ████████████████████████████████████████
+      6-9               1 █████████████
     """
     width = max(1, -(-int(lengths.max() - lengths.min() + 1) // min(BINS, len(set(lengths.tolist())) - 1 or 1)))
     first = int(lengths.min())

@@ -37,8 +37,8 @@ class SetReport:
 
     def sentence(self) -> str:
         """
-        >>> print(SetReport("train", 10, 9, 900, 300, 2, (Dropped("no turns", 1, ("a.json row 3",)),)).sentence())
-        train: 9 of 10 rows, 900 tokens, 33% of them trained on; 2 cut to cutoff_len; left out: 1 no turn (a.json row 3)
+        >>> print(SetReport("train", 10, 9, 900, 300, 2, (Dropped("no turns", 1, ("row 3",)),)).sentence())
+        train: 9 of 10 rows, 900 tokens, 33% of them trained on; 2 cut to cutoff_len; left out: 1 no turns (row 3)
         """
         share = f", {self.trained / self.tokens:.0%} of them trained on" if self.tokens and not self.joined else ""
         blocks = f" in {self.encoded} blocks" if self.joined else ""

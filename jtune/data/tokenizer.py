@@ -24,7 +24,7 @@ def load_tokenizer(
       DataError: there is none, or it cannot be read.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path, hub = str(path), {"revision": revision or "main", "cache_dir": cache_dir, "token": token}
     try:

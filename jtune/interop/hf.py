@@ -169,7 +169,7 @@ def _read_leaf(stored: Mapping[str, Any], parts: list[Tensor], shape: tuple[int,
     by_index = {part.index: part for part in parts}
     done: dict[Any, np.ndarray] = {}  # replicas ask for the same part again
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         key = tuple(s.indices(n)[:2] for s, n in zip(index, shape))
         if key not in done:
             done.clear()

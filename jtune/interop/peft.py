@@ -216,8 +216,9 @@ def _read_module(adapter: Adapter, keys: Keys, config: DecoderConfig, layer: int
 
 def _read_experts(adapter: Adapter, keys: Keys, config: DecoderConfig, layer: int | None) -> Pair | None:
     """Adapters of one projection of all experts, `[experts, in, rank]` and `[experts, rank, out]`."""
-    modules = [_read_module(adapter, keys, config, layer, expert) for expert in range(config.num_experts)]
-    if all(modules):
+    found = (_read_module(adapter, keys, config, layer, expert) for expert in range(config.num_experts))
+    modules = [pair for pair in found if pair is not None]
+    if len(modules) == config.num_experts:
         scale = modules[0].scale
         return Pair(
             np.stack([m.a for m in modules]), np.stack([m.b * np.float32(m.scale / scale) for m in modules]), scale
@@ -329,8 +330,8 @@ def _join_experts(params: PyTree) -> Iterator[tuple[str, tuple[int, float], dict
     mlp = params["layers"].get("mlp", {})
     if "experts" not in mlp:
         return
-    node = lambda name: (lambda k: k if is_node(k) else None)(mlp["experts"][name]["kernel"])
-    gate, up, down = node("gate_proj"), node("up_proj"), node("down_proj")
+    nodes = {name: leaf["kernel"] for name, leaf in mlp["experts"].items() if is_node(leaf["kernel"])}
+    gate, up, down = (nodes.get(name) for name in ("gate_proj", "up_proj", "down_proj"))
     block = "model.layers.{}.mlp.experts"
 
     def files(a: np.ndarray, b: np.ndarray, module: str) -> dict[str, np.ndarray]:
@@ -342,17 +343,17 @@ def _join_experts(params: PyTree) -> Iterator[tuple[str, tuple[int, float], dict
             found[f"{module.format(layer)}.lora_B.weight"] = b[layer].transpose(2, 1, 0).reshape(-1, rank * E)
         return found
 
-    if gate is not None or up is not None:
-        scale = (gate or up).scale
-        parts = [node for node in (gate, up) if node is not None]
+    parts = [node for node in (gate, up) if node is not None]
+    if parts:
+        scale = parts[0].scale
         rank = sum(node.a.shape[-1] for node in parts)
         a = np.concatenate([np.asarray(node.a, np.float32) for node in parts], axis=-1)
-        L, E, _, M = (gate or up).b.shape
+        L, E, _, M = parts[0].b.shape
         b, row = np.zeros((L, E, rank, 2 * M), np.float32), 0
-        for node_, column in ((gate, 0), (up, M)):
-            if node_ is not None:
-                r = node_.a.shape[-1]
-                b[:, :, row : row + r, column : column + M] = np.asarray(node_.b) * np.float32(node_.scale / scale)
+        for node, column in ((gate, 0), (up, M)):
+            if node is not None:
+                r = node.a.shape[-1]
+                b[:, :, row : row + r, column : column + M] = np.asarray(node.b) * np.float32(node.scale / scale)
                 row += r
         yield "gate_up_proj", (rank, scale), files(a, b, block + ".base_layer" if down is not None else block)
     if down is not None:

@@ -191,7 +191,7 @@ class CausalLM(nn.Module):
         """Run `stack` over `x`, `period` layers in each turn of the loop: compiled code does not grow with depth."""
         c = self.config
 
-        def turn(x, turn_and_params):
+        def turn(x: Any, turn_and_params: Any) -> Any:
             index, params = turn_and_params
             for i in range(period):
                 layer = DecoderLayer(c, c.windows[first + i], self.attention, parent=None)

@@ -156,7 +156,7 @@ def compile_steps(
     compiled: dict[tuple[int, ...], Any] = {}
     everywhere = replicated(mesh)
 
-    def compile_for(shape: tuple[int, ...], batch: Mapping[str, jax.Array]):
+    def compile_for(shape: tuple[int, int, int], batch: Mapping[str, jax.Array]):
         log.info("compiling the step for [accum, batch, seq] = %s", list(shape))
         loss_sum = make_loss_sum(module, label_capacity=plan.label_capacity(shape), batch_shards=batch_shards(mesh))
         step = jax.jit(
@@ -169,7 +169,8 @@ def compile_steps(
         return step.lower(state_like, frozen, batch, rate).compile()
 
     def update(state: TrainState, batch: Mapping[str, jax.Array], learning_rate: float):
-        shape = batch["input_ids"].shape
+        accum, rows, seq = batch["input_ids"].shape
+        shape = accum, rows, seq
         if shape not in compiled:
             compiled[shape] = compile_for(shape, batch)
         return compiled[shape](state, frozen, batch, jax.device_put(jnp.float32(learning_rate), everywhere))

@@ -7,7 +7,7 @@ Shape suffixes as in `jtune.train.loss`; E example slots of a batch.
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,9 @@ from jtune.train.step import Batch
 class ExampleSums(NamedTuple):
     """Float32 `[examples]`: sum of token losses, tokens that count, tokens whose first choice is right."""
 
-    nll: np.ndarray | jax.Array
-    tokens: np.ndarray | jax.Array
-    correct: np.ndarray | jax.Array
+    nll: Any
+    tokens: Any
+    correct: Any
 
 
 def make_eval_step(model: CausalLM, *, label_capacity: int, batch_shards: int, slots: int):
@@ -47,7 +47,7 @@ def make_eval_step(model: CausalLM, *, label_capacity: int, batch_shards: int, s
 
         def body(_, xs):
             x, pairs, w = xs
-            logits = model.apply({"params": head_params}, x, method="head")
+            logits: Any = model.apply({"params": head_params}, x, method="head")
             target = pairs[..., 0]
             return None, (token_nll(logits, target) * w, (jnp.argmax(logits, -1) == target) * w)
 

@@ -164,7 +164,7 @@ def run_loop(
     def read(entry) -> set[Ask]:
         """Take the metrics of a dispatched update to the host, and log if that was due."""
         step, rate, tokens, on_device, log_due = entry
-        metrics = Metrics(*(x.item() for x in jax.device_get(on_device)))
+        metrics: Any = Metrics(*(x.item() for x in jax.device_get(on_device)))
         if metrics.finite:
             progress.bad_steps = 0
             progress.total_loss += metrics.loss

@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def tensorboard(log_dir: Path) -> Subscriber:
     return subscriber
 
 
-def _describe(record: dict[str, Any]) -> str:
+def _describe(record: Mapping[str, Any]) -> str:
     shown = {
         "loss": "loss {:.4f}",
         "eval_loss": "eval loss {:.4f}",

@@ -143,18 +143,23 @@ def run(config: Config) -> dict[str, Any]:
         "frozen weights": build.tree_fingerprint(frozen),
     }
     progress = Progress()
+    state: TrainState
     if checkpoint is None:
         shardings = build.shardings_of(state_like)
-        state = jax.jit(lambda t: init_state(t, tx, float16=float16), out_shardings=shardings)(trainable)
+        start = jax.jit(lambda t: init_state(t, tx, float16=float16), out_shardings=shardings, donate_argnums=0)
+        state = start(trainable)
     else:
         check_same_run(checkpoint, read_meta(checkpoint)["identity"], identity)
         if isinstance(training.resume_from_checkpoint, str):
             state = restore(checkpoint, state_like)
         else:
-            checkpoint, state = restore_newest(output_dir, state_like)
+            newest = restore_newest(output_dir, state_like)
+            assert newest is not None, "checkpoints were found"
+            checkpoint, state = newest
         progress = Progress(**read_meta(checkpoint)["progress"])
         log.info("resumed from %s: %d of %d updates are done", checkpoint, progress.step, plan.max_steps)
-    del trainable
+    mask = model.mask
+    del trainable, model  # nothing else may keep the first parameters alive
 
     # ------------------------------------------------------------------ train
     cadence = build.make_cadence(training, plan)
@@ -162,7 +167,7 @@ def run(config: Config) -> dict[str, Any]:
     saver = Checkpointer(output_dir, keep=training.save_total_limit)
     write = partial(
         save_model,
-        mask=model.mask,
+        mask=mask,
         config=config,
         decoder=decoder,
         source=source,

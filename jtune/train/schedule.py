@@ -75,7 +75,7 @@ def _inverse_sqrt(step, *, warmup, total, peak, timescale=None):
 def _floor(factor: float, peak: float, min_lr: float | None, min_lr_rate: float | None) -> float:
     if (min_lr is None) == (min_lr_rate is None):
         raise ConfigError("this schedule needs exactly one of min_lr or min_lr_rate in lr_scheduler_kwargs")
-    rate = min_lr / peak if min_lr is not None else min_lr_rate
+    rate = min_lr / peak if min_lr is not None else min_lr_rate or 0.0
     return max(0.0, factor * (1 - rate) + rate)
 
 

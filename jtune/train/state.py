@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jtune.sharding import replicated
 from jtune.train.optimizer import init_optimizer
@@ -41,7 +41,7 @@ def state_shardings(
       abstract: `jax.eval_shape` of `init_state`.
       trainable_shardings: tree of shardings like `abstract.trainable`.
     """
-    everywhere: NamedSharding = replicated(mesh)
+    everywhere: Any = replicated(mesh)
     opt = optax.tree_utils.tree_map_params(
         tx, lambda _, s: s, abstract.opt_state, trainable_shardings, transform_non_params=lambda _: everywhere
     )

@@ -4,7 +4,7 @@ Shape suffixes: A microbatches (accumulation), B batch, T tokens in a row.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ class Metrics(NamedTuple):
     finite: jax.Array  # bool; False: the update was skipped
 
 
-LossSum = Callable[..., jax.Array]
+LossSum = Callable[..., Any]
 
 
 def make_loss_sum(model: CausalLM, *, label_capacity: int, batch_shards: int) -> LossSum:
@@ -75,7 +75,7 @@ def make_train_step(
         divisor = jnp.maximum(batch["divisor"], 1.0)
         # float16 scales the mean loss, as is usual, so that the scale means the same for every batch size.
         scale = 1.0 if state.loss_scale is None else state.loss_scale.scale / divisor
-        rows = {key: x for key, x in batch.items() if key != "divisor"}
+        rows: dict[str, Any] = {key: x for key, x in batch.items() if key != "divisor"}
 
         def microbatch(index):
             key = None

@@ -23,8 +23,8 @@ def cut_layers(params: PyTree, at: Sequence[int]) -> PyTree:
     stack = params["layers"]
     count = jax.tree.leaves(stack)[0].shape[0]
     ends = [0, *sorted({i for i in at if 0 < i < count}), count]
-    parts = tuple(jax.tree.map(itemgetter(slice(a, b)), stack) for a, b in pairwise(ends))
-    return {**params, "layers": parts if len(parts) > 1 else parts[0]}
+    parts = [jax.tree.map(itemgetter(slice(a, b)), stack) for a, b in pairwise(ends)]
+    return {**params, "layers": tuple(parts) if len(parts) > 1 else stack}
 
 
 def freeze(params: PyTree, layers: int, modules: Sequence[str], extra: Sequence[str]) -> tuple[PyTree, PyTree]:
