@@ -4,8 +4,6 @@ from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
-from rich.console import Console
-from rich.table import Table
 
 from jtune.tuning import trainable_mask
 
@@ -22,9 +20,7 @@ def show(tree: Any, mask: Any = None) -> None:
     """
     mask = trainable_mask(tree) if mask is None else mask
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    table = Table("parameter", "shape", "dtype", "bytes", "sharding", "trains", box=None, header_style="bold")
-    for column in (3,):
-        table.columns[column].justify = "right"
+    rows = [("parameter", "shape", "dtype", "bytes", "sharding", "trains")]
     totals = {True: [0, 0], False: [0, 0]}  # trains -> parameters, bytes
     for (path, leaf), trains in zip(leaves, jax.tree.leaves(mask), strict=True):
         size = leaf.size * leaf.dtype.itemsize
@@ -32,12 +28,13 @@ def show(tree: Any, mask: Any = None) -> None:
         totals[trains][1] += size
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         shape = "x".join(map(str, leaf.shape)) or "scalar"
-        table.add_row(name, shape, leaf.dtype.name, human(size), placement(leaf), "yes" if trains else "")
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
+        rows.append((name, shape, leaf.dtype.name, human(size), placement(leaf), "yes" if trains else ""))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:  # whole names, however narrow the terminal: they are what is typed next
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     (trained, trained_bytes), (frozen, frozen_bytes) = totals[True], totals[False]
     total = trained + frozen
-    console.print(
+    print(
         f"{total:,} parameters, {human(trained_bytes + frozen_bytes)}; {trained:,} of them train "
         f"({trained / max(1, total):.2%}, {human(trained_bytes)})"
     )

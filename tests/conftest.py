@@ -20,3 +20,19 @@ def reference() -> Path:
     if not REFERENCE.is_dir():
         pytest.skip("the recorded reference runs are not on this machine")
     return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """`checkpoint(family)`: the folder of a tiny checkpoint that transformers wrote, made once."""
+    pytest.importorskip("torch")
+    import tiny
+
+    made: dict[str, Path] = {}
+
+    def of(family: str) -> Path:
+        if family not in made:
+            made[family] = tiny.write(tmp_path_factory.mktemp("checkpoints") / family, family)
+        return made[family]
+
+    return of

@@ -105,9 +105,7 @@ def load_adapter(
 
     def place(key_path: Any, leaf: jax.Array) -> Any:
         keys = tuple(key.key for key in key_path)
-        whole = _read_whole(adapter, keys, leaf, config)
-        if whole is not None:
-            return whole
+        leaf = _read_whole(adapter, keys, leaf, config)
         pair = _read_pair(adapter, keys, config) if keys[-1] == "kernel" else None
         if pair is None:
             return leaf
@@ -153,11 +151,14 @@ def _open(folder: Path) -> Adapter:
     return Adapter(folder, options, stored, set())
 
 
-def _read_whole(adapter: Adapter, keys: Keys, leaf: jax.Array, config: DecoderConfig) -> jax.Array | None:
-    """The leaf as the adapter holds it, if it does."""
+def _read_whole(adapter: Adapter, keys: Keys, leaf: jax.Array, config: DecoderConfig) -> jax.Array:
+    """The leaf as the adapter holds it, if it does: modules saved whole, and the base of an adapted head."""
     parts = list(tensors(keys, config))
+    if keys[0] == "lm_head":
+        based = [part._replace(name=part.name.replace(".weight", ".base_layer.weight")) for part in parts]
+        parts = based if all(part.name in adapter.stored for part in based) else parts
     if not all(part.name in adapter.stored for part in parts):
-        return None
+        return leaf
     out = np.empty(leaf.shape, leaf.dtype)
     for part in parts:
         x = adapter.stored[part.name]
