@@ -125,11 +125,12 @@ def plan_batches(
     num_epochs: float,
     max_steps: int = -1,
     drop_last: bool = False,
+    windows: np.ndarray | None = None,
 ) -> BatchPlan:
     """Plan all updates of a run.
 
-    With `packing`, rows of `cutoff_len` tokens are made once, in the order of the dataset, and are what is then
-    shuffled and counted: `per_device_batch_size` rows on each shard. The blocks of stage pt, `cutoff_len` long, are
+    With `packing`, rows of `cutoff_len` tokens are made once, and are what is then shuffled and counted:
+    `per_device_batch_size` rows on each shard. The blocks of stage pt, `cutoff_len` long, are
     such rows as they are. Without, an update holds the examples that LLaMA-Factory's would, laid out in at most four
     shapes. A microbatch never has more tokens on a shard than `per_device_batch_size` rows of the longest example.
 
@@ -140,13 +141,14 @@ def plan_batches(
       stage: "sft" or "pt".
       seed: of the order (`data_seed`, or else `seed`).
       num_epochs, max_steps: the Trainer's; `max_steps` wins when it is positive.
+      windows: of `pack`.
 
     Raises:
       DataError: nothing to train on, or an example that does not fit into a row.
     """
     if stage not in ("sft", "pt"):
         raise ValueError(f"stage {stage!r} has no single sequence per example: expected 'sft' or 'pt'")
-    packs = pack(encoded.lengths, cutoff_len) if packing else None
+    packs = pack(encoded.lengths, _filled(encoded, cutoff_len), windows) if packing else None
     epochs = plan_epochs(
         len(encoded) if packs is None else len(packs),
         batch=per_device_batch_size * batch_shards,
@@ -201,6 +203,11 @@ def _plan_layouts(encoded: Examples, epochs: Epochs, tables: list[np.ndarray], p
         mine = (t[which] for t, which in zip(tables, np.split(shape_of == i, ends)) if which.any())
         peaks.append(max(int(place(lengths[t], labelled[t], shapes[i], shards)[1].max()) for t in mine))
     return shapes, shape_of, peaks, slots
+
+
+def _filled(encoded: Examples, cutoff_len: int) -> int:
+    """Tokens that a packed row takes. LLaMA-Factory cuts examples to `cutoff_len - 1`; the last place stays empty."""
+    return max(cutoff_len - 1, int(encoded.lengths.max()))
 
 
 def _capacity(peak: int, tokens: int) -> int:
@@ -304,13 +311,20 @@ class EvalPlan:
           losses, counts: float `[n]`, sum of the token losses of each example and number of its targets.
         """
         groups = len(self.group_weights)
+        counts = counts + self.encoded.first_labelled  # as in training (see BatchPlan.divisor)
         losses, counts = (np.bincount(self.group_of, x, groups) for x in (losses, counts))
         weights = np.where(counts > 0, self.group_weights, 0)
         return float((weights * losses / np.maximum(counts, 1)).sum() / max(weights.sum(), 1))
 
 
 def eval_batches(
-    encoded: Examples, *, per_device_batch_size: int, batch_shards: int, packing: bool = False, cutoff_len: int
+    encoded: Examples,
+    *,
+    per_device_batch_size: int,
+    batch_shards: int,
+    packing: bool = False,
+    cutoff_len: int,
+    windows: np.ndarray | None = None,
 ) -> EvalPlan:
     """Plan an evaluation: all examples, once, packed into rows; `per_device_batch_size` rows on each shard.
 
@@ -324,7 +338,7 @@ def eval_batches(
     if len(encoded) == 0:
         raise DataError("no evaluation examples are left: see the data report for what was skipped, and why")
     seq = cutoff_len if packing else rung(int(encoded.lengths.max()))
-    packs = pack(encoded.lengths, seq)
+    packs = pack(encoded.lengths, _filled(encoded, cutoff_len) if packing else seq, windows)
     per_device = min(per_device_batch_size, -(-len(packs) // batch_shards))
     batch = per_device * batch_shards
 

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from jtune.data.align import FaultyRow
 from jtune.data.cache import fingerprint
 from jtune.data.chat_format import Pieces, Turn
+from jtune.data.pack import preprocessing_batches
 from jtune.data.templates import Template, token_ids, tokenise
 from jtune.errors import DataError
 
@@ -87,6 +88,10 @@ class Encoded:
         if self._labels is None:
             return (self.lengths > 0).astype(np.int32)
         return self._of_kept(self._labels.first_is_not(IGNORED))
+
+    def preprocessing_batches(self, batch_size: int, processes: int | None) -> np.ndarray:
+        """Which batch of rows each example was encoded in, int64 `[n]` (see jtune.data.pack)."""
+        return self._of_kept(preprocessing_batches(len(self.table), batch_size, processes))
 
     def _of_kept(self, per_row: np.ndarray) -> np.ndarray:
         return per_row if self.kept is None else per_row[self.kept]

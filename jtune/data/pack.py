@@ -1,19 +1,19 @@
-"""Best-fit-decreasing packing of examples into rows of a fixed length, by their lengths alone.
+"""Packing of examples into rows of a fixed length, by their lengths alone.
 
-Two forms of the same rule (longest first, each into the fullest row that still takes it; a new row when none does):
-`pack` solves one large problem, a window of the dataset, once for a run; `best_fit_many` solves thousands of small ones
-side by side, one for each update.
+`pack` makes the rows of a packed run once, as LLaMA-Factory does. `best_fit_many` lays out the examples of thousands of
+updates side by side: longest first, each into the fullest row that still takes it.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from jtune.errors import DataError
 
-# Examples that are packed together. Best fit leaves well below 1% of the rows empty with far fewer; a window keeps time
-# and memory flat, and the rows near their place in the dataset.
-WINDOW = 50_000
+# Examples that are packed together: LLaMA-Factory's preprocessing_batch_size.
+WINDOW = 1000
 
 # Entries of the table of free space that best_fit_many works on at a time: they stay in a core's cache.
 CACHED_ENTRIES = 2**17
@@ -21,7 +21,7 @@ CACHED_ENTRIES = 2**17
 
 @dataclass(frozen=True, eq=False)
 class Packs:
-    """Examples grouped in rows: row r holds `examples[starts[r] : starts[r + 1]]`, in the order of the dataset."""
+    """Examples grouped in rows: row r holds `examples[starts[r] : starts[r + 1]]`."""
 
     examples: np.ndarray  # int32 [n]
     starts: np.ndarray  # int64 [rows + 1]
@@ -44,14 +44,17 @@ class Packs:
         return np.concatenate(examples) if examples else self.examples[:0], np.repeat(np.arange(len(rows)), sizes)
 
 
-def pack(lengths: np.ndarray, row_length: int, window: int = WINDOW) -> Packs:
-    """Group examples into rows of at most `row_length` tokens.
+def pack(lengths: np.ndarray, row_length: int, windows: np.ndarray | None = None) -> Packs:
+    """Group examples into rows of at most `row_length` tokens: each row takes the longest example that still fits.
 
-    Each window of the dataset is packed on its own; rows are ordered by their first example, so that rows in order are
-    nearly the dataset in order. An example as long as the row has it alone.
+    This is how LLaMA-Factory packs: the same examples share a row, in the same order of rows.
 
     >>> [row.tolist() for row in pack(np.array([2, 4, 6, 2, 8]), 14)]
-    [[0, 1, 3], [2, 4]]
+    [[4, 2], [1, 3, 0]]
+
+    Args:
+      windows: int `[n]`, not falling; examples of different windows do not share a row (see `preprocessing_batches`).
+        Default: windows of 1000 examples.
 
     Raises:
       DataError: an example is longer than a row.
@@ -62,44 +65,33 @@ def pack(lengths: np.ndarray, row_length: int, window: int = WINDOW) -> Packs:
     if lengths.max() > row_length:
         worst = int(lengths.argmax())
         raise DataError(f"example {worst} has {lengths[worst]} tokens and cannot be packed into rows of {row_length}")
-    rows = np.empty(len(lengths), np.int64)
-    used = 0
-    for part in np.array_split(np.arange(len(lengths)), -(-len(lengths) // window)):
-        _, first, row = np.unique(_best_fit(lengths[part], row_length), return_index=True, return_inverse=True)
-        rank = np.empty(len(first), np.int64)
-        rank[np.argsort(first)] = np.arange(len(first))
-        rows[part] = used + rank[row]
-        used += len(first)
-    starts = np.concatenate([[0], np.cumsum(np.bincount(rows))])
-    return Packs(np.argsort(rows, kind="stable").astype(np.int32), starts)
+    if windows is None:
+        windows = np.arange(len(lengths)) // WINDOW
+    examples: list[int] = []
+    starts = [0]
+    begins = np.flatnonzero(np.diff(windows, prepend=-1)).tolist()
+    for begin, end in pairwise([*begins, len(lengths)]):
+        order = np.argsort(lengths[begin:end], kind="stable")  # of equal lengths, the last one is taken first
+        waiting, sizes = (order + begin).tolist(), lengths[begin:end][order].tolist()
+        while sizes:
+            free = row_length
+            while sizes and (fitting := bisect_right(sizes, free)):
+                free -= sizes.pop(fitting - 1)
+                examples.append(waiting.pop(fitting - 1))
+            starts.append(len(examples))
+    return Packs(np.array(examples, np.int32), np.array(starts, np.int64))
 
 
-def _best_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
-    """The row of each example, int64 `[n]`. A million examples take about a second."""
-    # Rows are kept by their free space; bit f of `frees` tells whether there is a row with f tokens free, so that the
-    # fullest row with enough space is the lowest bit from `length` on.
-    rows_with = [[] for _ in range(row_length + 1)]
-    frees = 0
-    opened = 0
-    order = np.argsort(-lengths, kind="stable")
-    placed = []
-    for length in lengths[order].tolist():
-        fitting = frees >> length
-        if fitting:
-            free = (fitting & -fitting).bit_length() - 1 + length
-            row = rows_with[free].pop()
-            if not rows_with[free]:
-                frees ^= 1 << free
-        else:
-            free, row = row_length, opened
-            opened += 1
-        placed.append(row)
-        if not rows_with[free - length]:
-            frees |= 1 << (free - length)
-        rows_with[free - length].append(row)
-    rows = np.empty(len(lengths), np.int64)
-    rows[order] = placed
-    return rows
+def preprocessing_batches(rows: int, batch_size: int, processes: int | None) -> np.ndarray:
+    """The batch in which LLaMA-Factory would encode, and pack, each of so many rows: int64 `[rows]`.
+
+    Each process takes an equal run of rows, the first ones one more where it does not divide, in batches of its own.
+    """
+    processes = max(1, min(processes or 1, rows))
+    parts = np.array_split(np.arange(rows), processes)
+    sizes = [np.arange(len(part)) // batch_size for part in parts]
+    firsts = np.cumsum([0, *(batches[-1] + 1 if len(batches) else 0 for batches in sizes)])
+    return np.concatenate([batches + first for batches, first in zip(sizes, firsts)])
 
 
 def best_fit_many(lengths_UN: np.ndarray, row_length: int) -> np.ndarray:

@@ -129,6 +129,7 @@ def statistics(config: Any, encoded: Encoded) -> str:
         shuffle=not config.finetuning.disable_shuffling,
         num_epochs=training.num_train_epochs,
         max_steps=training.max_steps,
+        windows=encoded.preprocessing_batches(data.preprocessing_batch_size, data.preprocessing_num_workers),
     )
     shapes = ", ".join("x".join(map(str, shape)) for shape in plan.shapes)
     lines.append(

@@ -13,7 +13,7 @@ import xxhash
 from jax.sharding import Mesh, NamedSharding
 
 from jtune import tuning
-from jtune.config import FinetuningArguments, ModelArguments, TrainingArguments
+from jtune.config import DataArguments, FinetuningArguments, ModelArguments, TrainingArguments
 from jtune.data import BatchPlan, Encoded, EvalPlan, eval_batches
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft
@@ -243,7 +243,7 @@ def make_evaluation(
     *,
     per_device_batch_size: int,
     packing: bool,
-    cutoff_len: int,
+    data: DataArguments,
     accuracy: bool,
 ) -> Callable[[Any], dict[str, float]]:
     """`measure(params)`: the metrics of every evaluation set, under `eval_` or `eval_<name>_`."""
@@ -256,7 +256,8 @@ def make_evaluation(
             per_device_batch_size=per_device_batch_size,
             batch_shards=shards,
             packing=packing,
-            cutoff_len=cutoff_len,
+            cutoff_len=data.cutoff_len,
+            windows=encoded.preprocessing_batches(data.preprocessing_batch_size, data.preprocessing_num_workers),
         )
         step = make_eval_step(module, label_capacity=plan.label_capacity, batch_shards=shards, slots=plan.slots)
         return plan, jax.jit(step, out_shardings=everywhere)

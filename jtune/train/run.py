@@ -79,7 +79,7 @@ def run(config: Config) -> dict[str, Any]:
         mesh,
         per_device_batch_size=training.per_device_eval_batch_size,
         packing=rows_are_packed(config),
-        cutoff_len=config.data.cutoff_len,
+        data=config.data,
         accuracy=finetuning.compute_accuracy,
     )
     if not training.do_train:
@@ -103,6 +103,9 @@ def run(config: Config) -> dict[str, Any]:
         num_epochs=training.num_train_epochs,
         max_steps=training.max_steps,
         drop_last=training.dataloader_drop_last,
+        windows=splits.train.preprocessing_batches(
+            config.data.preprocessing_batch_size, config.data.preprocessing_num_workers
+        ),
     )
     warmup = warmup_updates(plan.max_steps, training.warmup_steps, training.warmup_ratio)
     schedule = make_schedule(

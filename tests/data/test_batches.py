@@ -173,7 +173,7 @@ def test_pretraining_blocks_are_one_segment_each():
     encoded = Examples(np.full(12, 64), train_on_all=True)
     batches = plan(encoded, stage="pt", packing=True, cutoff_len=64, shuffle=False)
     arrays = batches.update(1)
-    assert batches.examples(1).tolist() == [4, 5, 6, 7]
+    assert sorted(batches.examples(1)) == [4, 5, 6, 7]
     assert (arrays["segment_ids"] == 1).all()
     assert arrays["loss_weights"].sum() == 4 * 63
     assert batches.padding_share == 0
