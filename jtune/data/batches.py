@@ -207,7 +207,7 @@ def _plan_layouts(encoded: Examples, epochs: Epochs, tables: list[np.ndarray], p
 
 def _filled(encoded: Examples, cutoff_len: int) -> int:
     """Tokens that a packed row takes. LLaMA-Factory cuts examples to `cutoff_len - 1`; the last place stays empty."""
-    return max(cutoff_len - 1, int(encoded.lengths.max()))
+    return cutoff_len if encoded.lengths.max() >= cutoff_len else cutoff_len - 1
 
 
 def _capacity(peak: int, tokens: int) -> int:

@@ -28,7 +28,7 @@ from jtune.data.chat_format import CONTENT, EOS, ChatFormat, Pieces, Special, To
 from jtune.data.template_table import MULTIMODAL, TABLE
 from jtune.data.tokenizer import fix_special_tokens
 from jtune.data.tools import FORMATS
-from jtune.errors import ConfigError
+from jtune.errors import ConfigError, DataError
 
 log = logging.getLogger("jtune")
 
@@ -152,7 +152,12 @@ def tokenise(tokenizer: Any, sequences: Sequence[Pieces]) -> list[list[int]]:
     }
 
     def ids(piece: str | Special | Token) -> list[int]:
-        return [tokenizer.convert_tokens_to_ids(piece.name)] if isinstance(piece, Token) else ids_of[piece]
+        if not isinstance(piece, Token):
+            return ids_of[piece]
+        token = tokenizer.convert_tokens_to_ids(piece.name)
+        if token is None:
+            raise DataError(f"the template needs {piece.name}, which the tokenizer lacks: is it the model's template?")
+        return [token]
 
     return [[token for piece in pieces for token in ids(piece)] for pieces in sequences]
 
