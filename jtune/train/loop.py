@@ -191,48 +191,53 @@ def run_loop(
         return event("log", record | extra)
 
     event("train_begin")
-    if cadence.eval_on_start and progress.step == 0 and hooks.evaluate is not None:
-        _evaluate(state, progress, hooks, improvement, event)
-    outcome = "done"
-    with stop_signals() as stopping:
-        start = progress.step
-        for index, batch in enumerate(batches(hooks.prepare, start, cadence.max_steps), start):
-            rate = schedule(index)
-            state, metrics = hooks.update(state, batch, rate)
-            progress.step = index + 1
-            progress.tokens += hooks.tokens(index)
-            due = cadence.due(progress.step, hooks.epoch_at(progress.step))
-            queue.append((progress.step, rate, progress.tokens, metrics, "log" in due))
-            asked: set[Ask] = event("step")
-            due |= asked & {"evaluate", "save"}
-            wait_for_all = due & {"evaluate", "save"} or stopping.is_set() or "stop" in asked
-            while len(queue) > (0 if wait_for_all else 1):
-                asked |= read(queue.popleft())
-            due |= asked & {"evaluate", "save"}
-
-            if "evaluate" in due and hooks.evaluate is not None:
-                better, more = _evaluate(state, progress, hooks, improvement, event)
-                asked |= more
-                if cadence.save_strategy == "best" and better:
-                    due.add("save")
-                if improvement.patience is not None and progress.evaluations_without_gain >= improvement.patience:
-                    log.info("stopping early: no better %s in %d evaluations", improvement.metric, improvement.patience)
-                    asked.add("stop")
-            due |= asked & {"save"}
-            if "save" in due or stopping.is_set():
-                while queue:
+    try:
+        if cadence.eval_on_start and progress.step == 0 and hooks.evaluate is not None:
+            _evaluate(state, progress, hooks, improvement, event)
+        outcome = "done"
+        with stop_signals() as stopping:
+            start = progress.step
+            for index, batch in enumerate(batches(hooks.prepare, start, cadence.max_steps), start):
+                rate = schedule(index)
+                state, metrics = hooks.update(state, batch, rate)
+                progress.step = index + 1
+                progress.tokens += hooks.tokens(index)
+                due = cadence.due(progress.step, hooks.epoch_at(progress.step))
+                queue.append((progress.step, rate, progress.tokens, metrics, "log" in due))
+                asked: set[Ask] = event("step")
+                due |= asked & {"evaluate", "save"}
+                wait_for_all = due & {"evaluate", "save"} or stopping.is_set() or "stop" in asked
+                while len(queue) > (0 if wait_for_all else 1):
                     asked |= read(queue.popleft())
-                hooks.save(state, progress)
-                asked |= event("save")
-            hooks.poll()
-            if stopping.is_set() and progress.step < cadence.max_steps:
-                outcome = "preempted"
-                break
-            if "stop" in asked:
-                outcome = "stopped"
-                break
-        while queue:
-            read(queue.popleft())
+                due |= asked & {"evaluate", "save"}
+
+                if "evaluate" in due and hooks.evaluate is not None:
+                    better, more = _evaluate(state, progress, hooks, improvement, event)
+                    asked |= more
+                    if cadence.save_strategy == "best" and better:
+                        due.add("save")
+                    if improvement.patience is not None and progress.evaluations_without_gain >= improvement.patience:
+                        log.info(
+                            "stopping early: no better %s in %d evaluations", improvement.metric, improvement.patience
+                        )
+                        asked.add("stop")
+                due |= asked & {"save"}
+                if "save" in due or stopping.is_set():
+                    while queue:
+                        asked |= read(queue.popleft())
+                    hooks.save(state, progress)
+                    asked |= event("save")
+                hooks.poll()
+                if stopping.is_set() and progress.step < cadence.max_steps:
+                    outcome = "preempted"
+                    break
+                if "stop" in asked:
+                    outcome = "stopped"
+                    break
+            while queue:
+                read(queue.popleft())
+    finally:
+        event("train_end")  # also of a run that fails: what listens may hold files and the terminal
     return state, outcome
 
 

@@ -212,7 +212,8 @@ def progress_bar(start_step: int, max_steps: int) -> Subscriber:
     def subscriber(event: Event) -> None:
         if event.kind == "train_begin":
             bar.start()
-        bar.update(task, completed=event.step)
+        if event.kind == "step":  # logs are of earlier updates
+            bar.update(task, completed=event.step)
         if event.kind == "log":
             bar.update(task, latest=_describe({k: v for k, v in event.record.items() if k != "grad_norm"}))
         if event.kind == "evaluate":

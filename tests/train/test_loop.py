@@ -127,4 +127,4 @@ def test_a_signal_saves_and_leaves_at_the_next_update(signum):
 
     _, events, outcome = run(Cadence(50, 100, save_strategy="no"), on_update=send)
     assert outcome == "preempted"
-    assert events[-2:] == [("saved", 3), ("save", 3)]
+    assert events[-3:] == [("saved", 3), ("save", 3), ("train_end", 3)]
