@@ -13,7 +13,7 @@ from jtune.interop import hf
 from jtune.models import init_params
 from jtune.models.families import decoder_config
 from jtune.quickstart.make_data import FOLDER
-from jtune.quickstart.prepare import make_tokenizer
+from jtune.quickstart.make_model import make_tokenizer
 
 CONFIG = {
     "model_type": "llama",

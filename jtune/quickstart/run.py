@@ -1,4 +1,4 @@
-"""`jtune quickstart [FOLDER] [key=value ...]`: make a small model, train it, and show what it has learned."""
+"""`jtune quickstart [FOLDER] [key=value ...]`: train a small model from nothing, and show what it has learned."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from jtune.config import load_config
 from jtune.data import Template, get_template, load_tokenizer
 from jtune.interop.load import load_model
 from jtune.quickstart.make_data import FOLDER as DATA
-from jtune.quickstart.prepare import prepare
+from jtune.quickstart.make_model import FOLDER as MODEL
 from jtune.train.run import run as train
 
 log = logging.getLogger("jtune")
@@ -33,14 +33,10 @@ def run(argv: Sequence[str] = ()) -> int:
     began = time.monotonic()
     overrides = [word for word in argv if "=" in word]
     folder = Path(next((word for word in argv if "=" not in word), "out/quickstart"))
-    case, model = folder / "quickstart.yaml", folder / "model"
-    rows = [json.loads(line) for line in (DATA / "dates_train.jsonl").read_text().splitlines()]
-
+    case = folder / "quickstart.yaml"
     folder.mkdir(parents=True, exist_ok=True)
-    log.info("making a tokenizer and a model with random weights in %s", model)
-    parameters = prepare(model, rows)
     case.write_text(_with_paths(Path(__file__).with_name("quickstart.yaml").read_text(), folder))
-    log.info("%s parameters; %d questions about dates to learn from, %s", f"{parameters:,}", len(rows), case)
+    log.info("what is run: %s", case)
 
     log.info("\nbefore training:")
     untrained = ["do_train=false", "do_eval=true", "eval_strategy=no", f"output_dir={folder / 'before'}"]
@@ -58,7 +54,7 @@ def run(argv: Sequence[str] = ()) -> int:
         "the model:     %s, which transformers loads too\n"
         "the run:       %s\n"
         "look at it:    jtune data %s\n"
-        "change it:     jtune train %s finetuning_type=lora lora_rank=16 learning_rate=5e-3\n"
+        "change it:     jtune train %s num_train_epochs=3 output_dir=out/shorter\n"
         "your own data: see README.md",
         len((DATA / "dates_test.jsonl").read_text().splitlines()),
         100 * before["eval_exact_match"],
@@ -76,7 +72,7 @@ def run(argv: Sequence[str] = ()) -> int:
 def _with_paths(yaml: str, folder: Path) -> str:
     """The YAML with its three paths filled in."""
     paths = {
-        "model_name_or_path": folder / "model",
+        "model_name_or_path": MODEL,
         "dataset_dir": DATA,
         "output_dir": folder / "run",
     }

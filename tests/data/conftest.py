@@ -2,7 +2,7 @@ import pytest
 from small import rows
 
 from jtune.data import get_template
-from jtune.quickstart.prepare import make_tokenizer
+from jtune.quickstart.make_model import make_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from small import rows
 
 from jtune.data import get_template
 from jtune.errors import ConfigError
-from jtune.quickstart.prepare import make_tokenizer
+from jtune.quickstart.make_model import make_tokenizer
 
 RECORDED = json.loads(Path(__file__).with_name("llamafactory_templates.json").read_text())
 # There the calls of these are not written as their models are told to write them (see jtune/data/tools.py).

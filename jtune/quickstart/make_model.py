@@ -1,17 +1,20 @@
-"""Makes the quickstart's model folder, in Hugging Face form: a byte-level tokenizer, a Llama config, random weights."""
+"""Writes the quickstart's model, without weights: a byte-level tokenizer and the config of a small Llama.
+
+    python -m jtune.quickstart.make_model [FOLDER]
+
+The same data set always gives the same files.
+"""
 
 import json
+import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from jtune.interop import hf
-from jtune.models import init_params
-from jtune.models.families import decoder_config
+from jtune.quickstart.make_data import FOLDER as DATA
 
+FOLDER = Path(__file__).parent / "model"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -32,8 +35,9 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[2], pad_token=SPECIAL[0])
 
 
-def prepare(folder: Path, rows: list[dict[str, str]]) -> int:
-    """Write the model folder; returns the number of parameters."""
+def write(folder: Path) -> None:
+    """Write config.json and the tokenizer; weights are drawn when it is trained (`train_from_scratch`)."""
+    rows = [json.loads(line) for line in (DATA / "dates_train.jsonl").read_text().splitlines()]
     chat = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
     tokenizer = make_tokenizer([" ".join(row.values()) for row in rows] + [chat] * 100)
     tokenizer.save_pretrained(folder)
@@ -58,7 +62,7 @@ def prepare(folder: Path, rows: list[dict[str, str]]) -> int:
         "dtype": "float32",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    decoder = decoder_config(config)
-    params = init_params(decoder, jax.random.key(0), jnp.float32)
-    hf.save_model(params, decoder, config, folder)
-    return sum(x.size for x in jax.tree.leaves(params))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
