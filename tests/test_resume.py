@@ -44,14 +44,14 @@ def assert_same_run(a, b):
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
-def kill_when(path, folder, lines, delay=0.0):
-    """Start a run; SIGKILL it once it has logged so many lines, and a little later."""
+def kill_when(path, folder, lines=0, delay=0.0, after=None):
+    """Start a run; SIGKILL it once it has logged so many lines (and a little later), or written checkpoint `after`."""
     with open(path.parent / "killed.log", "a") as log:
         process = subprocess.Popen(command(path), env=environment(), stdout=log, stderr=log)
     file = folder / "trainer_log.jsonl"
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        if file.exists() and len(file.read_text().splitlines()) >= lines:
+        if (folder / after).is_dir() if after else file.exists() and len(file.read_text().splitlines()) >= lines:
             time.sleep(delay)
             break
         time.sleep(0.005)
@@ -96,7 +96,7 @@ def test_a_signal_saves_and_exits_with_75_and_the_same_command_goes_on(parts, tm
 @pytest.mark.slow
 def test_a_run_on_other_inputs_is_not_resumed(parts, tmp_path):
     path = case(tmp_path, *parts)
-    kill_when(path, tmp_path / "out", 5, 0.2)
+    kill_when(path, tmp_path / "out", after="checkpoint-3")
     done = train(path, "per_device_train_batch_size=2")
     assert done.returncode == 5
     assert "examples per update" in done.stderr
@@ -106,7 +106,7 @@ def test_a_run_on_other_inputs_is_not_resumed(parts, tmp_path):
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(parts, tmp_path):
     path = case(tmp_path, *parts)
-    kill_when(path, tmp_path / "out", 8, 0.3)
+    kill_when(path, tmp_path / "out", after="checkpoint-6")
     newest = max((tmp_path / "out").glob("checkpoint-*/state"), key=lambda p: int(p.parent.name.split("-")[1]))
     # The largest file holds the arrays.
     file = max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)

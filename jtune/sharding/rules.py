@@ -53,18 +53,14 @@ def tree_shardings(axes, shapes, mesh: Mesh):
     )
 
 
-def shard_like(tree, mesh: Mesh):
+def shard_like(leaf, mesh: Mesh) -> NamedSharding:
     """Place what has no declared axes (adapters): over `fsdp` on the largest dimension that it divides."""
-
-    def place(leaf):
-        n = mesh.shape["fsdp"]
-        dims = [d for d in range(1, leaf.ndim) if leaf.shape[d] % n == 0] if n > 1 else []
-        if not dims or math.prod(leaf.shape) < 2**16:  # a small array costs more to gather than to keep
-            return NamedSharding(mesh, P())
-        largest = max(dims, key=lambda d: leaf.shape[d])
-        return NamedSharding(mesh, P(*(("fsdp" if d == largest else None) for d in range(leaf.ndim))))
-
-    return jax.tree.map(place, tree)
+    n = mesh.shape["fsdp"]
+    dims = [d for d in range(1, leaf.ndim) if leaf.shape[d] % n == 0] if n > 1 else []
+    if not dims or math.prod(leaf.shape) < 2**16:  # a small array costs more to gather than to keep
+        return NamedSharding(mesh, P())
+    largest = max(dims, key=lambda d: leaf.shape[d])
+    return NamedSharding(mesh, P(*(("fsdp" if d == largest else None) for d in range(leaf.ndim))))
 
 
 def batch_sharding(mesh: Mesh, *, accumulated: bool) -> NamedSharding:

@@ -50,12 +50,14 @@ def use_compile_cache(folder: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def compute_dtype(training: TrainingArguments, pure_bf16: bool, stored: jnp.dtype) -> jnp.dtype:
+def compute_dtype(
+    training: TrainingArguments, pure_bf16: bool, stored: jnp.dtype, platform: str | None = None
+) -> jnp.dtype:
     """What matrix products are computed in: `bf16` or `fp16` if asked for, else what the weights are stored in.
 
     On CPU without `bf16`/`fp16` it is float32, as there is nothing to gain. TPUs have no float16 units.
     """
-    platform = jax.default_backend()
+    platform = platform or jax.default_backend()
     if training.fp16 and platform == "tpu":
         log.info("fp16: TPUs compute in bfloat16 instead, which needs no loss scaling")
         return jnp.dtype(jnp.bfloat16)
@@ -82,8 +84,7 @@ def load_model(
 
     Frozen leaves are kept in the compute dtype if that is smaller than what is stored: no float32 copy of them exists.
     """
-    abstract = abstract_params(decoder, jnp.float32)
-    shardings = tree_shardings(logical_axes(decoder), abstract, mesh)
+    shardings = tree_shardings(logical_axes(decoder), abstract_params(decoder), mesh)
     if args.train_from_scratch:
         log.info("drawing random weights (train_from_scratch)")
         params = jax.jit(lambda key: init_params(decoder, key, jnp.float32), out_shardings=shardings)(
@@ -102,7 +103,7 @@ def load_model(
         key=jax.random.key(seed),
         frozen_dtype=dtype,
     )
-    params = jax.tree.map(lambda x, s: jax.device_put(x, s), params, placement(params, mesh))
+    params = jax.tree.map(lambda x, s: jax.device_put(x, s), params, placement(params, decoder, mesh))
     module = CausalLM(decoder, dtype=dtype, remat=remat, attention=attention_backend(args.flash_attn))
     return Model(module, decoder, source, params, mask)
 
@@ -119,11 +120,20 @@ def attention_backend(flash_attn: str) -> str:
     return "xla" if flash_attn in ("disabled", "sdpa") else "auto"
 
 
-def placement(params: Any, mesh: Mesh) -> Any:
-    """Shardings of a prepared tree: what was read keeps its place, what was added (adapters) is placed by size."""
-    added = shard_like(params, mesh)
-    on_mesh = lambda x: isinstance(x.sharding, NamedSharding) and x.sharding.mesh.shape == mesh.shape
-    return jax.tree.map(lambda x, s: x.sharding if on_mesh(x) else s, params, added)
+def placement(params: Any, decoder: DecoderConfig, mesh: Mesh) -> Any:
+    """Shardings of a prepared tree: parameters by their logical axes, what was added (adapters) by size.
+
+    Args:
+      params: of arrays or `jax.ShapeDtypeStruct`s; stacks of layers and nodes as tuning made them.
+    """
+    declared = tree_shardings(logical_axes(decoder), abstract_params(decoder), mesh)
+    names = lambda path: tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+    by_name = {names(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(declared)}
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        return shard_like(leaf, mesh) if tuning.lora.is_adapter_leaf(path) else by_name[names(path)]
+
+    return jax.tree_util.tree_map_with_path(place, params)
 
 
 def abstract_state(trainable: Any, tx: optax.GradientTransformation, mesh: Mesh, *, float16: bool) -> TrainState:
@@ -135,6 +145,36 @@ def abstract_state(trainable: Any, tx: optax.GradientTransformation, mesh: Mesh,
 
 def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def like(tree: Any) -> Any:
+    """The tree as `ShapeDtypeStruct`s with shardings."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def lower_step(
+    module: CausalLM,
+    tx: optax.GradientTransformation,
+    state_like: TrainState,
+    frozen_like: Any,
+    batch_like: Mapping[str, Any],
+    mesh: Mesh,
+    *,
+    label_capacity: int,
+    max_grad_norm: float,
+    dropout_key: jax.Array | None,
+) -> Any:
+    """The train step, lowered for shapes: what `jtune train` runs and what `jtune plan` measures."""
+    everywhere = replicated(mesh)
+    loss_sum = make_loss_sum(module, label_capacity=label_capacity, batch_shards=batch_shards(mesh))
+    step = jax.jit(
+        make_train_step(loss_sum, tx, max_grad_norm=max_grad_norm, dropout_key=dropout_key),
+        donate_argnums=0,
+        in_shardings=(shardings_of(state_like), shardings_of(frozen_like), shardings_of(batch_like), everywhere),
+        out_shardings=(shardings_of(state_like), everywhere),
+    )
+    rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+    return step.lower(state_like, frozen_like, batch_like, rate)
 
 
 def compile_steps(
@@ -153,20 +193,24 @@ def compile_steps(
     The state is donated: its new arrays take the place of the old ones. In- and out-shardings are the same and
     explicit; left free, XLA may choose others, which costs a second compilation and the donation.
     """
-    compiled: dict[tuple[int, ...], Any] = {}
+    compiled: dict[tuple[int, int, int], Any] = {}
     everywhere = replicated(mesh)
+    frozen_like = like(frozen)
 
     def compile_for(shape: tuple[int, int, int], batch: Mapping[str, jax.Array]):
         log.info("compiling the step for [accum, batch, seq] = %s", list(shape))
-        loss_sum = make_loss_sum(module, label_capacity=plan.label_capacity(shape), batch_shards=batch_shards(mesh))
-        step = jax.jit(
-            make_train_step(loss_sum, tx, max_grad_norm=max_grad_norm, dropout_key=dropout_key),
-            donate_argnums=0,
-            in_shardings=(shardings_of(state_like), shardings_of(frozen), shardings_of(batch), everywhere),
-            out_shardings=(shardings_of(state_like), everywhere),
+        lowered = lower_step(
+            module,
+            tx,
+            state_like,
+            frozen_like,
+            like(batch),
+            mesh,
+            label_capacity=plan.label_capacity(shape),
+            max_grad_norm=max_grad_norm,
+            dropout_key=dropout_key,
         )
-        rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-        return step.lower(state_like, frozen, batch, rate).compile()
+        return lowered.compile()
 
     def update(state: TrainState, batch: Mapping[str, jax.Array], learning_rate: float):
         accum, rows, seq = batch["input_ids"].shape

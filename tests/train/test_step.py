@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jtune import tuning
-from jtune.models import CausalLM, DecoderConfig, abstract_params, init_params, logical_axes
-from jtune.sharding import make_mesh, replicated, tree_shardings
+from jtune.models import CausalLM, DecoderConfig, abstract_params, init_params
+from jtune.sharding import make_mesh, replicated
 from jtune.train import build
 from jtune.train.loss import token_nll
 from jtune.train.optimizer import make_optimizer
@@ -151,8 +151,7 @@ def test_eight_devices_equal_one(sizes, method):
     accum = len(ONE_EACH) // shards
     batch = lay_out(ONE_EACH, 16, accum)
     params, mask = prepared(method)
-    axes = tree_shardings(logical_axes(CONFIG), abstract_params(CONFIG), mesh)
-    params = jax.device_put(params, axes if method == "full" else build.placement(params, mesh))
+    params = jax.device_put(params, build.placement(params, CONFIG, mesh))
     rows = lambda x: jax.sharding.NamedSharding(mesh, jax.P(None, ("data", "fsdp")) if x.ndim else jax.P())
     batch = {key: jax.device_put(x, rows(x)) for key, x in batch.items()}
     state, frozen, step = step_for(params, mask, batch, shards=shards)
@@ -216,7 +215,7 @@ def test_lora_forms_no_gradient_of_a_frozen_kernel():
 def test_a_second_step_of_a_shape_compiles_nothing_and_the_state_is_donated():
     mesh = make_mesh(devices=jax.devices()[:1])
     params, mask = prepared("lora")
-    params = jax.device_put(params, build.placement(params, mesh))
+    params = jax.device_put(params, build.placement(params, CONFIG, mesh))
     trainable, frozen = tuning.partition(params, mask)
     tx = make_optimizer()
     state_like = build.abstract_state(trainable, tx, mesh, float16=False)
