@@ -59,8 +59,3 @@ def tensors(path: Path, config: DecoderConfig, *, first_layer: int = 0, layers: 
             name = module_name(modules, config.family, layer=number, expert=expert)
             index = tuple(i for i in (layer, expert) if i is not None)
             yield Tensor(f"{name}.{LEAVES[leaf]}", index, leaf == "kernel")
-
-
-def file_word(word: str, family: str) -> str:
-    """What a module of ours is called in the files of `family`: `gate_proj` is `w1` in mixtral's."""
-    return WORDS.get(family, {}).get(word, word)
