@@ -251,6 +251,19 @@ def test_an_output_folder_with_another_run_in_it(parts, tmp_path, capsys):
     assert "trainer_state.json" in said
 
 
+def test_an_earlier_run_is_kept_until_nothing_is_left_that_may_refuse(parts, tmp_path, capsys):
+    path = case(tmp_path, *parts, **EIGHT)
+    once = ("max_steps=3", "eval_strategy=no", "do_eval=false", "val_size=0")
+    assert run(path, *once) == 0
+    capsys.readouterr()
+    refused(capsys, 3, path, "overwrite_output_dir=true", "dataset=datess")
+    refused(capsys, 2, path, "overwrite_output_dir=true", "finetuning_type=lora", "lora_target=q_prj")
+    assert (tmp_path / "out" / "checkpoint-3" / "state").is_dir()
+    assert run(path, *once, "overwrite_output_dir=true", "save_strategy=no") == 0
+    assert "removing 1 checkpoints" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "checkpoint-3").exists()
+
+
 def test_a_command_that_is_none(capsys):
     assert main(["trian"]) == 2
     assert "train" in capsys.readouterr().err

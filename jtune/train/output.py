@@ -21,10 +21,10 @@ _FINISHED = ("trainer_state.json", "adapter_config.json", "config.json", "all_re
 
 
 def resume_point(output_dir: Path, resume_from: str | bool | None, *, overwrite: bool, do_train: bool) -> Path | None:
-    """The checkpoint to go on from, None to start from the beginning; the folder is made ready for either.
+    """The checkpoint to go on from, None to start from the beginning; the folder is made.
 
     As in LLaMA-Factory: an explicit `resume_from_checkpoint` wins; else a folder with checkpoints is resumed unless
-    `overwrite_output_dir`; a folder with another run's files and no checkpoint is refused.
+    `overwrite_output_dir`; a folder with another run's files and no checkpoint is refused. Nothing is removed yet.
 
     Raises:
       ConfigError: the folder is taken, or cannot be written.
@@ -48,7 +48,6 @@ def resume_point(output_dir: Path, resume_from: str | bool | None, *, overwrite:
             raise CheckpointError(f"resume_from_checkpoint: there is no checkpoint in {output_dir}")
         return found[-1]
     if overwrite:
-        _clear(output_dir, found)
         return None
     if found and resume_from is False:
         raise ConfigError(
@@ -67,20 +66,20 @@ def resume_point(output_dir: Path, resume_from: str | bool | None, *, overwrite:
     return None
 
 
-def _clear(output_dir: Path, checkpoints: list[Path]) -> None:
-    """Forget the run before this one: its logs, and its checkpoints, which would be mistaken for this run's."""
+def clear(output_dir: Path) -> None:
+    """Forget an earlier run: its logs, and its checkpoints, which would be mistaken for this run's.
+
+    To be called when nothing is left that may refuse to start: until then the earlier run is worth keeping.
+    """
+    checkpoints = find_checkpoints(output_dir)
     if checkpoints:
-        log.info(
-            "overwrite_output_dir: removing %d checkpoints of an earlier run from %s", len(checkpoints), output_dir
-        )
+        log.info("overwrite_output_dir: removing %d checkpoints of an earlier run in %s", len(checkpoints), output_dir)
     for path in checkpoints:
         shutil.rmtree(path)
     for name in (
         "trainer_log.jsonl",
         "trainer_state.json",
-        "all_results.json",
-        "train_results.json",
-        "eval_results.json",
+        *(f"{kind}_results.json" for kind in ("all", "train", "eval")),
     ):
         (output_dir / name).unlink(missing_ok=True)
 

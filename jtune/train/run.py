@@ -25,7 +25,7 @@ from jtune.train import build, report
 from jtune.train.checkpoint import Checkpointer, read_meta, restore, restore_newest
 from jtune.train.loop import Hooks, Progress, run_loop
 from jtune.train.optimizer import make_optimizer
-from jtune.train.output import check_same_run, resume_point, save_model, trainer_state
+from jtune.train.output import check_same_run, clear, resume_point, save_model, trainer_state
 from jtune.train.schedule import make_schedule, warmup_updates
 from jtune.train.state import TrainState, init_state
 
@@ -148,6 +148,7 @@ def run(config: Config) -> dict[str, Any]:
     progress = Progress()
     state: TrainState
     if checkpoint is None:
+        clear(output_dir)
         shardings = build.shardings_of(state_like)
         start = jax.jit(lambda t: init_state(t, tx, float16=float16), out_shardings=shardings, donate_argnums=0)
         state = start(trainable)
