@@ -11,7 +11,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def test_the_quickstart_trains_shows_answers_and_says_what_is_next(tmp_path, capsys):
-    assert main(["quickstart", str(tmp_path), "max_steps=2", "per_device_train_batch_size=1", "eval_strategy=no"]) == 0
+    short = ("max_steps=2", "logging_steps=1", "per_device_train_batch_size=1", "eval_strategy=no")
+    assert main(["quickstart", str(tmp_path), *short]) == 0
     said = capsys.readouterr().out
     assert "exact match on 300 unseen questions: 0% before" in said
     assert "Write this date in words." in said

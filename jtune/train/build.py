@@ -42,8 +42,13 @@ class Model(NamedTuple):
 def use_compile_cache(folder: str | None) -> None:
     """Keep compiled programs on disk, so that the second run of a shape compiles nothing.
 
-    Compiled programs are code: the folder is the user's own and readable by nobody else.
+    Compiled programs are code: the folder is the user's own and readable by nobody else. Several virtual devices of one
+    CPU go without where XLA, before jax 0.12, forgets in a program read back from disk that its collectives have an
+    order: the devices would wait for each other for ever.
     """
+    if jax.default_backend() == "cpu" and jax.local_device_count() > 1 and jax.__version_info__ < (0, 12):
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
     path = Path(folder) if folder else Path.home() / ".cache" / "jtune" / "compiled"
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     jax.config.update("jax_compilation_cache_dir", str(path))
