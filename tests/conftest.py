@@ -5,11 +5,12 @@ from pathlib import Path
 
 # Before jax is imported anywhere: sharding is tested on eight virtual devices.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The devices share the cores: on a busy machine one may come to a collective long after the others, and XLA would abort.
+# The devices share the cores: on a busy machine one may come to a collective long after the others, and XLA, which
+# aborts after 40 seconds of waiting, is to wait longer.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    " --xla_cpu_collective_timeout_seconds=600",
+    "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=200"
+    " --xla_cpu_collective_timeout_seconds=200",
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
