@@ -283,7 +283,7 @@ class EvalPlan:
     slots: int  # for sums over the examples of a step; the last is for padding
     label_capacity: int  # as of a BatchPlan
     group_of: np.ndarray  # int32 [n], the Trainer's batch that each example belongs to
-    group_weights: np.ndarray  # int64 [groups], examples (packed rows, with packing) in each
+    group_weights: np.ndarray  # int64 [groups], what the mean of each counts for in the mean over all
 
     def __len__(self) -> int:
         return -(-len(self.packs) // self.shape[0])
@@ -303,7 +303,7 @@ class EvalPlan:
         return EvalBatch(arrays, example, examples)
 
     def mean_loss(self, losses: np.ndarray, counts: np.ndarray) -> float:
-        """The Trainer's `eval_loss`: the mean over tokens in each of its batches, then over batches by their size.
+        """The Trainer's `eval_loss`: the mean over tokens in each of its batches, then over batches.
 
         A batch without a labelled target, which would be nan there, is left out.
 
@@ -320,6 +320,7 @@ class EvalPlan:
 def eval_batches(
     encoded: Examples,
     *,
+    stage: str,
     per_device_batch_size: int,
     batch_shards: int,
     packing: bool = False,
@@ -331,6 +332,10 @@ def eval_batches(
     Sums are formed example by example, so how examples lie in memory does not show in the figures: they are always
     packed, into rows of the longest example. With `packing`, rows are of `cutoff_len` tokens, and a row is what the
     Trainer would take for an example.
+
+    Args:
+      stage: in "pt" the Trainer's batches count by their size; in "sft" LLaMA-Factory's, a Seq2SeqTrainer, takes all
+        for equal, also the last one, which may be smaller.
 
     Raises:
       DataError: there is no example.
@@ -348,7 +353,8 @@ def eval_batches(
         unit_of[packs.examples] = np.repeat(np.arange(len(packs)), np.diff(packs.starts))
     group_of = unit_of // group
     units = len(packs) if packing else len(encoded)
-    weights = np.bincount(np.arange(units) // group)
+    sizes = np.bincount(np.arange(units) // group)
+    weights = sizes if stage == "pt" else np.ones_like(sizes)
 
     peak = np.add.reduceat(packs.sums(encoded.labelled), np.arange(0, len(packs), per_device)).max()
     slots = 1 + int(np.add.reduceat(np.diff(packs.starts), np.arange(0, len(packs), batch)).max())

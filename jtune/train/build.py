@@ -290,6 +290,7 @@ def make_evaluation(
     sets: Mapping[str, Encoded],
     mesh: Mesh,
     *,
+    stage: str,
     per_device_batch_size: int,
     packing: bool,
     data: DataArguments,
@@ -302,6 +303,7 @@ def make_evaluation(
     def prepare(encoded: Encoded) -> tuple[EvalPlan, Callable]:
         plan = eval_batches(
             encoded,
+            stage=stage,
             per_device_batch_size=per_device_batch_size,
             batch_shards=shards,
             packing=packing,

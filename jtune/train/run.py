@@ -77,6 +77,7 @@ def run(config: Config) -> dict[str, Any]:
         model.module,
         splits.eval,
         mesh,
+        stage=finetuning.stage,
         per_device_batch_size=training.per_device_eval_batch_size,
         packing=rows_are_packed(config),
         data=config.data,

@@ -253,7 +253,7 @@ EVALS = [{}, {"packing": True}, {"batch_shards": 4}, {"batch_shards": 4, "packin
 @pytest.mark.parametrize("case", EVALS)
 def test_evaluation_sees_every_example_once_in_one_shape(case):
     encoded = chat(50)
-    defaults = {"per_device_batch_size": 2, "batch_shards": 1, "cutoff_len": 512}
+    defaults = {"stage": "sft", "per_device_batch_size": 2, "batch_shards": 1, "cutoff_len": 512}
     evaluation = eval_batches(encoded, **(defaults | case))
     shards = (defaults | case)["batch_shards"]
     seen = []
@@ -268,10 +268,12 @@ def test_evaluation_sees_every_example_once_in_one_shape(case):
     assert sorted(seen) == list(range(50))
 
 
+@pytest.mark.parametrize("stage", ["sft", "pt"])
 @pytest.mark.parametrize("case", EVALS)
-def test_eval_loss_is_the_trainers_mean_of_batch_means(case):
+def test_eval_loss_is_the_trainers_mean_of_batch_means(case, stage):
     encoded = chat(50)
-    evaluation = eval_batches(encoded, **({"per_device_batch_size": 2, "batch_shards": 1, "cutoff_len": 512} | case))
+    defaults = {"per_device_batch_size": 3, "batch_shards": 1, "cutoff_len": 512}
+    evaluation = eval_batches(encoded, stage=stage, **(defaults | case))
     token_loss = np.random.default_rng(0).random(encoded.lengths.sum() + 1)
     losses, counts = np.zeros(50), np.zeros(50)
     for arrays, example, indices in evaluation:
@@ -280,7 +282,7 @@ def test_eval_loss_is_the_trainers_mean_of_batch_means(case):
         np.add.at(sums[1], example, arrays["loss_weights"])
         losses[indices], counts[indices] = sums[:, : len(indices)]
 
-    size = 2 * case.get("batch_shards", 1)
+    size = 3 * case.get("batch_shards", 1)
     units = [[i] for i in range(50)]
     if case.get("packing"):
         units = [list(evaluation.packs[r]) for r in range(len(evaluation.packs))]
@@ -289,15 +291,18 @@ def test_eval_loss_is_the_trainers_mean_of_batch_means(case):
         batch = [i for unit in units[start : start + size] for i in unit]
         labels = np.concatenate([encoded[i]["labels"][1:] for i in batch])
         means.append(token_loss[labels[labels != -100]].mean())
-        weights.append(len(units[start : start + size]))
+        weights.append(len(units[start : start + size]) if stage == "pt" else 1)
+    assert len(units) % size, "the last batch is smaller"
     assert evaluation.mean_loss(losses, counts) == pytest.approx(np.average(means, weights=weights), rel=1e-6)
 
 
 def test_evaluation_of_a_few_rows_is_not_padded_to_a_large_batch():
-    evaluation = eval_batches(Examples([60, 60, 60]), per_device_batch_size=64, batch_shards=2, cutoff_len=64)
+    evaluation = eval_batches(
+        Examples([60, 60, 60]), stage="sft", per_device_batch_size=64, batch_shards=2, cutoff_len=64
+    )
     assert evaluation.shape == (4, 64)
     with pytest.raises(DataError, match="no evaluation examples"):
-        eval_batches(Examples([]), per_device_batch_size=1, batch_shards=1, cutoff_len=64)
+        eval_batches(Examples([]), stage="sft", per_device_batch_size=1, batch_shards=1, cutoff_len=64)
 
 
 def test_the_divisor_counts_the_first_label_as_the_trainer_does():
