@@ -28,7 +28,7 @@ SHARE = Range("between 0 and 1", lambda x: 0 <= x <= 1)
 BELOW_ONE = Range("at least 0 and below 1", lambda x: 0 <= x < 1)
 SEED = Range("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)
 STEPS = Range("a whole number of steps, or below 1 a share of the run", lambda x: x >= 0 and (x < 1 or x == int(x)))
-HELD_OUT = Range("a share below 1, or a whole number of rows above 1", lambda x: 0 <= x < 1 or x == int(x) > 1)
+HELD_OUT = Range("a share below 1, or a whole number of rows", lambda x: 0 <= x < 1 or x == int(x) >= 1)
 SIZE_OR_REST = Range("at least 1, or -1 for what is left", lambda x: x == -1 or x >= 1)
 
 

@@ -155,7 +155,6 @@ def test_unknown_names_get_the_nearest_one():
         "learning_rate=nan",
         "num_train_epochs=0",
         "max_steps=0",
-        "val_size=1",
         "val_size=1.5",
         "val_size=-0.1",
         "cutoff_len=1",
