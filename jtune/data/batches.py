@@ -347,13 +347,13 @@ def eval_batches(
     per_device = min(per_device_batch_size, -(-len(packs) // batch_shards))
     batch = per_device * batch_shards
 
-    group = per_device_batch_size * batch_shards
     unit_of = np.arange(len(encoded))
     if packing:
         unit_of[packs.examples] = np.repeat(np.arange(len(packs)), np.diff(packs.starts))
-    group_of = unit_of // group
+    # The Trainer takes the mean on each device before it takes the mean over devices: their number does not show.
+    group_of = unit_of // per_device_batch_size
     units = len(packs) if packing else len(encoded)
-    sizes = np.bincount(np.arange(units) // group)
+    sizes = np.bincount(np.arange(units) // per_device_batch_size)
     weights = sizes if stage == "pt" else np.ones_like(sizes)
 
     peak = np.add.reduceat(packs.sums(encoded.labelled), np.arange(0, len(packs), per_device)).max()

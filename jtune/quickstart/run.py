@@ -2,10 +2,12 @@
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import jax
@@ -46,6 +48,8 @@ def run(argv: Sequence[str] = ()) -> int:
     after = train(config)
 
     output = Path(config.training.output_dir)
+    # As it was typed, so that what is printed can be pasted: jtune may lie in a virtual environment that is not active.
+    command = "jtune" if which("jtune") or Path(sys.argv[0]).name != "jtune" else sys.argv[0]
     log.info("\nquestions about dates that it has not seen, and its answers:")
     show_answers(output, DATA / "dates_test.jsonl")
     log.info(
@@ -53,8 +57,8 @@ def run(argv: Sequence[str] = ()) -> int:
         "the loss:      %s\n"
         "the model:     %s, which transformers loads too\n"
         "the run:       %s\n"
-        "look at it:    jtune data %s\n"
-        "change it:     jtune train %s num_train_epochs=3 output_dir=out/shorter\n"
+        "look at it:    %s data %s\n"
+        "change it:     %s train %s num_train_epochs=3 output_dir=out/shorter\n"
         "your own data: see README.md",
         len((DATA / "dates_test.jsonl").read_text().splitlines()),
         100 * before["eval_exact_match"],
@@ -63,7 +67,9 @@ def run(argv: Sequence[str] = ()) -> int:
         output / "training_loss.png",
         output,
         case,
+        command,
         case,
+        command,
         case,
     )
     return 0
