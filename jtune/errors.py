@@ -31,6 +31,12 @@ class CheckpointError(JtuneError):
     exit_code = 5
 
 
+class PeerLost(JtuneError):
+    """Another process of the run has died, or does not answer. Of one that failed for a reason, it has its status."""
+
+    exit_code = 70
+
+
 class Preempted(JtuneError):
     """The run was asked to stop (SIGTERM, Ctrl-C), has saved its state, and wants to be started again."""
 

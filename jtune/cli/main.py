@@ -3,8 +3,10 @@
 import difflib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from jtune.errors import ConfigError, JtuneError
@@ -27,17 +29,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging()
     try:
         return _command(argv[0]).run(argv[1:])
-    except JtuneError as error:
-        print(f"jtune {argv[0]}: {error}", file=sys.stderr)
+    except (Exception, KeyboardInterrupt) as error:
+        return explain(argv[0], error)
+
+
+def explain(command: str, error: BaseException) -> int:
+    """Say on stderr what went wrong; the exit status that it stands for. What only a developer can mend is raised."""
+    if isinstance(error, JtuneError):
+        print(f"jtune {command}: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(f"jtune {argv[0]}: out of memory: {str(error).splitlines()[0]}\n{_LESS_MEMORY}", file=sys.stderr)
-        return 1
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    print(f"jtune {command}: out of memory: {str(error).splitlines()[0]}\n{_LESS_MEMORY}", file=sys.stderr)
+    return 1
 
 
 _LESS_MEMORY = (
@@ -124,10 +131,21 @@ def _switch(argv: list[str], name: str) -> bool:
 
 
 def _train(argv: list[str]) -> int:
-    config = _load(argv, "train")
-    from jtune.train.run import run
+    layout = _option(argv, "--simulate")
+    if layout is not None:
+        from jtune.cli import simulate
 
-    run(config)
+        return simulate.run(layout, argv)
+    from jtune.sharding import hosts
+
+    # First of all, so that what is wrong on one host only, be it the YAML, ends the others too.
+    hosts.connect(command=shlex.join(["jtune", "train", *argv]))
+    hosts.quiet(logging.getLogger("jtune"))
+    with hosts.together(partial(explain, "train")):
+        config = _load(argv, "train")
+        from jtune.train.run import run
+
+        run(config)
     return 0
 
 
@@ -177,7 +195,7 @@ def _version(argv: list[str]) -> int:
 
 
 COMMANDS = {
-    "train": Command(_train, "fine-tune (do_train), evaluate (do_eval): everything the YAML says"),
+    "train": Command(_train, "fine-tune (do_train), evaluate (do_eval): everything the YAML says; --simulate 2x4"),
     "data": Command(_data, "show what the model is fed, trained-on tokens marked; --rows N, --json"),
     "inspect": Command(_inspect, "show the parameter tree: shapes, dtypes, bytes, sharding, what trains"),
     "export": Command(_export, "merge the adapter and write a Hugging Face checkpoint"),

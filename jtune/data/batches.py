@@ -86,8 +86,15 @@ class BatchPlan:
         examples = self.examples(step)
         return int(self.encoded.labelled[examples].sum() + self.encoded.first_labelled[examples].sum())
 
-    def update(self, step: int) -> dict[str, np.ndarray]:
+    def shape(self, step: int) -> Shape:
+        """`[accum, batch, seq]` of update `step`."""
+        return self.shapes[self.shape_of[step]]
+
+    def update(self, step: int, only: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
         """The arrays of update `step`, each `[accum, batch, seq]`: a pure function of `step`, at the same cost for all.
+
+        Args:
+          only: the part of the batch axis that is wanted, from a row up to another, whole shards; no more is read.
 
         Returns:
           input_ids, targets (the next token of the segment, 0 where it does not count), positions (from 0 in each
@@ -98,15 +105,24 @@ class BatchPlan:
           DataError: the data is not what it was when the plan was made.
         """
         rows = self.epochs.rows(step)
-        shape = self.shapes[self.shape_of[step]]
+        shape = self.shape(step)
         if self.packs is not None:
             examples, slots = self.packs.take(rows)
         else:
             examples = rows
             sizes = self.encoded.lengths[rows][None], self.encoded.labelled[rows][None]
             slots = place(*sizes, shape, self.shards)[0][0]
+        shards = self.shards
+        if only is not None and only != (0, shape.batch):
+            first, stop = only
+            microbatch, row = np.divmod(slots, shape.batch)
+            mine = (row >= first) & (row < stop)
+            examples, slots = examples[mine], (microbatch * (stop - first) + row - first)[mine]
+            shards = shards * (stop - first) // shape.batch
+            shape = shape._replace(batch=stop - first)
         arrays = fill(self.encoded, examples, slots, shape.accum * shape.batch, shape.seq)
-        _check_capacity(arrays["loss_weights"], shape.accum * self.shards, self.capacities[shape], f"update {step}")
+        capacity = self.capacities[self.shape(step)]
+        _check_capacity(arrays["loss_weights"], shape.accum * shards, capacity, f"update {step}")
         divisor = np.asarray(self.divisor(step), np.float32)
         return {key: x.reshape(shape) for key, x in arrays.items()} | {"divisor": divisor}
 
@@ -229,6 +245,9 @@ def fill(encoded: Examples, examples: np.ndarray, slots: np.ndarray, rows: int, 
 
     The target of a position is the label of the next one within the example; the last position of an example has none.
     """
+    if len(examples) == 0:  # a process may have no part in an update
+        dtypes = dict.fromkeys(("input_ids", "targets", "positions", "segment_ids"), np.int32)
+        return {key: np.zeros((rows, seq), t) for key, t in (dtypes | {"loss_weights": np.float32}).items()}
     order = np.argsort(slots, kind="stable")
     examples, slots = examples[order], slots[order]
     read = [encoded[int(i)] for i in examples]

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from jtune.errors import DataError
 from jtune.models import DecoderConfig, abstract_params
 from jtune.models.names import Tensor, tensors
+from jtune.sharding import hosts
 
 log = logging.getLogger("jtune")
 
@@ -194,7 +195,7 @@ def save_model(
     max_shard_bytes: int = 5 * 10**9,
     dtype: Any = None,
 ) -> None:
-    """Write config.json and safetensors files that transformers loads.
+    """Write config.json and safetensors files that transformers loads. Of several processes the first writes.
 
     Args:
       params: plain arrays (see `jtune.lora.merge`).
@@ -202,7 +203,8 @@ def save_model(
       dtype: of all tensors; default: what `source` says its weights are.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if hosts.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
     dtype = stored_dtype(source) if dtype is None else jnp.dtype(dtype)
     written: list[tuple[str, list[str], int]] = []  # file, tensors, bytes
     pending: dict[str, np.ndarray] = {}
@@ -215,11 +217,16 @@ def save_model(
 
     for keys, leaf, first in _stacks(params):
         for part in tensors(keys, config, first_layer=first, layers=leaf.shape[0]):
-            x = np.asarray(leaf[part.index] if part.index else leaf).astype(dtype)
+            piece = hosts.whole(leaf, part.index)
+            if not hosts.is_first():
+                continue
+            x = np.asarray(piece).astype(dtype)
             x = np.ascontiguousarray(x.T if part.transposed else x)
             if pending and sum(p.nbytes for p in pending.values()) + x.nbytes > max_shard_bytes:
                 flush()
             pending[part.name] = x
+    if not hosts.is_first():
+        return
     flush()
     _name_shards(folder, written)
     config_json = {key: value for key, value in source.items() if key not in ("_name_or_path", "torch_dtype")}

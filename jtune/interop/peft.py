@@ -23,7 +23,8 @@ from jtune.errors import DataError
 from jtune.interop import hf
 from jtune.models import DecoderConfig
 from jtune.models.names import module_name, tensors
-from jtune.tuning.lora import LoRA, is_node
+from jtune.sharding import hosts, replicated
+from jtune.tuning.lora import LoRA, is_adapter_leaf, is_node
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -116,7 +117,7 @@ def load_adapter(
                 f"this model needs {expected[0]} x {expected[1]}: is it for another model?"
             )
         dropout = float(adapter.options.get("lora_dropout") or 0.0)
-        return LoRA(leaf, jnp.asarray(pair.a), jnp.asarray(pair.b), pair.scale, dropout)
+        return LoRA(leaf, _beside(leaf, pair.a), _beside(leaf, pair.b), pair.scale, dropout)
 
     loaded = jax.tree_util.tree_map_with_path(place, params)
     left = sorted(adapter.stored.keys() - adapter.used)
@@ -124,6 +125,15 @@ def load_adapter(
         shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
         raise DataError(f"{adapter.folder / WEIGHTS}: {shown} have no place in this model ({config.family})")
     return loaded, tuple(adapter.options.get("modules_to_save") or ())
+
+
+def _beside(leaf: jax.Array, x: np.ndarray) -> jax.Array:
+    """`x` on the devices that hold `leaf`, where other processes have a part in it; else on the first device."""
+    if leaf.is_fully_addressable:
+        return jnp.asarray(x)
+    sharding: Any = leaf.sharding
+    everywhere = replicated(sharding.mesh)
+    return hosts.put(x, everywhere)
 
 
 def _open(folder: Path) -> Adapter:
@@ -170,7 +180,7 @@ def _read_whole(adapter: Adapter, keys: Keys, leaf: jax.Array, config: DecoderCo
         out[part.index] = x.T if part.transposed else x
     if keys[0] == "embed_tokens" and config.tie_word_embeddings:
         adapter.used.add("lm_head.weight")  # the same, repeated
-    return jax.device_put(out, leaf.sharding)
+    return hosts.put(out, leaf.sharding)
 
 
 def _read_pair(adapter: Adapter, keys: Keys, config: DecoderConfig) -> Pair | None:
@@ -252,11 +262,16 @@ def save_adapter(
 ) -> None:
     """Write the LoRA nodes of `params`, and what else `mask` says was trained, as PEFT does.
 
+    Of several processes the first writes.
+
     Args:
       base: model_name_or_path, which PEFT needs to find the base.
       use_rslora: write alpha for the scale alpha / sqrt(rank).
     """
     folder = Path(folder)
+    params = _at_hand(params, mask)
+    if not hosts.is_first():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     out: dict[str, np.ndarray] = {}
     modules: dict[str, tuple[int, float]] = {}  # name without layer -> rank, alpha
@@ -315,6 +330,15 @@ def save_adapter(
     contiguous = {name: np.ascontiguousarray(x) for name, x in out.items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(options, indent=2) + "\n")
+
+
+def _at_hand(params: PyTree, mask: PyTree) -> PyTree:
+    """What is written, adapters and what was trained whole, where this process can read it; the rest as it is."""
+
+    def fetch(path: Any, leaf: Any, trains: bool) -> Any:
+        return hosts.whole(leaf) if trains or is_adapter_leaf(path) else leaf
+
+    return jax.tree_util.tree_map_with_path(fetch, params, mask)
 
 
 def _leaves(params: PyTree, mask: PyTree) -> Iterator[tuple[Keys, Any, bool]]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import xxhash
 from jax.sharding import Mesh, NamedSharding
@@ -18,7 +19,7 @@ from jtune.data import BatchPlan, Encoded, EvalPlan, eval_batches
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft
 from jtune.models import CausalLM, DecoderConfig, abstract_params, init_params, logical_axes
-from jtune.sharding import batch_sharding, batch_shards, replicated, shard_like, tree_shardings
+from jtune.sharding import batch_sharding, batch_shards, hosts, replicated, shard_like, tree_shardings
 from jtune.train.digest import digests, named_leaves
 from jtune.train.evaluate import evaluate, make_eval_step
 from jtune.train.loop import Cadence, Improvement
@@ -42,11 +43,11 @@ class Model(NamedTuple):
 def use_compile_cache(folder: str | None) -> None:
     """Keep compiled programs on disk, so that the second run of a shape compiles nothing.
 
-    Compiled programs are code: the folder is the user's own and readable by nobody else. Several virtual devices of one
-    CPU go without where XLA, before jax 0.12, forgets in a program read back from disk that its collectives have an
-    order: the devices would wait for each other for ever.
+    Compiled programs are code: the folder is the user's own and readable by nobody else. Several devices on CPUs go
+    without where XLA, before jax 0.12, forgets in a program read back from disk that its collectives have an order: the
+    devices would wait for each other for ever.
     """
-    if jax.default_backend() == "cpu" and jax.local_device_count() > 1 and jax.__version_info__ < (0, 12):
+    if jax.default_backend() == "cpu" and jax.device_count() > 1 and jax.__version_info__ < (0, 12):
         jax.config.update("jax_enable_compilation_cache", False)
         return
     path = Path(folder) if folder else Path.home() / ".cache" / "jtune" / "compiled"
@@ -108,7 +109,7 @@ def load_model(
         key=jax.random.key(seed),
         frozen_dtype=dtype,
     )
-    params = jax.tree.map(lambda x, s: jax.device_put(x, s), params, placement(params, decoder, mesh))
+    params = jax.tree.map(hosts.put, params, placement(params, decoder, mesh))
     module = CausalLM(decoder, dtype=dtype, remat=remat, attention=attention_backend(args.flash_attn))
     return Model(module, decoder, source, params, mask)
 
@@ -222,15 +223,26 @@ def compile_steps(
         shape = accum, rows, seq
         if shape not in compiled:
             compiled[shape] = compile_for(shape, batch)
-        return compiled[shape](state, frozen, batch, jax.device_put(jnp.float32(learning_rate), everywhere))
+        return compiled[shape](state, frozen, batch, hosts.put(np.float32(learning_rate), everywhere))
 
     return update
 
 
 def place_batch(index: int, plan: BatchPlan, mesh: Mesh) -> dict[str, jax.Array]:
-    """The batch of a 0-based update, on the devices: rows split, the scalar everywhere."""
+    """The batch of a 0-based update, on the devices: rows split, the scalar everywhere.
+
+    Of several processes each reads and lays out the rows of its own devices only.
+    """
     rows, everywhere = batch_sharding(mesh, accumulated=True), replicated(mesh)
-    return {key: jax.device_put(x, rows if x.ndim else everywhere) for key, x in plan.update(index).items()}
+    shape = plan.shape(index)
+    first, stop = hosts.own_rows(rows, shape, axis=1)
+    arrays = plan.update(index, (first, stop))
+    divisor = arrays.pop("divisor")
+    if (first, stop) == (0, shape.batch):
+        batch = {key: hosts.put(x, rows) for key, x in arrays.items()}
+    else:
+        batch = {key: hosts.put_rows(x, first, shape, 1, rows) for key, x in arrays.items()}
+    return batch | {"divisor": hosts.put(divisor, everywhere)}
 
 
 def data_fingerprint(encoded: Encoded) -> str:
@@ -300,6 +312,9 @@ def make_evaluation(
     shards = batch_shards(mesh)
     rows, everywhere = batch_sharding(mesh, accumulated=False), replicated(mesh)
 
+    def place(arrays: Any) -> Any:
+        return jax.tree.map(lambda x: hosts.put(x, rows), arrays)
+
     def prepare(encoded: Encoded) -> tuple[EvalPlan, Callable]:
         plan = eval_batches(
             encoded,
@@ -318,7 +333,7 @@ def make_evaluation(
     def measure(params: Any) -> dict[str, float]:
         found: dict[str, float] = {}
         for name, (plan, step) in prepared.items():
-            call = lambda batch, step=step: step(params, *jax.device_put((batch.arrays, batch.example), rows))
+            call = lambda batch, step=step: step(params, *place((batch.arrays, batch.example)))
             found |= evaluate(call, plan, prefix=f"eval_{name}".rstrip("_"), accuracy=accuracy)
         return found
 

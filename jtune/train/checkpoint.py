@@ -3,7 +3,8 @@
 `output_dir/checkpoint-N/` holds the weights in Hugging Face's or PEFT's form, as a `Trainer` checkpoint does, and
 beside them `state/` (Orbax: trainable parameters, optimizer state, step) and `resume.json` (digests, position, logs).
 Everything is written to `checkpoint-N.tmp` and renamed when Orbax has finished in the background, so a run that is
-killed at any moment leaves either the whole folder or none.
+killed at any moment leaves either the whole folder or none. Of several processes each writes its part of `state/`;
+the first makes, renames and removes folders, in one file system that all see.
 """
 
 import json
@@ -16,8 +17,10 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from jtune.errors import CheckpointError
+from jtune.sharding import hosts
 from jtune.train.digest import digests, named_leaves
 
 log = logging.getLogger("jtune")
@@ -48,7 +51,7 @@ class Checkpointer:
     def __init__(self, output_dir: Path, *, keep: int | None = None):
         self.output_dir, self.keep = output_dir, keep
         self.best: Path | None = None  # never deleted
-        for leftover in output_dir.glob("checkpoint-*.tmp"):
+        for leftover in output_dir.glob("checkpoint-*.tmp") if hosts.is_first() else ():
             log.info("removing %s, a checkpoint that was never finished", leftover)
             shutil.rmtree(leftover)
         self._pending: tuple[Path, Path] | None = None
@@ -65,7 +68,8 @@ class Checkpointer:
         self.wait()
         final = self.output_dir / f"checkpoint-{step}"
         temporary = final.with_name(final.name + ".tmp")
-        temporary.mkdir(parents=True)
+        if hosts.is_first():
+            temporary.mkdir(parents=True)
         write_files(temporary)
         self._pending = (temporary, final)
         if state is None:
@@ -74,7 +78,8 @@ class Checkpointer:
         arrays = named_leaves(state)
         # Read back by the restore: what Orbax stored must be, bit for bit, what the devices held.
         content = meta | {"step": step, "digests": digests(arrays)}
-        (temporary / "resume.json").write_text(json.dumps(content, indent=1) + "\n")
+        if hosts.is_first():
+            (temporary / "resume.json").write_text(json.dumps(content, indent=1) + "\n")
         self._orbax.save(temporary.absolute() / "state", args=ocp.args.StandardSave(arrays))
         return final
 
@@ -98,6 +103,8 @@ class Checkpointer:
             return
         temporary, final = self._pending
         self._pending = None
+        if not hosts.is_first():
+            return
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
@@ -121,6 +128,7 @@ class Checkpointer:
     def close(self) -> None:
         self.wait()
         self._orbax.close()
+        hosts.barrier("checkpoints closed")  # what the first process renames is there for all
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -147,23 +155,33 @@ def restore(path: Path, like: Any) -> Any:
     """
     meta = read_meta(path)
     wanted = named_leaves(like)
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        try:
-            stored = dict(reader.metadata(path.absolute() / "state").item_metadata.items())
-        except Exception as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
-        _compare(path, stored, wanted)
-        try:
-            arrays = reader.restore(path.absolute() / "state", args=ocp.args.StandardRestore(wanted))
-        except Exception as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
+    # The handler alone: a Checkpointer ends with a barrier, where those who can read would wait for one who cannot.
+    reader = ocp.StandardCheckpointHandler()
+    folder = epath.Path(path.absolute() / "state")
+    fault, arrays, differences = "", {}, []
+    try:
+        metadata: Any = reader.metadata(folder)
+        differences = _differences(dict(metadata.items()), wanted)
+        if not differences:
+            arrays = reader.restore(folder, args=ocp.args.StandardRestore(wanted))
+    except Exception as error:
+        fault = str(error) or type(error).__name__
+    faults = [x for x in hosts.exchange("restored", fault) if x]
+    if faults:
+        raise CheckpointError(f"{path} is damaged: {faults[0]}")
+    if differences:
+        shown = "\n  ".join(differences[:6]) + (f"\n  ... and {len(differences) - 6} more" if differences[6:] else "")
+        raise CheckpointError(
+            f"{path} was written by a run with another configuration:\n  {shown}\n"
+            "Resume with the configuration it was written with, or give another output_dir."
+        )
     damaged = [key for key, value in digests(arrays).items() if value != meta["digests"].get(key)]
     if damaged:
         raise CheckpointError(f"{path} is damaged: the stored data of {', '.join(damaged[:4])} is not what was saved")
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[key] for key in wanted])
 
 
-def _compare(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     faults = [f"{key} is not in it" for key in wanted if key not in stored]
     faults += [f"{key} is in it, but not in this run" for key in stored if key not in wanted]
     for key in wanted:
@@ -173,12 +191,7 @@ def _compare(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None
                 faults.append(
                     f"{key} is {have.dtype}{list(have.shape)} in it, {want.dtype}{list(want.shape)} in this run"
                 )
-    if faults:
-        shown = "\n  ".join(faults[:6]) + (f"\n  ... and {len(faults) - 6} more" if len(faults) > 6 else "")
-        raise CheckpointError(
-            f"{path} was written by a run with another configuration:\n  {shown}\n"
-            "Resume with the configuration it was written with, or give another output_dir."
-        )
+    return faults
 
 
 def restore_newest(output_dir: Path, like: Any) -> tuple[Path, Any] | None:
@@ -187,15 +200,16 @@ def restore_newest(output_dir: Path, like: Any) -> tuple[Path, Any] | None:
     Raises:
       CheckpointError: there are checkpoints, but every one is damaged. Starting from scratch is then the user's choice.
     """
-    found = find_checkpoints(output_dir)
-    for path in reversed(found):
+    found = hosts.from_first("checkpoints", lambda: [str(path) for path in find_checkpoints(output_dir)])
+    for path in map(Path, reversed(found)):
         try:
             return path, restore(path, like)
         except CheckpointError as error:
             if "damaged" not in str(error):
                 raise
             aside = path.with_name(path.name + ".damaged")
-            path.rename(aside)
+            if hosts.is_first():
+                path.rename(aside)
             log.warning("%s. It is now %s; trying the one before it.", error, aside.name)
     if found:
         raise CheckpointError(

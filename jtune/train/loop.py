@@ -94,6 +94,7 @@ class Hooks(NamedTuple):
     save: Callable[[Any, Progress], None]
     poll: Callable[[], None]  # between updates
     explain: Callable[[int], str]  # 0-based update -> which rows it holds, for the message of a non-finite stop
+    agree: Callable[[bool], bool] = bool  # once for every update: was any process told to stop (`hosts.agreement`)
 
 
 @contextmanager
@@ -200,13 +201,14 @@ def run_loop(
             for index, batch in enumerate(batches(hooks.prepare, start, cadence.max_steps), start):
                 rate = schedule(index)
                 state, metrics = hooks.update(state, batch, rate)
+                stop = hooks.agree(stopping.is_set())
                 progress.step = index + 1
                 progress.tokens += hooks.tokens(index)
                 due = cadence.due(progress.step, hooks.epoch_at(progress.step))
                 queue.append((progress.step, rate, progress.tokens, metrics, "log" in due))
                 asked: set[Ask] = event("step")
                 due |= asked & {"evaluate", "save"}
-                wait_for_all = due & {"evaluate", "save"} or stopping.is_set() or "stop" in asked
+                wait_for_all = due & {"evaluate", "save"} or stop or "stop" in asked
                 while len(queue) > (0 if wait_for_all else 1):
                     asked |= read(queue.popleft())
                 due |= asked & {"evaluate", "save"}
@@ -222,13 +224,13 @@ def run_loop(
                         )
                         asked.add("stop")
                 due |= asked & {"save"}
-                if "save" in due or stopping.is_set():
+                if "save" in due or stop:
                     while queue:
                         asked |= read(queue.popleft())
                     hooks.save(state, progress)
                     asked |= event("save")
                 hooks.poll()
-                if stopping.is_set() and progress.step < cadence.max_steps:
+                if stop and progress.step < cadence.max_steps:
                     outcome = "preempted"
                     break
                 if "stop" in asked:

@@ -11,6 +11,7 @@ from jtune.data import BatchPlan
 from jtune.errors import CheckpointError, ConfigError
 from jtune.interop import hf, peft
 from jtune.models import DecoderConfig
+from jtune.sharding import hosts
 from jtune.train.checkpoint import find_checkpoints, read_meta
 from jtune.train.loop import Cadence, Progress
 
@@ -71,6 +72,8 @@ def clear(output_dir: Path) -> None:
 
     To be called when nothing is left that may refuse to start: until then the earlier run is worth keeping.
     """
+    if not hosts.is_first():
+        return
     checkpoints = find_checkpoints(output_dir)
     if checkpoints:
         log.info("overwrite_output_dir: removing %d checkpoints of an earlier run in %s", len(checkpoints), output_dir)
@@ -134,12 +137,17 @@ def save_model(
     base: Path,
     tokenizer: Any,
 ) -> None:
-    """Write the model as others load it: a PEFT adapter for lora, else a Hugging Face checkpoint; and the tokenizer."""
+    """Write the model as others load it: a PEFT adapter for lora, else a Hugging Face checkpoint; and the tokenizer.
+
+    All processes call it, since each has a part of the parameters; the first writes.
+    """
     model, finetuning = config.model, config.finetuning
     if finetuning.finetuning_type == "lora":
         name = model.model_name_or_path or ""
         peft.save_adapter(params, mask, decoder, folder, base=name, use_rslora=finetuning.use_rslora)
     else:
         hf.save_model(params, decoder, source, folder, max_shard_bytes=model.export_size * 10**9)
-        hf.copy_generation_config(base, folder)
-    tokenizer.save_pretrained(folder)
+        if hosts.is_first():
+            hf.copy_generation_config(base, folder)
+    if hosts.is_first():
+        tokenizer.save_pretrained(folder)

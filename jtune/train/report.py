@@ -15,6 +15,7 @@ from typing import Any
 
 from jtune.config import TrainingArguments
 from jtune.data import BatchPlan
+from jtune.sharding import hosts
 from jtune.train.events import Event, Subscriber
 from jtune.train.loop import Progress
 
@@ -25,7 +26,9 @@ _NOT_PLOTTED = ("step", "epoch")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all. Of several processes the first writes."""
+    if not hosts.is_first():
+        return
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
@@ -78,7 +81,9 @@ def describe_plan(plan: BatchPlan, examples: int) -> None:
 
 
 def subscribers(training: TrainingArguments, output_dir: Path, start: int, max_steps: int) -> list[Subscriber]:
-    """Those that `report_to` and the terminal ask for."""
+    """Those that `report_to` and the terminal ask for; on the first of several processes."""
+    if not hosts.is_first():
+        return []
     found = [log_file(output_dir / "trainer_log.jsonl", start)]
     if "tensorboard" in training.report_to:
         found.append(tensorboard(Path(training.logging_dir or output_dir / "runs")))
@@ -237,8 +242,10 @@ def plot_losses(log_history: list[dict[str, Any]], path: Path, title: str) -> bo
     """Draw training loss (each point and smoothed), evaluation loss if there is any, and the learning rate below.
 
     Returns:
-      False, and no file, when nothing was logged.
+      False, and no file, when nothing was logged, or another process writes.
     """
+    if not hosts.is_first():
+        return False
     series = {
         key: ([r["step"] for r in log_history if key in r], [r[key] for r in log_history if key in r])
         for key in ("loss", "eval_loss", "learning_rate")

@@ -4,6 +4,7 @@ Everything that can be wrong with the input is looked at before the weights are 
 anything is compiled; each slow phase says that it begins.
 """
 
+import dataclasses
 import logging
 import time
 from functools import partial
@@ -14,14 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from jtune import tuning
-from jtune.config import Config
+from jtune.config import Config, TrainingArguments
 from jtune.data import Splits, check_vocabulary, get_template, load_datasets, load_tokenizer, plan_batches
 from jtune.errors import Preempted
 from jtune.inspect import show
 from jtune.interop import hf
 from jtune.models.families import decoder_config
-from jtune.sharding import batch_shards, make_mesh
-from jtune.train import build, report
+from jtune.sharding import batch_shards, hosts, make_mesh
+from jtune.train import build, preflight, report
 from jtune.train.checkpoint import Checkpointer, read_meta, restore, restore_newest
 from jtune.train.loop import Hooks, Progress, run_loop
 from jtune.train.optimizer import make_optimizer
@@ -46,23 +47,24 @@ def run(config: Config) -> dict[str, Any]:
         log.info("note: %s", note)
     build.check_schedule(training)
     output_dir = Path(training.output_dir)
-    checkpoint = resume_point(
-        output_dir, training.resume_from_checkpoint, overwrite=training.overwrite_output_dir, do_train=training.do_train
-    )
+    checkpoint = start_point(output_dir, training)
+    preflight.check_processes(config, output_dir)
 
     # ------------------------------------------------------------------ devices
     build.use_compile_cache(training.compile_cache_dir)
     mesh = make_mesh(data=training.mesh_data, fsdp=training.mesh_fsdp, tensor=training.mesh_tensor)
     shards = batch_shards(mesh)
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "not split"
-    log.info("devices: %d x %s (%s)", mesh.size, jax.devices()[0].device_kind, axes)
+    held = f" in {hosts.count()} processes" if hosts.count() > 1 else ""
+    log.info("devices: %d x %s%s (%s)", mesh.size, jax.devices()[0].device_kind, held, axes)
 
     # ------------------------------------------------------------------ data
-    folder = build.fetch_model(config.model)
+    folder = hosts.in_turn(lambda _: build.fetch_model(config.model), hub_cache(config))
     source = hf.read_config(folder)
     decoder = decoder_config(source)
     tokenizer = load_tokenizer(str(folder), split_special_tokens=config.model.split_special_tokens)
-    splits = load_data(config, tokenizer, decoder.vocab_size)
+    splits = hosts.in_turn(partial(load_data, config, tokenizer, decoder.vocab_size), data_cache())
+    preflight.check_data(splits)
 
     # ------------------------------------------------------------------ model
     dtype = build.compute_dtype(training, finetuning.pure_bf16, hf.stored_dtype(source))
@@ -71,7 +73,7 @@ def run(config: Config) -> dict[str, Any]:
     )
     if training.do_train:
         log.info("%s", tuning.describe(model.params, model.mask))
-    if config.model.print_param_status:
+    if config.model.print_param_status and hosts.is_first():
         show(model.params, model.mask)
     measure = build.make_evaluation(
         model.module,
@@ -203,6 +205,7 @@ def run(config: Config) -> dict[str, Any]:
         save=save,
         poll=saver.poll,
         explain=lambda index: f"rows {', '.join(map(str, plan.examples(index)[:8]))} ... of the data set",
+        agree=hosts.agreement(mesh),
     )
     began, start = time.monotonic(), progress.step
     subscribers = report.subscribers(training, output_dir, start, plan.max_steps)
@@ -240,9 +243,43 @@ def run(config: Config) -> dict[str, Any]:
     return report.read_results(output_dir)
 
 
-def load_data(config: Config, tokenizer: Any, vocab_size: int) -> Splits:
-    """The encoded training and evaluation sets, every id of them inside the vocabulary."""
-    data = config.data
+def start_point(output_dir: Path, training: TrainingArguments) -> Path | None:
+    """The checkpoint to go on from, if any, as the first process sees it; the output folder is made."""
+
+    def find() -> str | None:
+        found = resume_point(
+            output_dir,
+            training.resume_from_checkpoint,
+            overwrite=training.overwrite_output_dir,
+            do_train=training.do_train,
+        )
+        return None if found is None else str(found)
+
+    found = hosts.from_first("start", find)
+    return None if found is None else Path(found)
+
+
+def hub_cache(config: Config) -> Path:
+    """Where downloaded models are kept."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(config.model.cache_dir or HF_HUB_CACHE)
+
+
+def data_cache() -> Path:
+    """Where encoded rows are kept."""
+    from datasets.config import HF_DATASETS_CACHE
+
+    return Path(HF_DATASETS_CACHE)
+
+
+def load_data(config: Config, tokenizer: Any, vocab_size: int, first: bool = True) -> Splits:
+    """The encoded training and evaluation sets, every id of them inside the vocabulary.
+
+    Args:
+      first: False where another process has just encoded them into the same cache: `overwrite_cache` has been done.
+    """
+    data = config.data if first else dataclasses.replace(config.data, overwrite_cache=False)
     template = get_template(
         data.template,
         tokenizer,
