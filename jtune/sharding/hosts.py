@@ -40,6 +40,7 @@ _LOSS = re.compile(
 )
 
 _leaving = threading.Lock()  # whoever holds it ends this process
+_ending: list[tuple[str, int]] = []  # with this message and this status
 _finished = threading.Event()  # nothing is left that another process could end
 _used: Counter[str] = Counter()  # names of exchanges: every key is used once
 _command = "the same command"
@@ -161,7 +162,7 @@ def connect(address: Address | None = None, *, command: str = "", wait: int | No
     except (RuntimeError, ValueError) as error:
         raise DataError(f"{who} could not join the others at {at}: {str(error).splitlines()[0]}") from error
     _on_abort(
-        f"process {index()} of {count()}: jax has lost another process, or its own footing (its words are above).\n"
+        f"process {index()} of {count()} was aborted by jax, most often because another has died (see above).\n"
         + _how_to_go_on(),
         PeerLost.exit_code,
     )
@@ -289,12 +290,17 @@ def put_rows(x: Any, first: int, shape: tuple[int, ...], axis: int, sharding: An
     """An array of `shape`, of which this process has only the rows along `axis` from `first` on."""
     import jax
 
-    def read(part: Any) -> Any:
-        rows = part[axis]
-        start, stop, _ = rows.indices(shape[axis])
-        return x[(*part[:axis], slice(start - first, stop - first), *part[axis + 1 :])]
+    return jax.make_array_from_callback(shape, sharding, lambda part: x[shifted(part, first, shape, axis)])
 
-    return jax.make_array_from_callback(shape, sharding, read)
+
+def shifted(part: Any, first: int, shape: tuple[int, ...], axis: int) -> tuple[slice, ...]:
+    """Where `part` of an array of `shape` is in what begins at row `first` of it.
+
+    >>> shifted((slice(None), slice(6, 8)), 4, (3, 8), axis=1)
+    (slice(None, None, None), slice(2, 4, None))
+    """
+    start, stop, _ = part[axis].indices(shape[axis])
+    return (*part[:axis], slice(start - first, stop - first), *part[axis + 1 :])
 
 
 def own_rows(sharding: Any, shape: tuple[int, ...], axis: int) -> tuple[int, int]:
@@ -473,6 +479,7 @@ def _leave(error: BaseException, explain: Callable[[BaseException], int]) -> Non
     client = _jax_state().client
     message = str(error) or type(error).__name__
     code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+    _ending.append((message, code))
     try:
         client.key_value_set(f"{_LEFT}{index()}", json.dumps({"code": code, "message": message}))
         # Process 0 speaks for all that fail in the same way, and goes last, as it serves the store.
@@ -512,10 +519,13 @@ def _on_abort(message: str, code: int) -> None:
     """
 
     def handler(_: int) -> None:
+        said, status = message, code
         if not _leaving.acquire(blocking=False):
-            time.sleep(60)  # the main thread has noticed too, and is saying so
-        print(f"jtune: {message}", file=sys.stderr)
-        _exit(code)
+            # Another thread is ending this process, and may wait for an answer that this one, of jax, would give.
+            time.sleep(2)
+            said, status = _ending[0] if _ending else (said, status)
+        print(f"jtune: {said}", file=sys.stderr)
+        _exit(status)
 
     libc = ctypes.CDLL(None)
     kept = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
