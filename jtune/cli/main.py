@@ -136,12 +136,12 @@ def _train(argv: list[str]) -> int:
         from jtune.cli import simulate
 
         return simulate.run(layout, argv)
-    from jtune.sharding import hosts
+    from jtune.sharding import hosts, leaving
 
     # First of all, so that what is wrong on one host only, be it the YAML, ends the others too.
     hosts.connect(command=shlex.join(["jtune", "train", *argv]))
-    hosts.quiet(logging.getLogger("jtune"))
-    with hosts.together(partial(explain, "train")):
+    leaving.quiet(logging.getLogger("jtune"))
+    with leaving.together(partial(explain, "train")):
         config = _load(argv, "train")
         from jtune.train.run import run
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from jtune.errors import DataError
 from jtune.models import DecoderConfig, abstract_params
 from jtune.models.names import Tensor, tensors
-from jtune.sharding import hosts
+from jtune.sharding import hosts, spread
 
 log = logging.getLogger("jtune")
 
@@ -217,7 +217,7 @@ def save_model(
 
     for keys, leaf, first in _stacks(params):
         for part in tensors(keys, config, first_layer=first, layers=leaf.shape[0]):
-            piece = hosts.whole(leaf, part.index)
+            piece = spread.whole(leaf, part.index)
             if not hosts.is_first():
                 continue
             x = np.asarray(piece).astype(dtype)

@@ -23,7 +23,7 @@ from jtune.errors import DataError
 from jtune.interop import hf
 from jtune.models import DecoderConfig
 from jtune.models.names import module_name, tensors
-from jtune.sharding import hosts, replicated
+from jtune.sharding import hosts, replicated, spread
 from jtune.tuning.lora import LoRA, is_adapter_leaf, is_node
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -133,7 +133,7 @@ def _beside(leaf: jax.Array, x: np.ndarray) -> jax.Array:
         return jnp.asarray(x)
     sharding: Any = leaf.sharding
     everywhere = replicated(sharding.mesh)
-    return hosts.put(x, everywhere)
+    return spread.put(x, everywhere)
 
 
 def _open(folder: Path) -> Adapter:
@@ -180,7 +180,7 @@ def _read_whole(adapter: Adapter, keys: Keys, leaf: jax.Array, config: DecoderCo
         out[part.index] = x.T if part.transposed else x
     if keys[0] == "embed_tokens" and config.tie_word_embeddings:
         adapter.used.add("lm_head.weight")  # the same, repeated
-    return hosts.put(out, leaf.sharding)
+    return spread.put(out, leaf.sharding)
 
 
 def _read_pair(adapter: Adapter, keys: Keys, config: DecoderConfig) -> Pair | None:
@@ -336,7 +336,7 @@ def _at_hand(params: PyTree, mask: PyTree) -> PyTree:
     """What is written, adapters and what was trained whole, where this process can read it; the rest as it is."""
 
     def fetch(path: Any, leaf: Any, trains: bool) -> Any:
-        return hosts.whole(leaf) if trains or is_adapter_leaf(path) else leaf
+        return spread.whole(leaf) if trains or is_adapter_leaf(path) else leaf
 
     return jax.tree_util.tree_map_with_path(fetch, params, mask)
 

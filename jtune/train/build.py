@@ -19,7 +19,7 @@ from jtune.data import BatchPlan, Encoded, EvalPlan, eval_batches
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft
 from jtune.models import CausalLM, DecoderConfig, abstract_params, init_params, logical_axes
-from jtune.sharding import batch_sharding, batch_shards, hosts, replicated, shard_like, tree_shardings
+from jtune.sharding import batch_sharding, batch_shards, replicated, shard_like, spread, tree_shardings
 from jtune.train.digest import digests, named_leaves
 from jtune.train.evaluate import evaluate, make_eval_step
 from jtune.train.loop import Cadence, Improvement
@@ -109,7 +109,7 @@ def load_model(
         key=jax.random.key(seed),
         frozen_dtype=dtype,
     )
-    params = jax.tree.map(hosts.put, params, placement(params, decoder, mesh))
+    params = jax.tree.map(spread.put, params, placement(params, decoder, mesh))
     module = CausalLM(decoder, dtype=dtype, remat=remat, attention=attention_backend(args.flash_attn))
     return Model(module, decoder, source, params, mask)
 
@@ -223,7 +223,7 @@ def compile_steps(
         shape = accum, rows, seq
         if shape not in compiled:
             compiled[shape] = compile_for(shape, batch)
-        return compiled[shape](state, frozen, batch, hosts.put(np.float32(learning_rate), everywhere))
+        return compiled[shape](state, frozen, batch, spread.put(np.float32(learning_rate), everywhere))
 
     return update
 
@@ -235,14 +235,14 @@ def place_batch(index: int, plan: BatchPlan, mesh: Mesh) -> dict[str, jax.Array]
     """
     rows, everywhere = batch_sharding(mesh, accumulated=True), replicated(mesh)
     shape = plan.shape(index)
-    first, stop = hosts.own_rows(rows, shape, axis=1)
+    first, stop = spread.own_rows(rows, shape, axis=1)
     arrays = plan.update(index, (first, stop))
     divisor = arrays.pop("divisor")
     if (first, stop) == (0, shape.batch):
-        batch = {key: hosts.put(x, rows) for key, x in arrays.items()}
+        batch = {key: spread.put(x, rows) for key, x in arrays.items()}
     else:
-        batch = {key: hosts.put_rows(x, first, shape, 1, rows) for key, x in arrays.items()}
-    return batch | {"divisor": hosts.put(divisor, everywhere)}
+        batch = {key: spread.put_rows(x, first, shape, 1, rows) for key, x in arrays.items()}
+    return batch | {"divisor": spread.put(divisor, everywhere)}
 
 
 def data_fingerprint(encoded: Encoded) -> str:
@@ -313,7 +313,7 @@ def make_evaluation(
     rows, everywhere = batch_sharding(mesh, accumulated=False), replicated(mesh)
 
     def place(arrays: Any) -> Any:
-        return jax.tree.map(lambda x: hosts.put(x, rows), arrays)
+        return jax.tree.map(lambda x: spread.put(x, rows), arrays)
 
     def prepare(encoded: Encoded) -> tuple[EvalPlan, Callable]:
         plan = eval_batches(

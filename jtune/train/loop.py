@@ -94,7 +94,7 @@ class Hooks(NamedTuple):
     save: Callable[[Any, Progress], None]
     poll: Callable[[], None]  # between updates
     explain: Callable[[int], str]  # 0-based update -> which rows it holds, for the message of a non-finite stop
-    agree: Callable[[bool], bool] = bool  # once for every update: was any process told to stop (`hosts.agreement`)
+    agree: Callable[[bool], bool] = bool  # once for every update: was any process told to stop (`spread.agreement`)
 
 
 @contextmanager

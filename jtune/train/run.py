@@ -21,7 +21,7 @@ from jtune.errors import Preempted
 from jtune.inspect import show
 from jtune.interop import hf
 from jtune.models.families import decoder_config
-from jtune.sharding import batch_shards, hosts, make_mesh
+from jtune.sharding import batch_shards, hosts, make_mesh, spread
 from jtune.train import build, preflight, report
 from jtune.train.checkpoint import Checkpointer, read_meta, restore, restore_newest
 from jtune.train.loop import Hooks, Progress, run_loop
@@ -205,7 +205,7 @@ def run(config: Config) -> dict[str, Any]:
         save=save,
         poll=saver.poll,
         explain=lambda index: f"rows {', '.join(map(str, plan.examples(index)[:8]))} ... of the data set",
-        agree=hosts.agreement(mesh),
+        agree=spread.agreement(mesh),
     )
     began, start = time.monotonic(), progress.step
     subscribers = report.subscribers(training, output_dir, start, plan.max_steps)
