@@ -165,7 +165,7 @@ def restore(path: Path, like: Any) -> Any:
         if not differences:
             arrays = reader.restore(folder, args=ocp.args.StandardRestore(wanted))
     except Exception as error:
-        fault = str(error) or type(error).__name__
+        fault = f"{type(error).__name__}: {error}".splitlines()[0].partition(" See full TensorStore details")[0]
     faults = [x for x in hosts.exchange("restored", fault) if x]
     if faults:
         raise CheckpointError(f"{path} is damaged: {faults[0]}")
@@ -208,8 +208,9 @@ def restore_newest(output_dir: Path, like: Any) -> tuple[Path, Any] | None:
             if "damaged" not in str(error):
                 raise
             aside = path.with_name(path.name + ".damaged")
-            if hosts.is_first():
-                path.rename(aside)
+            if not hosts.is_first():
+                continue
+            path.rename(aside)
             log.warning("%s. It is now %s; trying the one before it.", error, aside.name)
     if found:
         raise CheckpointError(
