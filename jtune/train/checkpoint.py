@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from jtune.errors import CheckpointError
 from jtune.sharding import hosts
@@ -157,7 +156,7 @@ def restore(path: Path, like: Any) -> Any:
     wanted = named_leaves(like)
     # The handler alone: a Checkpointer ends with a barrier, where those who can read would wait for one who cannot.
     reader = ocp.StandardCheckpointHandler()
-    folder = epath.Path(path.absolute() / "state")
+    folder = path.absolute() / "state"
     fault, arrays, differences = "", {}, []
     try:
         metadata: Any = reader.metadata(folder)
