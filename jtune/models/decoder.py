@@ -11,8 +11,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
-from jtune.models.attention import attend
+from jtune.models.attention import SPLASH_RESIDUALS, attend
 from jtune.models.config import DecoderConfig
 from jtune.models.kernels import Linear, parameter
 from jtune.models.moe import MoE
@@ -23,7 +25,9 @@ ACTIVATIONS = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
 }
-REMAT = ("none", "dots", "full")
+# Names of what a remat policy may keep.
+ATTENDED, LAYER_INPUT = "attended", "layer_input"
+REMAT = ("none", "dots", "attention", "full", "offload")
 
 
 class RMSNorm(nn.Module):
@@ -47,6 +51,7 @@ class Attention(nn.Module):
     config: DecoderConfig
     window: int | None
     backend: str
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, cos_sin_BT1F, segment_ids_BT: jax.Array) -> jax.Array:
@@ -68,8 +73,9 @@ class Attention(nn.Module):
             window=self.window,
             softcap=c.attention_softcap,
             backend=self.backend,
+            mesh=self.mesh,
         )
-        joined = out_BTHD.reshape(*x_BTD.shape[:-1], -1)
+        joined = checkpoint_name(out_BTHD.reshape(*x_BTD.shape[:-1], -1), ATTENDED)
         return Linear(c.hidden_size, ("heads", "embed"), use_bias=c.o_bias, name="o_proj")(joined)
 
 
@@ -89,7 +95,8 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     config: DecoderConfig
     window: int | None = None
-    backend: str = "auto"
+    backend: str = "xla"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, cos_sin_BT1F, segment_ids_BT: jax.Array) -> jax.Array:
@@ -97,7 +104,8 @@ class DecoderLayer(nn.Module):
         norm = lambda name: RMSNorm(c.rms_norm_eps, c.norm_offset, name=name)
         act = ACTIVATIONS[c.hidden_act]
 
-        y = Attention(c, self.window, self.backend, name="self_attn")(
+        x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
+        y = Attention(c, self.window, self.backend, self.mesh, name="self_attn")(
             norm("input_layernorm")(x_BTD), cos_sin_BT1F, segment_ids_BT
         )
         x_BTD = x_BTD + (norm("post_attention_layernorm")(y) if c.sandwich_norms else y)
@@ -119,9 +127,11 @@ class CausalLM(nn.Module):
 
     Attributes:
       dtype: of activations and matrix products. Norms, softmax and logits are float32.
-      remat: what the backward pass recomputes: "none", "full" (all but the input of each layer) or "dots" (all but the
-        outputs of matrix products with parameters).
-      attention: see `jtune.models.attention.attend`.
+      remat: what the backward pass computes again: "none"; "dots", all but the products with parameters; "attention",
+        all but what attention gives; "full", all but the input of each layer; "offload", the same, and those inputs
+        wait in the memory of the host.
+      attention: the backend of `jtune.models.attention.attend`.
+      mesh: over which the arrays are split, for kernels that have to know; None: they are not.
 
     `params["layers"]` is a stack of layers (leaves `[layers, ...]`), or a tuple of such stacks, in order. Dropout, of
     kernels that have it, happens when `apply` gets `rngs={"dropout": key}`.
@@ -130,7 +140,8 @@ class CausalLM(nn.Module):
     config: DecoderConfig
     dtype: Any = jnp.float32
     remat: str = "none"
-    attention: str = "auto"
+    attention: str = "xla"
+    mesh: Mesh | None = None
 
     @property
     def head_keys(self) -> tuple[str, str]:
@@ -194,7 +205,7 @@ class CausalLM(nn.Module):
         def turn(x: Any, turn_and_params: Any) -> Any:
             index, params = turn_and_params
             for i in range(period):
-                layer = DecoderLayer(c, c.windows[first + i], self.attention, parent=None)
+                layer = DecoderLayer(c, c.windows[first + i], self.attention, self.mesh, parent=None)
                 rngs = None if key is None else {"dropout": jax.random.fold_in(key, first + index * period + i)}
                 mine = jax.tree.map(itemgetter(i), params)
                 x = layer.apply({"params": mine}, x, *shared, rngs=rngs)
@@ -256,12 +267,21 @@ def _rematerialised(turn, remat: str):
     # Inside a scan there is nothing for common-subexpression elimination to undo, and preventing it costs fusions.
     if remat == "none":
         return turn
-    if remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        return jax.checkpoint(turn, policy=policy, prevent_cse=False)
-    if remat == "full":
-        return jax.checkpoint(turn, prevent_cse=False)
-    raise ValueError(f"remat {remat!r}: expected one of {', '.join(REMAT)}")
+    if remat not in REMAT:
+        raise ValueError(f"remat {remat!r}: expected one of {', '.join(REMAT)}")
+    policies = jax.checkpoint_policies
+    policy = {
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "attention": policies.save_only_these_names(ATTENDED, SPLASH_RESIDUALS),
+        "full": None,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[remat]
+    return jax.checkpoint(turn, policy=policy, prevent_cse=False)
 
 
 def _init_layers(config: DecoderConfig, key: jax.Array):

@@ -17,7 +17,7 @@ from jtune.config import DataArguments, FinetuningArguments, ModelArguments, Tra
 from jtune.data import BatchPlan, Encoded, EvalPlan, eval_batches
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft
-from jtune.models import CausalLM, DecoderConfig, abstract_params, init_params, logical_axes
+from jtune.models import CausalLM, DecoderConfig, abstract_params, attention, init_params, logical_axes
 from jtune.sharding import batch_sharding, batch_shards, replicated, shard_like, tree_shardings
 from jtune.train.digest import digests, named_leaves
 from jtune.train.evaluate import evaluate, make_eval_step
@@ -109,7 +109,9 @@ def load_model(
         frozen_dtype=dtype,
     )
     params = jax.tree.map(lambda x, s: jax.device_put(x, s), params, placement(params, decoder, mesh))
-    module = CausalLM(decoder, dtype=dtype, remat=remat, attention=attention_backend(args.flash_attn))
+    backend, why = attention.choose(args.flash_attn, mesh.devices.flat[0].platform)
+    log.info("attention: %s (%s)", backend, why)
+    module = CausalLM(decoder, dtype=dtype, remat=remat, attention=backend, mesh=mesh)
     return Model(module, decoder, source, params, mask)
 
 
@@ -118,11 +120,6 @@ def fetch_model(args: ModelArguments) -> Path:
     if args.model_name_or_path is None:
         raise ConfigError("model_name_or_path is not set: the folder of a Hugging Face model, or a hub id")
     return hf.fetch(args.model_name_or_path, **args.hub)
-
-
-def attention_backend(flash_attn: str) -> str:
-    """`disabled` and `sdpa` ask for plain attention; everything else for the best kernel of the platform."""
-    return "xla" if flash_attn in ("disabled", "sdpa") else "auto"
 
 
 def placement(params: Any, decoder: DecoderConfig, mesh: Mesh) -> Any:
