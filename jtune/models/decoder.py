@@ -11,12 +11,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jtune.models.attention import attend
 from jtune.models.config import DecoderConfig
 from jtune.models.kernels import Linear, parameter
 from jtune.models.moe import MoE
 from jtune.models.rope import cos_sin, rotate
+from jtune.sharding import constrain
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -47,6 +49,7 @@ class Attention(nn.Module):
     config: DecoderConfig
     window: int | None
     backend: str
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, cos_sin_BT1F, segment_ids_BT: jax.Array) -> jax.Array:
@@ -59,17 +62,19 @@ class Attention(nn.Module):
         if c.qk_norm:
             q_BTHD = RMSNorm(c.rms_norm_eps, name="q_norm")(q_BTHD)
             k_BTKD = RMSNorm(c.rms_norm_eps, name="k_norm")(k_BTKD)
+        place = lambda x, axis: constrain(x, self.mesh, "batch", "sequence", axis, None)
         out_BTHD = attend(
-            rotate(q_BTHD, *cos_sin_BT1F),
-            rotate(k_BTKD, *cos_sin_BT1F),
-            v_BTKD,
+            place(rotate(q_BTHD, *cos_sin_BT1F), "heads"),
+            place(rotate(k_BTKD, *cos_sin_BT1F), "kv_heads"),
+            place(v_BTKD, "kv_heads"),
             segment_ids_BT,
             scale=c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
             window=self.window,
             softcap=c.attention_softcap,
             backend=self.backend,
+            mesh=self.mesh,
         )
-        joined = out_BTHD.reshape(*x_BTD.shape[:-1], -1)
+        joined = place(out_BTHD, "heads").reshape(*x_BTD.shape[:-1], -1)
         return Linear(c.hidden_size, ("heads", "embed"), use_bias=c.o_bias, name="o_proj")(joined)
 
 
@@ -77,12 +82,13 @@ class MLP(nn.Module):
     """down(act(gate(x)) * up(x)) (arXiv:2002.05202)."""
 
     config: DecoderConfig
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, act) -> jax.Array:
         c = self.config
         up = lambda name: Linear(c.intermediate_size, ("embed", "mlp"), use_bias=c.mlp_bias, name=name)(x_BTD)
-        hidden = act(up("gate_proj")) * up("up_proj")
+        hidden = constrain(act(up("gate_proj")) * up("up_proj"), self.mesh, "batch", "sequence", "mlp")
         return Linear(c.hidden_size, ("mlp", "embed"), use_bias=c.mlp_bias, name="down_proj")(hidden)
 
 
@@ -90,6 +96,7 @@ class DecoderLayer(nn.Module):
     config: DecoderConfig
     window: int | None = None
     backend: str = "auto"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, cos_sin_BT1F, segment_ids_BT: jax.Array) -> jax.Array:
@@ -97,15 +104,17 @@ class DecoderLayer(nn.Module):
         norm = lambda name: RMSNorm(c.rms_norm_eps, c.norm_offset, name=name)
         act = ACTIVATIONS[c.hidden_act]
 
-        y = Attention(c, self.window, self.backend, name="self_attn")(
+        y = Attention(c, self.window, self.backend, self.mesh, name="self_attn")(
             norm("input_layernorm")(x_BTD), cos_sin_BT1F, segment_ids_BT
         )
         x_BTD = x_BTD + (norm("post_attention_layernorm")(y) if c.sandwich_norms else y)
+        x_BTD = constrain(x_BTD, self.mesh, "batch", "sequence", None)
 
         before_mlp = "pre_feedforward_layernorm" if c.sandwich_norms else "post_attention_layernorm"
-        mlp = MoE(c, name="mlp") if c.num_experts else MLP(c, name="mlp")
+        mlp = (MoE if c.num_experts else MLP)(c, self.mesh, name="mlp")
         y = mlp(norm(before_mlp)(x_BTD), act)
-        return x_BTD + (norm("post_feedforward_layernorm")(y) if c.sandwich_norms else y)
+        x_BTD = x_BTD + (norm("post_feedforward_layernorm")(y) if c.sandwich_norms else y)
+        return constrain(x_BTD, self.mesh, "batch", "sequence", None)
 
 
 class CausalLM(nn.Module):
@@ -122,6 +131,7 @@ class CausalLM(nn.Module):
       remat: what the backward pass recomputes: "none", "full" (all but the input of each layer) or "dots" (all but the
         outputs of matrix products with parameters).
       attention: see `jtune.models.attention.attend`.
+      mesh: where activations are said to lie (`jtune.sharding.RULES`); None: nothing is said, as suits one device.
 
     `params["layers"]` is a stack of layers (leaves `[layers, ...]`), or a tuple of such stacks, in order. Dropout, of
     kernels that have it, happens when `apply` gets `rngs={"dropout": key}`.
@@ -131,6 +141,7 @@ class CausalLM(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     attention: str = "auto"
+    mesh: Mesh | None = None
 
     @property
     def head_keys(self) -> tuple[str, str]:
@@ -170,7 +181,7 @@ class CausalLM(nn.Module):
         else:
             layers = self.param("layers", partial(_init_layers, c))
 
-        x = self.embed_tokens(input_ids).astype(self.dtype)
+        x = constrain(self.embed_tokens(input_ids).astype(self.dtype), self.mesh, "batch", "sequence", None)
         if c.scale_embeddings:
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
@@ -194,7 +205,7 @@ class CausalLM(nn.Module):
         def turn(x: Any, turn_and_params: Any) -> Any:
             index, params = turn_and_params
             for i in range(period):
-                layer = DecoderLayer(c, c.windows[first + i], self.attention, parent=None)
+                layer = DecoderLayer(c, c.windows[first + i], self.attention, self.mesh, parent=None)
                 rngs = None if key is None else {"dropout": jax.random.fold_in(key, first + index * period + i)}
                 mine = jax.tree.map(itemgetter(i), params)
                 x = layer.apply({"params": mine}, x, *shared, rngs=rngs)

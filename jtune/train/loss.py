@@ -1,7 +1,7 @@
 """Cross-entropy as a sum over the positions that count, without ever holding the logits of all tokens.
 
-Shape suffixes: B batch, T tokens in a row, D embed, V vocab, S shards of the batch, N = B/S*T tokens of one shard,
-K labelled positions of one shard (a static number), C chunks, J = K/C positions of one shard in a chunk.
+Shape suffixes: B batch, T tokens in a row, D embed, V vocab, S shards of the tokens, K labelled positions of one shard
+(a static number), C chunks, J = K/C positions of one shard in a chunk; R shards of the batch, N = B/R*T tokens of one.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jtune.sharding import constrain
 
 # Logits of one chunk, in elements: 2**25 float32 are 128 MiB.
 CHUNK_ELEMENTS = 2**25
@@ -21,20 +24,33 @@ def token_nll(logits_V: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits_V, axis=-1) - picked
 
 
-def gather_labelled(hidden_BTD, targets_BT, weights_BT, capacity: int, shards: int):
-    """The positions with a label, shard by shard, padded with weight 0 to a static `capacity` for each shard.
+def gather_labelled(hidden_BTD, targets_BT, weights_BT, capacity: int, shards: int, mesh: Mesh | None = None):
+    """The positions with a label, shard by shard, padded with weight 0 to a static number for each shard.
 
     The rows of a shard stay on its devices: the gather is batched over the leading axis, which is the sharded one.
+    Devices that share a shard's rows, each with a piece of every row (`mesh_context`), share its labelled positions
+    evenly, wherever in the rows these are: the head is computed once.
+
+    Args:
+      capacity: labelled positions of a shard of the batch, at most.
+      shards: of the batch, R. On a mesh there are `mesh_context` times as many shards S of the tokens.
 
     Returns:
       hidden `[S, K, D]`, targets int32 `[S, K, ...]`, weights float32 `[S, K]`.
     """
+    sharers = 1 if mesh is None else mesh.shape["context"]
+    capacity = -(-capacity // sharers) * sharers
     by_shard = lambda x: x.reshape(shards, -1, *x.shape[2:])
-    hidden_SND, targets_SN, weights_SN = by_shard(hidden_BTD), by_shard(targets_BT), by_shard(weights_BT)
+    hidden_RND, targets_RN, weights_RN = by_shard(hidden_BTD), by_shard(targets_BT), by_shard(weights_BT)
     # A stable sort puts the labelled positions first and keeps their order; what follows them has weight 0.
-    index_SK = jnp.argsort(weights_SN == 0, axis=1, stable=True)[:, :capacity]
-    take = lambda x: jnp.take_along_axis(x, index_SK.reshape(*index_SK.shape, *(1,) * (x.ndim - 2)), axis=1)
-    return take(hidden_SND), take(targets_SN), take(weights_SN)
+    index_RK = jnp.argsort(weights_RN == 0, axis=1, stable=True)[:, :capacity]
+
+    def take(x):
+        taken = jnp.take_along_axis(x, index_RK.reshape(*index_RK.shape, *(1,) * (x.ndim - 2)), axis=1)
+        by_sharer = taken.reshape(shards * sharers, -1, *x.shape[2:])
+        return constrain(by_sharer, mesh, "shards", *(None,) * (x.ndim - 1))
+
+    return take(hidden_RND), take(targets_RN), take(weights_RN)
 
 
 def chunk_positions(capacity: int, shards: int, vocab: int) -> int:
