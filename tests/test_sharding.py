@@ -9,15 +9,27 @@ import numpy as np
 import pytest
 
 from jtune import tuning
+from jtune.errors import ConfigError
 from jtune.models import CausalLM, DecoderConfig, init_params
-from jtune.sharding import batch_sharding, batch_shards, make_mesh, replicated
+from jtune.sharding import (
+    batch_sharding,
+    batch_shards,
+    check_experts,
+    check_row_length,
+    describe_unsplit,
+    make_mesh,
+    replicated,
+    unsplit,
+)
 from jtune.train import build
+from jtune.train.evaluate import make_eval_step
 from jtune.train.optimizer import make_optimizer
 from jtune.train.state import init_state
 from jtune.train.step import make_loss_sum, make_train_step
 
 RATE = 1e-2
 ROWS, SEQ = 8, 32
+QUICKLY = {"xla_backend_optimization_level": 0}  # what is compiled runs twice
 DENSE = DecoderConfig(
     vocab_size=64,
     hidden_size=32,
@@ -80,7 +92,7 @@ def prepared(family, method):
     return params, tuning.full_mask(params)
 
 
-def lowered(family, method, packed, accum, mesh, remat="full"):
+def lowered(family, method, packed, accum, mesh, remat="none"):
     """(state, frozen, batch, lowered step) on a mesh, placed as a run places them."""
     config = FAMILIES[family]
     params, mask = prepared(family, method)
@@ -103,7 +115,7 @@ def lowered(family, method, packed, accum, mesh, remat="full"):
 def trained(family, method, packed, accum, mesh):
     """Losses and gradient norms of two updates, and the parameters after them."""
     state, frozen, batch, step = lowered(family, method, packed, accum, mesh)
-    step, figures = step.compile(), []
+    step, figures = step.compile(QUICKLY), []
     for _ in range(2):
         state, metrics = step(state, frozen, batch, jax.device_put(jnp.float32(RATE), replicated(mesh)))
         figures.append((float(metrics.loss), float(metrics.grad_norm)))
@@ -153,3 +165,76 @@ def test_a_mesh_trains_as_one_device_does(family, method, packed, accum, sizes, 
     # AdamW's first steps have the size of the learning rate whatever the gradient's: near zero, its sign decides.
     near = lambda a, b: np.testing.assert_allclose(a, b, atol=RATE / 20)
     jax.tree.map(near, params, expected_params)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_layers_are_gathered_one_at_a_time_and_activations_and_gradients_stay_split(method, monkeypatch):
+    monkeypatch.setattr(build, "SMALL_ADAPTER", 0)
+    mesh = make_mesh(fsdp=4, devices=jax.devices()[:4])
+    text = lowered("llama", method, True, 2, mesh, remat="full")[-1].compile(QUICKLY).as_text()
+    assert "f32[32,64]" in text  # a layer's gate_proj, gathered
+    # Kernels and adapters of all layers, and what is formed of them: gradients, sums, moments.
+    stacks = ("f32[2,32,64]", "f32[2,64,32]", "f32[2,32,32]", "f32[2,32,16]", "f32[2,32,8]", "f32[2,64,8]")
+    assert [shape for shape in stacks if shape in text] == []
+    # Four rows of a microbatch: hidden states, heads, the MLP's hidden layer.
+    whole = ("f32[4,32,32]", "f32[4,32,4,8]", "f32[4,32,64]")
+    assert [shape for shape in whole if shape in text] == []
+
+
+def test_the_head_is_computed_once_and_its_logits_stay_split():
+    """With tokens over 4 and vocabulary over 2 devices: of 2 x 4 x 32 tokens a device has a quarter of the labels."""
+    mesh = make_mesh(fsdp=1, context=4, tensor=2)
+    _, _, batch, step = lowered("llama", "freeze", True, 2, mesh)
+    labelled = int(np.asarray(batch["loss_weights"]).reshape(2, -1).sum(1).max())
+    text = step.compile(QUICKLY).as_text()
+    assert f"f32[1,{-(-labelled // 4)},32]" in text
+    assert f"f32[1,{-(-labelled // 4)},64]" not in text  # logits of the whole vocabulary
+    assert f"f32[1,{labelled},32]" not in text
+
+
+@pytest.mark.parametrize(("family", "sizes"), [("gemma2", {"fsdp": 2, "context": 4}), ("mixtral", {"expert": 4})])
+def test_an_evaluation_gives_the_same_on_a_mesh(family, sizes):
+    mesh, slots = make_mesh(**sizes), 25
+    batch = {key: x[0] for key, x in batch_of(True).items() if np.ndim(x)}
+    example = np.where(batch["segment_ids"] > 0, np.arange(ROWS)[:, None] * 3 + batch["segment_ids"] - 1, slots - 1)
+    sums = {}
+    for where in (None, mesh):
+        shards = 1 if where is None else batch_shards(where)
+        module = CausalLM(FAMILIES[family], mesh=where)
+        step = jax.jit(make_eval_step(module, label_capacity=ROWS * SEQ // shards, batch_shards=shards, slots=slots))
+        params, arrays = weights(family), (batch, example)
+        if where is not None:
+            params = jax.device_put(params, build.placement(params, FAMILIES[family], where))
+            arrays = jax.device_put(arrays, batch_sharding(where, accumulated=False))
+        sums[where] = jax.tree.map(np.asarray, step(params, *arrays))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), sums[None], sums[mesh])
+    assert sums[mesh].tokens.sum() == batch["loss_weights"].sum()
+
+
+def test_what_the_mesh_does_not_divide_is_kept_whole_and_said():
+    mesh = make_mesh(fsdp=2, tensor=4)
+    axes = {"odd": ("embed", "vocab"), "even": ("embed", "mlp"), "norm": (None,)}
+    shapes = {"odd": (32, 65), "even": (32, 64), "norm": (32,)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    (found,) = unsplit(axes, params, mesh)
+    # A device holds 16 x 65 of 4 bytes and needs a quarter of them.
+    assert found == ("odd", (32, 65), ("tensor",), 16 * 65 * 4 * 3 // 4)
+    assert "odd [32, 65] over tensor (0.0 MB)" in describe_unsplit([found])
+    assert unsplit(axes, params, make_mesh(fsdp=8)) == []
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (lambda: make_mesh(context=3), "mesh_context=3"),
+        (lambda: make_mesh(context=-1), "at most one mesh size may be -1, but mesh_fsdp, mesh_context are"),
+        (lambda: make_mesh(expert=0), "mesh_expert=0: a mesh size is a number of devices"),
+        (lambda: make_mesh(fsdp=16), "asks for 16 devices, but there are 8"),
+        (lambda: check_experts(make_mesh(expert=8), 4), "mesh_expert=8 does not divide the 4 experts"),
+        (lambda: check_experts(make_mesh(expert=8), 0), "this model has no experts"),
+        (lambda: check_row_length(make_mesh(context=8), 2050), "cutoff_len to a multiple of it"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(ask, words):
+    with pytest.raises(ConfigError, match=words):
+        ask()

@@ -12,13 +12,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from jtune.models.attention import attend
 from jtune.models.config import DecoderConfig
 from jtune.models.kernels import Linear, parameter
 from jtune.models.moe import MoE
 from jtune.models.rope import cos_sin, rotate
-from jtune.sharding import constrain
+from jtune.sharding import constrain, spec
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -150,7 +151,7 @@ class CausalLM(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, self.mesh)
         self.norm = RMSNorm(c.rms_norm_eps, c.norm_offset)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.vocab_size, ("embed", "vocab"))
@@ -181,7 +182,7 @@ class CausalLM(nn.Module):
         else:
             layers = self.param("layers", partial(_init_layers, c))
 
-        x = constrain(self.embed_tokens(input_ids).astype(self.dtype), self.mesh, "batch", "sequence", None)
+        x = constrain(self.embed_tokens(input_ids, self.dtype), self.mesh, "batch", "sequence", None)
         if c.scale_embeddings:
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
@@ -230,16 +231,46 @@ class Embedding(nn.Module):
 
     vocab: int
     features: int
+    mesh: Mesh | None = None
 
     def setup(self):
         shape, axes = (self.vocab, self.features), ("vocab", "embed")
         self.embedding = parameter(self, "embedding", nn.initializers.normal(0.02), shape, axes)
 
-    def __call__(self, input_ids: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding, input_ids, axis=0)
+    def __call__(self, input_ids: jax.Array, dtype: Any) -> jax.Array:
+        return look_up(self.embedding, input_ids, dtype, self.mesh)
 
     def attend(self, x: jax.Array) -> jax.Array:
         return x @ self.embedding.astype(x.dtype).T
+
+
+def look_up(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any, mesh: Mesh | None) -> jax.Array:
+    """The rows of the table that `ids` name, `[batch, seq, embed]` in `dtype`.
+
+    On a mesh the table stays where it is: a device looks up its columns for all devices that have other ones, and they
+    exchange them, which costs as much as moving the result once. So does the gradient, on its way back.
+    """
+    if mesh is None or mesh.size == 1:
+        return jnp.take(table_VD, ids_BT, axis=0).astype(dtype)
+    lies = spec(("vocab", "embed"), table_VD.shape, mesh)
+    rows, columns = lies
+    tokens = spec(("batch", "sequence"), ids_BT.shape, mesh)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(lies, tokens), out_specs=P(*tokens, None))
+    def local(table_VD, ids_BT):
+        ids_ZBT = ids_BT[None] if columns is None else jax.lax.all_gather(ids_BT, columns)
+        if rows is None:
+            x_ZBTD = jnp.take(table_VD, ids_ZBT, axis=0).astype(dtype)
+        else:
+            ids_ZBT -= jax.lax.axis_index(rows) * table_VD.shape[0]
+            mine_ZBT = (ids_ZBT >= 0) & (ids_ZBT < table_VD.shape[0])
+            x_ZBTD = jnp.take(table_VD, jnp.where(mine_ZBT, ids_ZBT, 0), axis=0).astype(dtype)
+            x_ZBTD = jnp.where(mine_ZBT[..., None], x_ZBTD, 0)
+        if columns is not None:
+            x_ZBTD = jax.lax.all_to_all(x_ZBTD, columns, split_axis=0, concat_axis=3, tiled=True)
+        return x_ZBTD[0] if rows is None else jax.lax.psum(x_ZBTD[0], rows)
+
+    return local(table_VD, ids_BT)
 
 
 def periods(kinds: Sequence[Any], longest: int = 8) -> list[tuple[int, int, int]]:

@@ -16,11 +16,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as PSpec
+from jax.sharding import PartitionSpec as P
 
 from jtune.models.config import DecoderConfig
 from jtune.models.kernels import Kernel, Linear
-from jtune.sharding import spec
+from jtune.sharding import gather, spec
 
 
 class Experts(nn.Module):
@@ -102,10 +102,11 @@ def mix_on_mesh(
     tokens = spec(("batch", "sequence", None), x_BTD.shape, mesh)
     split = config.intermediate_size % mesh.shape["tensor"] == 0
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, tokens, tokens, tokens, PSpec()), out_specs=tokens)
+    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, tokens, tokens, tokens, P()), out_specs=tokens)
     def local(params, x_BTD, weight_BTP, expert_BTP, key):
         params = jax.tree.map(partial(_cast, dtype=x_BTD.dtype), params, is_leaf=lambda x: isinstance(x, Kernel))
-        params = jax.tree.map(_gather, params, specs)
+        # Along `expert`, the experts are a device's own; what else is split along it is not.
+        params = jax.tree.map(lambda x, where: gather(x, P(None, *where[1:])), params, specs)
         if key is not None:
             for axis in ("data", "fsdp", "expert", "context"):
                 key = jax.random.fold_in(key, jax.lax.axis_index(axis))
@@ -147,12 +148,3 @@ def _axes(path: Any, leaf: jax.Array, config: DecoderConfig) -> tuple[str | None
 def _cast(kernel: Any, dtype: Any) -> Any:
     """A plain kernel in the dtype it is used in, before it travels; nodes know themselves."""
     return kernel if isinstance(kernel, Kernel) else kernel.astype(dtype)
-
-
-def _gather(x: jax.Array, where: PSpec) -> jax.Array:
-    """All of `x` along the axes that split tokens; its part of the experts and along `tensor` is a device's own."""
-    for dim, axes in enumerate(where):
-        for axis in reversed(axes if isinstance(axes, tuple) else (axes,)):
-            if axis is not None and axis != "tensor" and (axis != "expert" or dim > 0):
-                x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
-    return x

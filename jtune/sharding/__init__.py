@@ -2,9 +2,11 @@
 
 from jtune.sharding.mesh import batch_shards, check_experts, check_row_length, make_mesh
 from jtune.sharding.rules import (
+    RULES,
     batch_sharding,
     constrain,
     describe_unsplit,
+    gather,
     replicated,
     spec,
     tree_shardings,
@@ -12,12 +14,14 @@ from jtune.sharding.rules import (
 )
 
 __all__ = [
+    "RULES",
     "batch_sharding",
     "batch_shards",
     "check_experts",
     "check_row_length",
     "constrain",
     "describe_unsplit",
+    "gather",
     "make_mesh",
     "replicated",
     "spec",

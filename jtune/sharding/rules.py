@@ -1,6 +1,7 @@
 """One table from the names of array axes to the mesh, and the shardings that follow from it."""
 
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -56,6 +57,18 @@ def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh)))
+
+
+def gather(x: jax.Array, where: P, axes: Collection[str] = ZERO_AXES) -> jax.Array:
+    """Inside `jax.shard_map`: `x`, which lies as `where` says, whole along the mesh axes `axes`.
+
+    The gradient is the other way round: summed over these axes, and each device keeps its part.
+    """
+    for dim, part in enumerate(where):
+        mine = tuple(axis for axis in (part if isinstance(part, tuple) else (part,)) if axis in axes)
+        if mine:
+            x = jax.lax.all_gather(x, mine, axis=dim, tiled=True)
+    return x
 
 
 def tree_shardings(axes, shapes, mesh: Mesh):

@@ -1,7 +1,7 @@
 """Cross-entropy as a sum over the positions that count, without ever holding the logits of all tokens.
 
-Shape suffixes: B batch, T tokens in a row, D embed, V vocab, S shards of the tokens, K labelled positions of one shard
-(a static number), C chunks, J = K/C positions of one shard in a chunk; R shards of the batch, N = B/R*T tokens of one.
+Shape suffixes: B batch, T tokens in a row, D embed, V vocab, S shards of the batch, N = B/S*T tokens of one shard,
+K labelled positions of one shard (a static number), C chunks, J = K/C positions of one shard in a chunk.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from jtune.sharding import constrain
+from jtune.sharding import RULES, spec
 
 # Logits of one chunk, in elements: 2**25 float32 are 128 MiB.
 CHUNK_ELEMENTS = 2**25
@@ -24,33 +25,86 @@ def token_nll(logits_V: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits_V, axis=-1) - picked
 
 
-def gather_labelled(hidden_BTD, targets_BT, weights_BT, capacity: int, shards: int, mesh: Mesh | None = None):
-    """The positions with a label, shard by shard, padded with weight 0 to a static number for each shard.
+def gather_labelled(hidden_BTD, targets_BT, weights_BT, capacity: int, shards: int):
+    """The positions with a label, shard by shard, padded with weight 0 to a static `capacity` for each shard.
 
     The rows of a shard stay on its devices: the gather is batched over the leading axis, which is the sharded one.
-    Devices that share a shard's rows, each with a piece of every row (`mesh_context`), share its labelled positions
-    evenly, wherever in the rows these are: the head is computed once.
-
-    Args:
-      capacity: labelled positions of a shard of the batch, at most.
-      shards: of the batch, R. On a mesh there are `mesh_context` times as many shards S of the tokens.
 
     Returns:
       hidden `[S, K, D]`, targets int32 `[S, K, ...]`, weights float32 `[S, K]`.
     """
-    sharers = 1 if mesh is None else mesh.shape["context"]
-    capacity = -(-capacity // sharers) * sharers
     by_shard = lambda x: x.reshape(shards, -1, *x.shape[2:])
-    hidden_RND, targets_RN, weights_RN = by_shard(hidden_BTD), by_shard(targets_BT), by_shard(weights_BT)
+    hidden_SND, targets_SN, weights_SN = by_shard(hidden_BTD), by_shard(targets_BT), by_shard(weights_BT)
     # A stable sort puts the labelled positions first and keeps their order; what follows them has weight 0.
-    index_RK = jnp.argsort(weights_RN == 0, axis=1, stable=True)[:, :capacity]
+    index_SK = jnp.argsort(weights_SN == 0, axis=1, stable=True)[:, :capacity]
+    take = lambda x: jnp.take_along_axis(x, index_SK.reshape(*index_SK.shape, *(1,) * (x.ndim - 2)), axis=1)
+    return take(hidden_SND), take(targets_SN), take(weights_SN)
 
-    def take(x):
-        taken = jnp.take_along_axis(x, index_RK.reshape(*index_RK.shape, *(1,) * (x.ndim - 2)), axis=1)
-        by_sharer = taken.reshape(shards * sharers, -1, *x.shape[2:])
-        return constrain(by_sharer, mesh, "shards", *(None,) * (x.ndim - 1))
 
-    return take(hidden_RND), take(targets_RN), take(weights_RN)
+def share_labelled(hidden_BTD, targets_BT, weights_BT, capacity: int, axis: str):
+    """`gather_labelled` inside `jax.shard_map`, where the devices along `axis` have a piece of each row.
+
+    They share the labelled positions evenly, wherever in the rows these are, so that the head is computed once: each
+    gives the hidden states that it has, and gets those of its share.
+
+    Returns:
+      as `gather_labelled`, of a single shard: hidden `[1, K / devices, D]` and so on.
+    """
+    sharers, rank = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    capacity = -(-capacity // sharers) * sharers
+    B, piece = weights_BT.shape
+    column = jnp.broadcast_to(rank * piece + jnp.arange(piece), (B, piece))
+    row = jnp.broadcast_to(jnp.arange(B)[:, None], (B, piece))
+    whole = lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True)
+    place_BT2 = jnp.stack([row, column], -1)
+    place_1K2, targets_1K, weights_1K = gather_labelled(
+        whole(place_BT2), whole(targets_BT), whole(weights_BT), capacity, 1
+    )
+    row_K, column_K = place_1K2[0, :, 0], place_1K2[0, :, 1] - rank * piece
+    mine_K = (column_K >= 0) & (column_K < piece)
+    hidden_KD = jnp.where(mine_K[:, None], hidden_BTD[row_K, jnp.clip(column_K, 0, piece - 1)], 0)
+    share = lambda x: jax.lax.dynamic_slice_in_dim(x, rank * (capacity // sharers), capacity // sharers, axis=1)
+    return jax.lax.psum_scatter(hidden_KD, axis, tiled=True)[None], share(targets_1K), share(weights_1K)
+
+
+def sum_labelled(
+    f: Callable,
+    head_params,
+    hidden_BTD,
+    targets_BT,
+    weights_BT,
+    *,
+    capacity: int,
+    shards: int,
+    mesh: Mesh | None = None,
+):
+    """`f(head_params, *labelled)`, a tree of sums over labelled positions, added up over all shards of the tokens.
+
+    On a mesh `f` runs on each device for its share of the positions, with the head's parameters whole but for
+    `tensor`: they are gathered once, and their gradients are summed over chunks before they are summed over devices.
+
+    Args:
+      capacity: labelled positions of one of the `shards` of the batch, at most.
+    """
+    split = () if mesh is None else tuple(axis for axis in RULES["shards"] if mesh.shape[axis] > 1)
+    if mesh is None or not split:
+        return f(head_params, *gather_labelled(hidden_BTD, targets_BT, weights_BT, capacity, shards))
+    tokens = spec(("batch", "sequence"), weights_BT.shape, mesh)
+    share = partial(share_labelled, axis="context") if mesh.shape["context"] > 1 else partial(gather_labelled, shards=1)
+
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P(), tokens, tokens, tokens),
+        out_specs=P(),
+        axis_names=set(split),  # along `tensor`, XLA splits the head and its logits by the vocabulary
+        check_vma=False,  # the sums that a scan carries start as the same zeros on all devices
+    )
+    def local(head_params, hidden_BTD, targets_BT, weights_BT):
+        labelled = share(hidden_BTD, targets_BT, weights_BT, capacity)
+        return jax.lax.psum(f(head_params, *labelled), split)
+
+    return local(head_params, hidden_BTD, targets_BT, weights_BT)
 
 
 def chunk_positions(capacity: int, shards: int, vocab: int) -> int:

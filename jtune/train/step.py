@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jtune.models import CausalLM
-from jtune.sharding import constrain
-from jtune.train.loss import chunk_positions, gather_labelled, summed_nll
+from jtune.train.loss import chunk_positions, sum_labelled, summed_nll
 from jtune.train.state import LossScale, TrainState
 from jtune.tuning import combine
 
@@ -46,8 +45,11 @@ def make_loss_sum(model: CausalLM, *, label_capacity: int, batch_shards: int) ->
     """`loss_sum(trainable, frozen, batch, dropout_key) -> ` weighted sum of token losses, a float32 scalar."""
 
     def head(head_params, hidden):
-        logits: Any = model.apply({"params": head_params}, hidden, method="head")
-        return constrain(logits, model.mesh, "shards", None, "vocab")
+        return model.apply({"params": head_params}, hidden, method="head")
+
+    def chunked(head_params, hidden_SKD, targets_SK, weights_SK):
+        chunk = chunk_positions(hidden_SKD.shape[1], hidden_SKD.shape[0], model.config.vocab_size)
+        return summed_nll(head, head_params, hidden_SKD, targets_SK, weights_SK, chunk)
 
     def loss_sum(trainable, frozen, batch: Batch, dropout_key):
         params = combine(trainable, frozen)
@@ -55,12 +57,16 @@ def make_loss_sum(model: CausalLM, *, label_capacity: int, batch_shards: int) ->
         hidden = model.apply(
             {"params": params}, batch["input_ids"], batch["positions"], batch["segment_ids"], rngs=rngs, method="hidden"
         )
-        labelled = gather_labelled(
-            hidden, batch["targets"], batch["loss_weights"], label_capacity, batch_shards, model.mesh
+        return sum_labelled(
+            chunked,
+            {key: params[key] for key in model.head_keys},
+            hidden,
+            batch["targets"],
+            batch["loss_weights"],
+            capacity=label_capacity,
+            shards=batch_shards,
+            mesh=model.mesh,
         )
-        head_params = {key: params[key] for key in model.head_keys}
-        chunk = chunk_positions(labelled[0].shape[1], labelled[0].shape[0], model.config.vocab_size)
-        return summed_nll(head, head_params, *labelled, chunk)
 
     return loss_sum
 
