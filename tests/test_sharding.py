@@ -48,6 +48,7 @@ FAMILIES = {
     ),
     "mistral": replace(DENSE, windows=(5, 5), qkv_bias=True),
     "mixtral": replace(DENSE, num_experts=4, num_experts_per_tok=2),
+    "wide": replace(DENSE, intermediate_size=96),  # no other array has a dimension of 96
 }  # fmt: skip
 
 
@@ -171,13 +172,16 @@ def test_a_mesh_trains_as_one_device_does(family, method, packed, accum, sizes, 
 def test_layers_are_gathered_one_at_a_time_and_activations_and_gradients_stay_split(method, monkeypatch):
     monkeypatch.setattr(build, "SMALL_ADAPTER", 0)
     mesh = make_mesh(fsdp=4, devices=jax.devices()[:4])
-    text = lowered("llama", method, True, 2, mesh, remat="full")[-1].compile(QUICKLY).as_text()
-    assert "f32[32,64]" in text  # a layer's gate_proj, gathered
-    # Kernels and adapters of all layers, and what is formed of them: gradients, sums, moments.
-    stacks = ("f32[2,32,64]", "f32[2,64,32]", "f32[2,32,32]", "f32[2,32,16]", "f32[2,32,8]", "f32[2,64,8]")
-    assert [shape for shape in stacks if shape in text] == []
+    text = lowered("wide", method, True, 2, mesh, remat="full")[-1].compile(QUICKLY).as_text()
+    assert "f32[32,96]" in text  # a layer's kernel, gathered
+    # Kernels and adapters of both layers, and what is formed of them: gradients, their sums, moments.
+    mine, whole = ("f32[2,8,96]", "f32[2,96,8]"), ("f32[2,32,96]", "f32[2,96,32]")
+    if method == "lora":
+        mine = (*mine, "f32[2,96,2]", "f32[2,2,96]")
+    assert [shape for shape in mine if shape not in text] == []
+    assert [shape for shape in whole if shape in text] == []
     # Four rows of a microbatch: hidden states, heads, the MLP's hidden layer.
-    whole = ("f32[4,32,32]", "f32[4,32,4,8]", "f32[4,32,64]")
+    whole = ("f32[4,32,32]", "f32[4,32,4,8]", "f32[4,32,96]")
     assert [shape for shape in whole if shape in text] == []
 
 
