@@ -47,18 +47,20 @@ class MoE(nn.Module):
     def __call__(self, x_BTD: jax.Array, act) -> jax.Array:
         c = self.config
         router_BTE = Linear(c.num_experts, ("embed", None), name="gate")(x_BTD)
-        weight_BTP, expert_BTP = jax.lax.top_k(
-            jax.nn.softmax(router_BTE.astype(jnp.float32), -1), c.num_experts_per_tok
-        )
-        weight_BTP = (weight_BTP / weight_BTP.sum(-1, keepdims=True)).astype(x_BTD.dtype)
         if self.mesh is None or self.mesh.size == 1:
             experts = Experts(c, name="experts")
             apply = lambda x_MD, sizes_E: experts(x_MD, sizes_E, act)
-            x_ND, weight_NP, expert_NP = map(_flat, (x_BTD, weight_BTP, expert_BTP))
-            return mix(apply, x_ND, weight_NP, expert_NP, 0, c.num_experts).reshape(x_BTD.shape)
+            weight_NP, expert_NP = choose(_flat(router_BTE), c.num_experts_per_tok)
+            return mix(apply, _flat(x_BTD), weight_NP, expert_NP, 0, c.num_experts).reshape(x_BTD.shape)
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
         params = self.get_variable("params", "experts")
-        return mix_on_mesh(params, x_BTD, weight_BTP, expert_BTP, key, config=c, act=act, mesh=self.mesh)
+        return mix_on_mesh(params, x_BTD, router_BTE, key, config=c, act=act, mesh=self.mesh)
+
+
+def choose(router_NE: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The `count` experts of each token and their weights, which add up to 1: float32, int32 `[N, P]`."""
+    weight_NP, expert_NP = jax.lax.top_k(jax.nn.softmax(router_NE.astype(jnp.float32), -1), count)
+    return weight_NP / weight_NP.sum(-1, keepdims=True), expert_NP
 
 
 def mix(apply: Callable, x_ND: jax.Array, weight_NP: jax.Array, expert_NP: jax.Array, first: Any, count: int):
@@ -82,8 +84,7 @@ def mix(apply: Callable, x_ND: jax.Array, weight_NP: jax.Array, expert_NP: jax.A
 def mix_on_mesh(
     params: Any,
     x_BTD: jax.Array,
-    weight_BTP: jax.Array,
-    expert_BTP: jax.Array,
+    router_BTE: jax.Array,
     key: jax.Array | None,
     *,
     config: DecoderConfig,
@@ -100,10 +101,10 @@ def mix_on_mesh(
     count = config.num_experts // mesh.shape["expert"]
     specs = jax.tree_util.tree_map_with_path(lambda path, x: spec(_axes(path, x, config), x.shape, mesh), params)
     tokens = spec(("batch", "sequence", None), x_BTD.shape, mesh)
-    split = config.intermediate_size % mesh.shape["tensor"] == 0
+    split = mesh.shape["tensor"] > 1 and config.intermediate_size % mesh.shape["tensor"] == 0
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, tokens, tokens, tokens, P()), out_specs=tokens)
-    def local(params, x_BTD, weight_BTP, expert_BTP, key):
+    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, tokens, tokens, P()), out_specs=tokens)
+    def local(params, x_BTD, router_BTE, key):
         params = jax.tree.map(partial(_cast, dtype=x_BTD.dtype), params, is_leaf=lambda x: isinstance(x, Kernel))
         # Along `expert`, the experts are a device's own; what else is split along it is not.
         params = jax.tree.map(lambda x, where: gather(x, P(None, *where[1:])), params, specs)
@@ -114,7 +115,9 @@ def mix_on_mesh(
         apply = lambda x_MD, sizes_E: Experts(config, parent=None).apply(
             {"params": params}, x_MD, sizes_E, act, rngs=rngs
         )
-        x_ND, weight_NP, expert_NP = map(_flat, (x_BTD, weight_BTP, expert_BTP))
+        x_ND = _flat(x_BTD)
+        # Chosen here: outside, XLA would gather the whole batch to find the best.
+        weight_NP, expert_NP = choose(_flat(router_BTE), config.num_experts_per_tok)
         if count == config.num_experts:
             y_ND = mix(apply, x_ND, weight_NP, expert_NP, 0, count)
         else:
@@ -125,7 +128,7 @@ def mix_on_mesh(
             y_ND = jax.lax.psum_scatter(y_ND, "expert", tiled=True)
         return (jax.lax.psum(y_ND, "tensor") if split else y_ND).reshape(x_BTD.shape)
 
-    return local(params, x_BTD, weight_BTP, expert_BTP, key)
+    return local(params, x_BTD, router_BTE, key)
 
 
 def _flat(x_BTX: jax.Array) -> jax.Array:
