@@ -125,15 +125,35 @@ def test_evaluation_alone(parts, tmp_path):
 def test_eight_devices_log_what_one_does(parts, tmp_path):
     one = case(tmp_path / "one", *parts, per_device_train_batch_size=8, gradient_accumulation_steps=1)
     eight = case(tmp_path / "eight", *parts, **EIGHT)
-    lora = {"finetuning_type": "lora", "adapter_name_or_path": None}
-    for name, changes in (("full", {}), ("lora", lora)):
-        words = [f"{k}={v}" for k, v in changes.items() if v is not None]
+    for name in ("full", "lora"):
         for path, devices in ((one, 1), (eight, 8)):
-            done = train(path, f"output_dir={path.parent / name}", *words, devices=devices)
-            assert done.returncode == 0, done.stdout + done.stderr
-        for key in ("loss", "grad_norm", "eval_loss"):
-            ours, theirs = ([r[0] for r in curve(p.parent / name, key) if r[0] is not None] for p in (one, eight))
-            assert ours == pytest.approx(theirs, rel=1e-4)
+            logged(path, f"output_dir={path.parent / name}", f"finetuning_type={name}", devices=devices)
+        same_figures(one.parent / name, eight.parent / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"packing": True}], ids=str)
+def test_devices_that_share_rows_log_what_one_does(changes, parts, tmp_path):
+    batch = {"gradient_accumulation_steps": 2, **changes}
+    one = case(tmp_path / "one", *parts, per_device_train_batch_size=8, **batch)
+    asked = {"per_device_train_batch_size": 2, "mesh_fsdp": 4, "mesh_context": 2, **batch}
+    eight = case(tmp_path / "eight", *parts, **asked)
+    logged(one, devices=1)
+    assert "fsdp 4, context 2" in logged(eight, devices=8)
+    same_figures(one.parent / "out", eight.parent / "out")
+
+
+def logged(path, *words, devices):
+    done = train(path, *words, devices=devices)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def same_figures(one, other):
+    for key in ("loss", "grad_norm", "eval_loss"):
+        ours, theirs = ([r[0] for r in curve(folder, key) if r[0] is not None] for folder in (one, other))
+        assert ours
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 @pytest.mark.slow

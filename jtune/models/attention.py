@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jtune.sharding import constrain
 from jtune.sharding.mesh import BATCH_AXES
 
 # Scores of masked pairs. Finite, so that a row of padding gives numbers and not NaN.
@@ -58,7 +59,7 @@ def attend(
       window: a token sees itself and the `window - 1` tokens before it.
       softcap: scores become `softcap * tanh(scores / softcap)` (arXiv:2408.00118).
       backend: "xla", all scores at once: the reference; "blocks", "splash": see `choose`.
-      mesh: over which batch, heads and sequence are split; None where nothing is.
+      mesh: where the arrays lie; rows over `batch`, tokens over `sequence`, heads over `heads` and `kv_heads`.
 
     Returns:
       `[batch, seq, heads, head_dim]` in the dtype of `q`. Softmax is in float32.
@@ -67,11 +68,15 @@ def attend(
         return _splash(q_BTHD, k_BSKD, v_BSKD, segment_ids_BS, scale, window, softcap, mesh)
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    # Queries stay where their tokens are; keys and values of the whole row come to them.
+    k_BSKD, v_BSKD = (constrain(x, mesh, "batch", None, "kv_heads", None) for x in (k_BSKD, v_BSKD))
     B, T, H, D = q_BTHD.shape
     K = k_BSKD.shape[2]
+    split = mesh is not None and mesh.shape["context"] > 1  # then rows are in parts already, one on each device
+    block = _block(T) if backend == "blocks" and not split else T
     q_BKGTD = q_BTHD.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
     k_BKSD, v_BKSD = (x.transpose(0, 2, 1, 3) for x in (k_BSKD, v_BSKD))
-    one = partial(_row, scale=scale, window=window, softcap=softcap, block=_block(T) if backend == "blocks" else T)
+    one = partial(_row, scale=scale, window=window, softcap=softcap, block=block)
     if backend == "blocks" and (mesh is None or mesh.size == 1) and jax.default_backend() == "cpu":
         # A core works on one head at a time: its scores stay in the cache, and products of two matrices run several
         # times as fast on CPUs as products of two batches of them.
@@ -85,24 +90,16 @@ def attend(
     return out.reshape(B, K, H // K, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
-def visible(segment_ids_BT: jax.Array, window: int | None) -> jax.Array:
-    """bool `[batch, seq, seq]`: whether the token of the second axis sees the token of the third.
-
-    Segments are contiguous, so distance in the row is distance in the segment.
-    """
-    T = segment_ids_BT.shape[1]
-    return jax.vmap(lambda ids: _visible(ids, ids, jnp.arange(T), jnp.arange(T), window))(segment_ids_BT)
+# ---------------------------------------------------------------------- plain XLA, at once or in blocks of queries
 
 
 def _visible(of_queries, of_keys, queries, keys, window: int | None) -> jax.Array:
+    """bool `[queries, keys]`. Segments are contiguous, so distance in the row is distance in the segment."""
     distance = queries[:, None] - keys[None, :]
     near = distance >= 0
     if window is not None:
         near &= distance < window
     return (of_queries[:, None] == of_keys[None, :]) & near
-
-
-# ---------------------------------------------------------------------- plain XLA, at once or in blocks of queries
 
 
 def _block(T: int) -> int:

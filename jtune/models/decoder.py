@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from jtune.models.attention import SPLASH_RESIDUALS, attend
 from jtune.models.config import DecoderConfig
 from jtune.models.kernels import Linear, parameter
 from jtune.models.moe import MoE
 from jtune.models.rope import cos_sin, rotate
+from jtune.sharding import constrain, spec
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -64,10 +66,11 @@ class Attention(nn.Module):
         if c.qk_norm:
             q_BTHD = RMSNorm(c.rms_norm_eps, name="q_norm")(q_BTHD)
             k_BTKD = RMSNorm(c.rms_norm_eps, name="k_norm")(k_BTKD)
+        place = lambda x, axis: constrain(x, self.mesh, "batch", "sequence", axis, None)
         out_BTHD = attend(
-            rotate(q_BTHD, *cos_sin_BT1F),
-            rotate(k_BTKD, *cos_sin_BT1F),
-            v_BTKD,
+            place(rotate(q_BTHD, *cos_sin_BT1F), "heads"),
+            place(rotate(k_BTKD, *cos_sin_BT1F), "kv_heads"),
+            place(v_BTKD, "kv_heads"),
             segment_ids_BT,
             scale=c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
             window=self.window,
@@ -75,7 +78,7 @@ class Attention(nn.Module):
             backend=self.backend,
             mesh=self.mesh,
         )
-        joined = checkpoint_name(out_BTHD.reshape(*x_BTD.shape[:-1], -1), ATTENDED)
+        joined = checkpoint_name(place(out_BTHD, "heads").reshape(*x_BTD.shape[:-1], -1), ATTENDED)
         return Linear(c.hidden_size, ("heads", "embed"), use_bias=c.o_bias, name="o_proj")(joined)
 
 
@@ -83,12 +86,13 @@ class MLP(nn.Module):
     """down(act(gate(x)) * up(x)) (arXiv:2002.05202)."""
 
     config: DecoderConfig
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, act) -> jax.Array:
         c = self.config
         up = lambda name: Linear(c.intermediate_size, ("embed", "mlp"), use_bias=c.mlp_bias, name=name)(x_BTD)
-        hidden = act(up("gate_proj")) * up("up_proj")
+        hidden = constrain(act(up("gate_proj")) * up("up_proj"), self.mesh, "batch", "sequence", "mlp")
         return Linear(c.hidden_size, ("mlp", "embed"), use_bias=c.mlp_bias, name="down_proj")(hidden)
 
 
@@ -109,11 +113,13 @@ class DecoderLayer(nn.Module):
             norm("input_layernorm")(x_BTD), cos_sin_BT1F, segment_ids_BT
         )
         x_BTD = x_BTD + (norm("post_attention_layernorm")(y) if c.sandwich_norms else y)
+        x_BTD = constrain(x_BTD, self.mesh, "batch", "sequence", None)
 
         before_mlp = "pre_feedforward_layernorm" if c.sandwich_norms else "post_attention_layernorm"
-        mlp = MoE(c, name="mlp") if c.num_experts else MLP(c, name="mlp")
+        mlp = (MoE if c.num_experts else MLP)(c, self.mesh, name="mlp")
         y = mlp(norm(before_mlp)(x_BTD), act)
-        return x_BTD + (norm("post_feedforward_layernorm")(y) if c.sandwich_norms else y)
+        x_BTD = x_BTD + (norm("post_feedforward_layernorm")(y) if c.sandwich_norms else y)
+        return constrain(x_BTD, self.mesh, "batch", "sequence", None)
 
 
 class CausalLM(nn.Module):
@@ -131,7 +137,7 @@ class CausalLM(nn.Module):
         all but what attention gives; "full", all but the input of each layer; "offload", the same, and those inputs
         wait in the memory of the host.
       attention: the backend of `jtune.models.attention.attend`.
-      mesh: over which the arrays are split, for kernels that have to know; None: they are not.
+      mesh: where activations are said to lie (`jtune.sharding.RULES`); None: nothing is said, as suits one device.
 
     `params["layers"]` is a stack of layers (leaves `[layers, ...]`), or a tuple of such stacks, in order. Dropout, of
     kernels that have it, happens when `apply` gets `rngs={"dropout": key}`.
@@ -150,7 +156,7 @@ class CausalLM(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, self.mesh)
         self.norm = RMSNorm(c.rms_norm_eps, c.norm_offset)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.vocab_size, ("embed", "vocab"))
@@ -181,7 +187,7 @@ class CausalLM(nn.Module):
         else:
             layers = self.param("layers", partial(_init_layers, c))
 
-        x = self.embed_tokens(input_ids).astype(self.dtype)
+        x = constrain(self.embed_tokens(input_ids, self.dtype), self.mesh, "batch", "sequence", None)
         if c.scale_embeddings:
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
@@ -230,16 +236,46 @@ class Embedding(nn.Module):
 
     vocab: int
     features: int
+    mesh: Mesh | None = None
 
     def setup(self):
         shape, axes = (self.vocab, self.features), ("vocab", "embed")
         self.embedding = parameter(self, "embedding", nn.initializers.normal(0.02), shape, axes)
 
-    def __call__(self, input_ids: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding, input_ids, axis=0)
+    def __call__(self, input_ids: jax.Array, dtype: Any) -> jax.Array:
+        return look_up(self.embedding, input_ids, dtype, self.mesh)
 
     def attend(self, x: jax.Array) -> jax.Array:
         return x @ self.embedding.astype(x.dtype).T
+
+
+def look_up(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any, mesh: Mesh | None) -> jax.Array:
+    """The rows of the table that `ids` name, `[batch, seq, embed]` in `dtype`.
+
+    On a mesh the table stays where it is: a device looks up its columns for all devices that have other ones, and they
+    exchange them, which costs as much as moving the result once. So does the gradient, on its way back.
+    """
+    if mesh is None or mesh.size == 1:
+        return jnp.take(table_VD, ids_BT, axis=0).astype(dtype)
+    lies = spec(("vocab", "embed"), table_VD.shape, mesh)
+    rows, columns = lies
+    tokens = spec(("batch", "sequence"), ids_BT.shape, mesh)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(lies, tokens), out_specs=P(*tokens, None))
+    def local(table_VD, ids_BT):
+        ids_ZBT = ids_BT[None] if columns is None else jax.lax.all_gather(ids_BT, columns)
+        if rows is None:
+            x_ZBTD = jnp.take(table_VD, ids_ZBT, axis=0).astype(dtype)
+        else:
+            ids_ZBT -= jax.lax.axis_index(rows) * table_VD.shape[0]
+            mine_ZBT = (ids_ZBT >= 0) & (ids_ZBT < table_VD.shape[0])
+            x_ZBTD = jnp.take(table_VD, jnp.where(mine_ZBT, ids_ZBT, 0), axis=0).astype(dtype)
+            x_ZBTD = jnp.where(mine_ZBT[..., None], x_ZBTD, 0)
+        if columns is not None:
+            x_ZBTD = jax.lax.all_to_all(x_ZBTD, columns, split_axis=0, concat_axis=3, tiled=True)
+        return x_ZBTD[0] if rows is None else jax.lax.psum(x_ZBTD[0], rows)
+
+    return local(table_VD, ids_BT)
 
 
 def periods(kinds: Sequence[Any], longest: int = 8) -> list[tuple[int, int, int]]:

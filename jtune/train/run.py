@@ -20,7 +20,7 @@ from jtune.errors import Preempted
 from jtune.inspect import show
 from jtune.interop import hf
 from jtune.models.families import decoder_config
-from jtune.sharding import batch_shards, make_mesh
+from jtune.sharding import batch_shards, check_row_length, describe_unsplit, unsplit
 from jtune.train import build, report
 from jtune.train.checkpoint import Checkpointer, read_meta, restore, restore_newest
 from jtune.train.loop import Hooks, Progress, run_loop
@@ -52,7 +52,7 @@ def run(config: Config) -> dict[str, Any]:
 
     # ------------------------------------------------------------------ devices
     build.use_compile_cache(training.compile_cache_dir)
-    mesh = make_mesh(data=training.mesh_data, fsdp=training.mesh_fsdp, tensor=training.mesh_tensor)
+    mesh = build.mesh_of(training)
     shards = batch_shards(mesh)
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "not split"
     log.info("devices: %d x %s (%s)", mesh.size, jax.devices()[0].device_kind, axes)
@@ -69,6 +69,8 @@ def run(config: Config) -> dict[str, Any]:
     model = build.load_model(
         folder, config.model, finetuning, decoder, source, mesh, dtype=dtype, remat=remat(config), seed=training.seed
     )
+    if whole := unsplit(build.prepared_axes(model.params, decoder), model.params, mesh):
+        log.info("%s", describe_unsplit(whole))
     if training.do_train:
         log.info("%s", tuning.describe(model.params, model.mask))
     if config.model.print_param_status:
@@ -113,6 +115,8 @@ def run(config: Config) -> dict[str, Any]:
         training.lr_scheduler_type, training.learning_rate, warmup, plan.max_steps, training.lr_scheduler_kwargs
     )
     report.describe_plan(plan, len(splits.train))
+    for shape in plan.shapes:
+        check_row_length(mesh, shape.seq)
 
     # ------------------------------------------------------------------ state and step
     trainable, frozen = tuning.partition(model.params, model.mask)
@@ -284,7 +288,7 @@ def inspect(config: Config) -> None:
     """Print the parameter tree that `config` trains: paths, shapes, dtypes, bytes, sharding, what trains."""
     folder = build.fetch_model(config.model)
     source = hf.read_config(folder)
-    mesh = make_mesh(data=config.training.mesh_data, fsdp=config.training.mesh_fsdp, tensor=config.training.mesh_tensor)
+    mesh = build.mesh_of(config.training)
     dtype = build.compute_dtype(config.training, config.finetuning.pure_bf16, hf.stored_dtype(source))
     model = build.load_model(
         folder,
