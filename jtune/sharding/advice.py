@@ -1,0 +1,315 @@
+"""What to change so that a run fits, or runs faster: estimates from shapes, in milliseconds instead of a compilation.
+
+An estimate is arithmetic on what must be kept and on the largest things that exist for a moment. It is good enough to
+compare one setting with another, and is scaled by what the compiler measured for the setting that was asked for.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Any, NamedTuple
+
+import jax
+
+from jtune.config import Config
+from jtune.config.arguments import SECTIONS
+from jtune.errors import ConfigError
+from jtune.models import DecoderConfig
+from jtune.models.decoder import REMAT
+from jtune.sharding.mesh import BATCH_AXES
+from jtune.sharding.shapes import Shapes, abstract_mesh, batch_shapes, bytes_by_kind, run_shapes
+from jtune.sharding.topology import link_speed
+from jtune.train.flops import peak_flops
+from jtune.train.loss import CHUNK_ELEMENTS
+
+# A microbatch with fewer tokens on a device leaves its matrix units waiting.
+SMALL_MICROBATCH = 512
+
+
+class Rows(NamedTuple):
+    """The rows of an update as one device's share of the batch sees them."""
+
+    accum: int
+    per_shard: int  # rows of a microbatch on a shard of the batch
+    seq: int
+    label_share: float  # of its tokens that may carry a label
+
+
+class Candidate(NamedTuple):
+    """A changed configuration."""
+
+    change: str  # for a person
+    overrides: dict[str, Any]  # as key=value
+    config: Config
+    devices: int
+    rows: Rows
+
+
+def changed(config: Config, **values: Any) -> Config:
+    """The configuration with other values of some arguments.
+
+    >>> from jtune.config import load_config
+    >>> changed(load_config(["model_name_or_path=m"], command="plan"), remat="dots").training.remat
+    'dots'
+    """
+    sections = {}
+    for name, kind in SECTIONS.items():
+        mine = {f.name for f in dataclasses.fields(kind)} & values.keys()
+        sections[name] = dataclasses.replace(getattr(config, name), **{key: values[key] for key in mine})
+    return dataclasses.replace(config, **sections)
+
+
+# ---------------------------------------------------------------------- estimates
+
+
+def batch_of(rows: Rows, shapes: Shapes) -> Mapping[str, Any]:
+    """The batch of an update, as shapes."""
+    shards = math.prod(shapes.mesh.shape[axis] for axis in BATCH_AXES)
+    return batch_shapes((rows.accum, rows.per_shard * shards, rows.seq), shapes.mesh)
+
+
+def saved_activations(decoder: DecoderConfig, remat: str, tokens: int, seq: int, itemsize: int, split: int = 1) -> int:
+    """Bytes kept of the forward pass for the backward pass, of `tokens` in rows of `seq` on one device.
+
+    Args:
+      split: devices that share a matrix product (`mesh_tensor`).
+    """
+    d, f = decoder.hidden_size, decoder.intermediate_size * max(1, decoder.num_experts_per_tok)
+    qkv = (decoder.num_attention_heads + 2 * decoder.num_key_value_heads) * decoder.head_dim
+    q = decoder.num_attention_heads * decoder.head_dim
+    values = {
+        "full": d,
+        "dots": 2 * d + (qkv + 2 * f) / split,
+        # Inputs of all products and norms, and the attention's weights, which plain attention keeps.
+        "none": 4 * d + (qkv + q + 3 * f + decoder.num_attention_heads * seq * 2) / split,
+    }[remat]
+    return int(values * tokens * itemsize) * decoder.num_hidden_layers
+
+
+def estimate(shapes: Shapes, rows: Rows) -> dict[str, int]:
+    """Bytes of one device: `arguments`, `temporaries`, `peak`, and the `floor` that no compiler can go below."""
+    decoder, module, mesh = shapes.module.config, shapes.module, shapes.mesh
+    split, size = mesh.shape["tensor"], module.dtype.itemsize
+    kept = sum(bytes_by_kind(shapes, batch_of(rows, shapes)).values())
+    tokens = rows.per_shard * rows.seq
+
+    saved = saved_activations(decoder, module.remat, tokens, rows.seq, size, split)
+    # Gradients and their sum over microbatches, float32, lie where the parameters lie.
+    trained = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(shapes.state.trainable))
+    gradients = 4 * trained * (1 if rows.accum == 1 else 2)
+    # One layer at work. Scores: float32, their softmax and its gradient, and weights in the compute dtype.
+    d, f = decoder.hidden_size, decoder.intermediate_size * max(1, decoder.num_experts_per_tok)
+    scores = rows.per_shard * decoder.num_attention_heads * rows.seq**2 * (8 + size) // split
+    inside = tokens * (6 * d + 5 * f // split) * size
+    # Gathered weights: of two layers, as the next one is fetched while one is at work; and of the head.
+    gathered = 0
+    if mesh.shape["fsdp"] > 1:
+        layer = sum(x.size for x in jax.tree.leaves(shapes.params["layers"])) // decoder.num_hidden_layers
+        gathered = (2 * layer + decoder.vocab_size * d) * size // split
+    chunk = min(CHUNK_ELEMENTS, int(tokens * rows.label_share) * decoder.vocab_size) * (8 + size) // split
+    temporaries = saved + gradients + max(scores, inside, chunk) + gathered
+    return {
+        "arguments": kept,
+        "temporaries": temporaries,
+        "peak": kept + temporaries,
+        "floor": kept + saved_activations(decoder, "full", tokens, rows.seq, size),
+    }
+
+
+class Work(NamedTuple):
+    """FLOPs of one token: those of the model, and those of the forward pass of its layers."""
+
+    model: float
+    layers: float
+
+
+def seconds_per_token(shapes: Shapes, rows: Rows, work: Work, device_kind: str, utilisation: float) -> float:
+    """Device time of one token, for comparing settings: computing, and waiting for what cannot be hidden behind it.
+
+    Unknown chips count as fast as an H100: only ratios matter.
+    """
+    decoder, mesh = shapes.module.config, shapes.mesh
+    peak, speed = peak_flops(device_kind) or 989e12, link_speed(device_kind)
+    flops = work.model + {"none": 0.0, "dots": 0.15, "full": 1.0}[shapes.module.remat] * work.layers
+    tokens = rows.per_shard * rows.seq
+    starved = 1 + SMALL_MICROBATCH / tokens
+    split, fsdp, data = mesh.shape["tensor"], mesh.shape["fsdp"], mesh.shape["data"]
+    compute = flops / split / (peak * utilisation) * starved
+    size = shapes.module.dtype.itemsize
+    passes = 3 if shapes.module.remat == "full" else 2
+    # FSDP gathers every layer in each pass and scatters gradients; what is computed meanwhile hides it.
+    weights = sum(x.size for x in jax.tree.leaves(shapes.params)) * size / split
+    trained = 4 * sum(x.size for x in jax.tree.leaves(shapes.state.trainable)) / split
+    moved = (passes * weights + trained) * (1 - 1 / fsdp) + 2 * trained * (1 - 1 / data) / rows.accum
+    gathering = moved / speed / tokens
+    # Tensor parallelism sums activations twice a layer in each direction, and the next product waits for them.
+    summed = 2 * (passes + 1) * decoder.num_hidden_layers * decoder.hidden_size * size * 2 * (1 - 1 / split) / speed
+    return (max(compute, gathering) + summed) * split  # `split` devices work on the token
+
+
+# ---------------------------------------------------------------------- what would make it fit
+
+
+def advise(
+    config: Config, source: Mapping[str, Any], shapes: Shapes, rows: Rows, measured: Mapping[str, int], memory: int,
+    *, platform: str,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The three changes that save most, each with what it saves and whether it is enough alone.
+
+    Args:
+      source: the model's config.json.
+      measured: `peak` and `temporaries` of the run as it is, in bytes.
+      memory: of a device.
+      platform: "tpu", "gpu" or "cpu".
+    """
+    before = estimate(shapes, rows)
+    scale = measured["temporaries"] / max(1, before["temporaries"])
+    found: dict[str, dict[str, Any]] = {}
+    for kind, candidate in candidates(config, shapes, rows):
+        sizes = _mesh_sizes(candidate.config, candidate.devices)
+        try:
+            mesh = abstract_mesh(candidate.devices, **sizes)
+            then = run_shapes(candidate.config, shapes.module.config, dict(source), mesh, platform=platform)
+        except ConfigError:
+            continue
+        after = estimate(then, candidate.rows)
+        saves = int(before["arguments"] - after["arguments"])
+        saves += int((before["temporaries"] - after["temporaries"]) * scale)
+        if saves <= 0:
+            continue
+        advice = {
+            "change": candidate.change,
+            "overrides": candidate.overrides,
+            "saves_bytes": saves,
+            "peak_bytes": measured["peak"] - saves,
+            "fits": measured["peak"] - saves <= memory,
+        }
+        # Of changes of one kind, the smallest that is enough; if none is, the largest.
+        known = found.get(kind)
+        if known is None or (not known["fits"] and saves > known["saves_bytes"]):
+            found[kind] = advice
+    return sorted(found.values(), key=lambda a: (not a["fits"], -a["saves_bytes"]))[:3]
+
+
+def candidates(config: Config, shapes: Shapes, rows: Rows) -> Iterator[tuple[str, Candidate]]:
+    """`(kind, change)`: in each kind from the smallest change to the largest. Rows of an update stay as many."""
+    training, mesh = config.training, shapes.mesh
+    devices = math.prod(mesh.shape.values())
+    sizes = {axis: mesh.shape[axis] for axis in ("data", "fsdp", "tensor")}
+
+    def make(change: str, *, on: int = devices, rows: Rows = rows, also: Mapping[str, Any] | None = None, **values):
+        return Candidate(change, values, changed(config, **values, **(also or {})), on, rows)
+
+    per_device = training.per_device_train_batch_size
+    for fewer in _halves(per_device):
+        share = per_device // fewer
+        smaller = rows._replace(accum=rows.accum * share, per_shard=-(-rows.per_shard // share))
+        accumulation = training.gradient_accumulation_steps * share
+        values = {"per_device_train_batch_size": fewer, "gradient_accumulation_steps": accumulation}
+        yield "microbatch", make("smaller microbatches, more of them", rows=smaller, **values)
+    if shapes.module.remat != "full":
+        yield "remat", make("compute whole layers again in the backward pass", remat="full")
+    if config.finetuning.finetuning_type != "lora":
+        yield "method", make("train adapters instead", finetuning_type="lora")
+        if not config.finetuning.pure_bf16:
+            yield "precision", make("trained parameters in bfloat16", pure_bf16=True)
+    if shapes.module.dtype.itemsize == 4:
+        yield "compute", make("compute in bfloat16", bf16=True, also={"fp16": False})
+    if sizes["data"] > 1:
+        values = {"mesh_data": 1, "mesh_fsdp": sizes["data"] * sizes["fsdp"]}
+        yield "fsdp", make("split parameters over all devices", **values)
+    for more in (2, 4, 8):
+        tensor = sizes["tensor"] * more
+        if sizes["fsdp"] % more == 0 and shapes.module.config.num_key_value_heads % tensor == 0:
+            values = {
+                "mesh_fsdp": sizes["fsdp"] // more,
+                "mesh_tensor": tensor,
+                "gradient_accumulation_steps": training.gradient_accumulation_steps * more,
+            }
+            change = f"split each matrix product over {tensor} devices"
+            yield "tensor", make(change, rows=rows._replace(accum=rows.accum * more), **values)
+    for more in (2, 4, 8, 16):
+        grown = {"mesh_fsdp": sizes["fsdp"] * more}
+        if training.gradient_accumulation_steps % more == 0:
+            grown["gradient_accumulation_steps"] = training.gradient_accumulation_steps // more
+        fewer = rows._replace(accum=max(1, rows.accum // more))
+        yield "devices", make(f"{devices * more} devices instead of {devices}", on=devices * more, rows=fewer, **grown)
+    for shorter in (2, 4):
+        if rows.seq // shorter >= 256:
+            values = {"cutoff_len": rows.seq // shorter}
+            yield "length", make("shorter rows", rows=rows._replace(seq=rows.seq // shorter), **values)
+
+
+def _halves(n: int) -> list[int]:
+    """
+    >>> _halves(8)
+    [4, 2, 1]
+    """
+    return [n // 2**k for k in range(1, 12) if n % 2**k == 0]
+
+
+def _mesh_sizes(config: Config, devices: int) -> dict[str, int]:
+    """The sizes of the axes that do not take what is left."""
+    training = config.training
+    sizes = {axis: getattr(training, f"mesh_{axis}") for axis in ("data", "tensor")}
+    if -1 in sizes.values():
+        fixed = math.prod(size for size in (*sizes.values(), training.mesh_fsdp) if size != -1)
+        sizes = {axis: max(1, devices // fixed) if size == -1 else size for axis, size in sizes.items()}
+    return sizes
+
+
+# ---------------------------------------------------------------------- the fastest that fits
+
+
+def search(
+    config: Config, source: Mapping[str, Any], shapes: Shapes, rows: Rows, work: Work, *, platform: str,
+    device_kind: str, utilisation: float,
+) -> list[tuple[float, dict[str, int], Candidate]]:  # fmt: skip
+    """Settings of microbatch, remat and mesh with the same rows in an update: `(seconds of a token, estimate,
+    candidate)`, the fastest by estimate first. Whether they fit is not looked at here."""
+    devices = math.prod(shapes.mesh.shape.values())
+    decoder, training = shapes.module.config, config.training
+    shards = math.prod(shapes.mesh.shape[axis] for axis in BATCH_AXES)
+    rows_of_one = rows.per_shard / training.per_device_train_batch_size  # fewer than 1 where examples share rows
+    examples = training.per_device_train_batch_size * training.gradient_accumulation_steps * shards
+    found = []
+    for sizes in meshes(devices, decoder):
+        mesh = abstract_mesh(devices, **sizes)
+        axes = {f"mesh_{axis}": size for axis, size in sizes.items()}
+        then = run_shapes(changed(config, **axes), decoder, dict(source), mesh, platform=platform)
+        share = examples / (sizes["data"] * sizes["fsdp"])
+        if share != int(share):
+            continue
+        for micro, remat in product(_powers(int(share)), REMAT):
+            accumulation = int(share) // micro
+            module = dataclasses.replace(then.module, remat=remat)
+            its_rows = rows._replace(accum=accumulation, per_shard=max(1, round(micro * rows_of_one)))
+            values = axes | {
+                "remat": remat,
+                "per_device_train_batch_size": micro,
+                "gradient_accumulation_steps": accumulation,
+            }
+            its_shapes = then._replace(module=module)
+            candidate = Candidate("", values, changed(config, **values), devices, its_rows)
+            seconds = seconds_per_token(its_shapes, its_rows, work, device_kind, utilisation)
+            found.append((seconds, estimate(its_shapes, its_rows), candidate))
+    return sorted(found, key=lambda entry: (entry[0], entry[1]["peak"]))
+
+
+def meshes(devices: int, decoder: DecoderConfig) -> Iterator[dict[str, int]]:
+    """Ways to split work over `devices`; products are split only where heads and MLP divide evenly."""
+    for tensor in (1, 2, 4, 8):
+        if devices % tensor or decoder.num_key_value_heads % tensor or decoder.intermediate_size % tensor:
+            continue
+        for data in _powers(devices // tensor):
+            yield {"data": data, "fsdp": devices // tensor // data, "tensor": tensor}
+
+
+def _powers(n: int) -> list[int]:
+    """Powers of two that divide `n`.
+
+    >>> _powers(12)
+    [1, 2, 4]
+    """
+    return [2**k for k in range(n.bit_length()) if n % 2**k == 0]
