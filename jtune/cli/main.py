@@ -154,13 +154,14 @@ def _plan(argv: list[str]) -> int:
 
         compile_for_tpu_here()
     config = _load(argv, "plan")
-    from jtune.sharding import plan
+    from jtune.sharding.plan import plan
+    from jtune.sharding.show import show
 
-    result = plan.plan(config, topology=topology, fit=fit)
+    result = plan(config, topology=topology, fit=fit)
     if as_json:
         print(json.dumps(result, indent=2))
     else:
-        plan.show(result)
+        show(result)
     return 0
 
 

@@ -25,6 +25,8 @@ from jtune.train.loss import CHUNK_ELEMENTS
 
 # A microbatch with fewer tokens on a device leaves its matrix units waiting.
 SMALL_MICROBATCH = 512
+# An estimate is not called fitting unless it leaves this share of the memory unused.
+MARGIN = 0.95
 
 
 class Rows(NamedTuple):
@@ -36,14 +38,22 @@ class Rows(NamedTuple):
     label_share: float  # of its tokens that may carry a label
 
 
-class Candidate(NamedTuple):
-    """A changed configuration."""
+class Found(NamedTuple):
+    """A setting that a search has looked at."""
 
-    change: str  # for a person
-    overrides: dict[str, Any]  # as key=value
+    seconds: float  # of a token, by estimate
+    guess: dict[str, int]  # see `estimate`
+    overrides: dict[str, Any]
     config: Config
+
+
+class Change(NamedTuple):
+    """A change of a configuration."""
+
+    kind: str  # of changes of one kind, one is enough
+    text: str  # for a person
+    overrides: dict[str, Any]  # as key=value
     devices: int
-    rows: Rows
 
 
 def changed(config: Config, **values: Any) -> Config:
@@ -151,11 +161,44 @@ def seconds_per_token(shapes: Shapes, rows: Rows, work: Work, device_kind: str, 
 # ---------------------------------------------------------------------- what would make it fit
 
 
+class Setting(NamedTuple):
+    """A configuration on so many devices, and what follows from it."""
+
+    config: Config
+    devices: int
+    shapes: Shapes
+    rows: Rows
+
+
+def apply(setting: Setting, change: Change, source: Mapping[str, Any], platform: str) -> Setting:
+    """The setting after a change; its rows follow from its arguments.
+
+    Raises:
+      ConfigError: the devices cannot be split in this way.
+    """
+    before, after = setting.config.training, changed(setting.config, **change.overrides)
+    now, rows = after.training, setting.rows
+    sizes = {axis: getattr(now, f"mesh_{axis}") for axis in ("data", "fsdp", "tensor")}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {axis: max(1, change.devices // fixed) if size == -1 else size for axis, size in sizes.items()}
+    mesh = abstract_mesh(change.devices, data=sizes["data"], tensor=sizes["tensor"])
+    shapes = run_shapes(after, setting.shapes.module.config, dict(source), mesh, platform=platform)
+    share = now.per_device_train_batch_size / before.per_device_train_batch_size
+    longer = now.gradient_accumulation_steps / before.gradient_accumulation_steps
+    rows = rows._replace(
+        accum=max(1, round(rows.accum * longer)),
+        per_shard=max(1, math.ceil(rows.per_shard * share)),
+        seq=min(rows.seq, after.data.cutoff_len),
+    )
+    return Setting(after, change.devices, shapes, rows)
+
+
 def advise(
     config: Config, source: Mapping[str, Any], shapes: Shapes, rows: Rows, measured: Mapping[str, int], memory: int,
     *, platform: str,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """The three changes that save most, each with what it saves and whether it is enough alone.
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:  # fmt: skip
+    """The three changes that save most, each by itself, those that are enough first; and, if none is, what three
+    changes in a row come to.
 
     Args:
       source: the model's config.json.
@@ -163,82 +206,102 @@ def advise(
       memory: of a device.
       platform: "tpu", "gpu" or "cpu".
     """
+    start = Setting(config, math.prod(shapes.mesh.shape.values()), shapes, rows)
     before = estimate(shapes, rows)
     scale = measured["temporaries"] / max(1, before["temporaries"])
-    found: dict[str, dict[str, Any]] = {}
-    for kind, candidate in candidates(config, shapes, rows):
-        sizes = _mesh_sizes(candidate.config, candidate.devices)
-        try:
-            mesh = abstract_mesh(candidate.devices, **sizes)
-            then = run_shapes(candidate.config, shapes.module.config, dict(source), mesh, platform=platform)
-        except ConfigError:
-            continue
-        after = estimate(then, candidate.rows)
-        saves = int(before["arguments"] - after["arguments"])
-        saves += int((before["temporaries"] - after["temporaries"]) * scale)
-        if saves <= 0:
-            continue
-        advice = {
-            "change": candidate.change,
-            "overrides": candidate.overrides,
-            "saves_bytes": saves,
-            "peak_bytes": measured["peak"] - saves,
-            "fits": measured["peak"] - saves <= memory,
+    enough = memory * MARGIN
+
+    def peak(setting: Setting) -> int:
+        after = estimate(setting.shapes, setting.rows)
+        kept = after["arguments"] - before["arguments"]
+        return int(measured["peak"] + kept + (after["temporaries"] - before["temporaries"]) * scale)
+
+    def ranked(setting: Setting) -> list[tuple[int, Change, Setting]]:
+        """Of each kind the smallest change that is enough; if none is, the one that saves most."""
+        best: dict[str, tuple[int, Change, Setting]] = {}
+        for change in changes(setting):
+            if change.kind in best and best[change.kind][0] <= enough:
+                continue
+            try:
+                after = apply(setting, change, source, platform)
+            except ConfigError:
+                continue
+            if change.kind not in best or peak(after) < best[change.kind][0]:
+                best[change.kind] = peak(after), change, after
+        useful = [entry for entry in best.values() if entry[0] < peak(setting)]
+        return sorted(useful, key=lambda entry: (entry[0] > enough, entry[0]))
+
+    first = ranked(start)
+    alone = [
+        {
+            "change": change.text,
+            "overrides": change.overrides,
+            "devices": change.devices,
+            "saves_bytes": measured["peak"] - left,
+            "peak_bytes": left,
+            "fits": left <= enough,
         }
-        # Of changes of one kind, the smallest that is enough; if none is, the largest.
-        known = found.get(kind)
-        if known is None or (not known["fits"] and saves > known["saves_bytes"]):
-            found[kind] = advice
-    return sorted(found.values(), key=lambda a: (not a["fits"], -a["saves_bytes"]))[:3]
+        for left, change, _ in first[:3]
+    ]
+    if not first or first[0][0] <= enough:
+        return alone, None
+    values: dict[str, Any] = {}
+    left, setting = peak(start), start
+    for _ in range(3):
+        options = ranked(setting)
+        if not options or left <= enough:
+            break
+        left, change, setting = options[0]
+        values |= change.overrides
+    together = {"overrides": values, "devices": setting.devices, "peak_bytes": left, "fits": left <= enough}
+    return alone, together
 
 
-def candidates(config: Config, shapes: Shapes, rows: Rows) -> Iterator[tuple[str, Candidate]]:
-    """`(kind, change)`: in each kind from the smallest change to the largest. Rows of an update stay as many."""
+def changes(setting: Setting) -> Iterator[Change]:
+    """What could be changed, in each kind from the smallest change to the largest. Rows of an update stay as many."""
+    config, devices, shapes, rows = setting
     training, mesh = config.training, shapes.mesh
-    devices = math.prod(mesh.shape.values())
-    sizes = {axis: mesh.shape[axis] for axis in ("data", "fsdp", "tensor")}
+    data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    accumulation, per_device = training.gradient_accumulation_steps, training.per_device_train_batch_size
 
-    def make(change: str, *, on: int = devices, rows: Rows = rows, also: Mapping[str, Any] | None = None, **values):
-        return Candidate(change, values, changed(config, **values, **(also or {})), on, rows)
+    def change(kind: str, text: str, *, on: int = devices, **overrides: Any) -> Change:
+        return Change(kind, text, overrides, on)
 
-    per_device = training.per_device_train_batch_size
     for fewer in _halves(per_device):
-        share = per_device // fewer
-        smaller = rows._replace(accum=rows.accum * share, per_shard=-(-rows.per_shard // share))
-        accumulation = training.gradient_accumulation_steps * share
-        values = {"per_device_train_batch_size": fewer, "gradient_accumulation_steps": accumulation}
-        yield "microbatch", make("smaller microbatches, more of them", rows=smaller, **values)
+        yield change(
+            "microbatch",
+            "smaller microbatches, more of them",
+            per_device_train_batch_size=fewer,
+            gradient_accumulation_steps=accumulation * per_device // fewer,
+        )
     if shapes.module.remat != "full":
-        yield "remat", make("compute whole layers again in the backward pass", remat="full")
+        yield change("remat", "compute whole layers again in the backward pass", remat="full")
     if config.finetuning.finetuning_type != "lora":
-        yield "method", make("train adapters instead", finetuning_type="lora")
+        yield change("method", "train adapters instead", finetuning_type="lora")
         if not config.finetuning.pure_bf16:
-            yield "precision", make("trained parameters in bfloat16", pure_bf16=True)
+            yield change("precision", "trained parameters in bfloat16", pure_bf16=True)
     if shapes.module.dtype.itemsize == 4:
-        yield "compute", make("compute in bfloat16", bf16=True, also={"fp16": False})
-    if sizes["data"] > 1:
-        values = {"mesh_data": 1, "mesh_fsdp": sizes["data"] * sizes["fsdp"]}
-        yield "fsdp", make("split parameters over all devices", **values)
+        yield change("compute", "compute in bfloat16", bf16=True)
+    if data > 1:
+        yield change("fsdp", "split parameters over all devices", mesh_data=1, mesh_fsdp=data * fsdp)
     for more in (2, 4, 8):
-        tensor = sizes["tensor"] * more
-        if sizes["fsdp"] % more == 0 and shapes.module.config.num_key_value_heads % tensor == 0:
-            values = {
-                "mesh_fsdp": sizes["fsdp"] // more,
-                "mesh_tensor": tensor,
-                "gradient_accumulation_steps": training.gradient_accumulation_steps * more,
-            }
-            change = f"split each matrix product over {tensor} devices"
-            yield "tensor", make(change, rows=rows._replace(accum=rows.accum * more), **values)
+        if fsdp % more == 0 and shapes.module.config.num_key_value_heads % (tensor * more) == 0:
+            yield change(
+                "tensor",
+                f"split each matrix product over {tensor * more} devices",
+                mesh_fsdp=fsdp // more,
+                mesh_tensor=tensor * more,
+                gradient_accumulation_steps=accumulation * more,
+            )
     for more in (2, 4, 8, 16):
-        grown = {"mesh_fsdp": sizes["fsdp"] * more}
-        if training.gradient_accumulation_steps % more == 0:
-            grown["gradient_accumulation_steps"] = training.gradient_accumulation_steps // more
-        fewer = rows._replace(accum=max(1, rows.accum // more))
-        yield "devices", make(f"{devices * more} devices instead of {devices}", on=devices * more, rows=fewer, **grown)
+        text = f"{devices * more} devices instead of {devices}"
+        overrides = {"mesh_fsdp": fsdp * more}
+        if accumulation % more == 0:
+            overrides["gradient_accumulation_steps"] = accumulation // more
+        yield change("devices", text, on=devices * more, **overrides)
     for shorter in (2, 4):
         if rows.seq // shorter >= 256:
-            values = {"cutoff_len": rows.seq // shorter}
-            yield "length", make("shorter rows", rows=rows._replace(seq=rows.seq // shorter), **values)
+            yield change("length", "shorter rows", cutoff_len=rows.seq // shorter)
 
 
 def _halves(n: int) -> list[int]:
@@ -249,25 +312,15 @@ def _halves(n: int) -> list[int]:
     return [n // 2**k for k in range(1, 12) if n % 2**k == 0]
 
 
-def _mesh_sizes(config: Config, devices: int) -> dict[str, int]:
-    """The sizes of the axes that do not take what is left."""
-    training = config.training
-    sizes = {axis: getattr(training, f"mesh_{axis}") for axis in ("data", "tensor")}
-    if -1 in sizes.values():
-        fixed = math.prod(size for size in (*sizes.values(), training.mesh_fsdp) if size != -1)
-        sizes = {axis: max(1, devices // fixed) if size == -1 else size for axis, size in sizes.items()}
-    return sizes
-
-
 # ---------------------------------------------------------------------- the fastest that fits
 
 
 def search(
     config: Config, source: Mapping[str, Any], shapes: Shapes, rows: Rows, work: Work, *, platform: str,
     device_kind: str, utilisation: float,
-) -> list[tuple[float, dict[str, int], Candidate]]:  # fmt: skip
-    """Settings of microbatch, remat and mesh with the same rows in an update: `(seconds of a token, estimate,
-    candidate)`, the fastest by estimate first. Whether they fit is not looked at here."""
+) -> list[Found]:  # fmt: skip
+    """Settings of microbatch, remat and mesh with the same rows in an update, the fastest by estimate first. Whether
+    they fit is not looked at here."""
     devices = math.prod(shapes.mesh.shape.values())
     decoder, training = shapes.module.config, config.training
     shards = math.prod(shapes.mesh.shape[axis] for axis in BATCH_AXES)
@@ -291,10 +344,9 @@ def search(
                 "gradient_accumulation_steps": accumulation,
             }
             its_shapes = then._replace(module=module)
-            candidate = Candidate("", values, changed(config, **values), devices, its_rows)
             seconds = seconds_per_token(its_shapes, its_rows, work, device_kind, utilisation)
-            found.append((seconds, estimate(its_shapes, its_rows), candidate))
-    return sorted(found, key=lambda entry: (entry[0], entry[1]["peak"]))
+            found.append(Found(seconds, estimate(its_shapes, its_rows), values, changed(config, **values)))
+    return sorted(found, key=lambda entry: (entry.seconds, entry.guess["peak"]))
 
 
 def meshes(devices: int, decoder: DecoderConfig) -> Iterator[dict[str, int]]:
