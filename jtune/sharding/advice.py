@@ -27,6 +27,8 @@ from jtune.train.loss import CHUNK_ELEMENTS
 SMALL_MICROBATCH = 512
 # An estimate is not called fitting unless it leaves this share of the memory unused.
 MARGIN = 0.95
+# Temporaries of programs that fit were measured to be up to so many times the estimated ones.
+MOST_OFF = 1.5
 
 
 class Rows(NamedTuple):
@@ -194,7 +196,7 @@ def apply(setting: Setting, change: Change, source: Mapping[str, Any], platform:
 
 
 def advise(
-    config: Config, source: Mapping[str, Any], shapes: Shapes, rows: Rows, measured: Mapping[str, int], memory: int,
+    config: Config, source: Mapping[str, Any], shapes: Shapes, rows: Rows, measured: Mapping[str, Any], memory: int,
     *, platform: str,
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:  # fmt: skip
     """The three changes that save most, each by itself, those that are enough first; and, if none is, what three
@@ -202,19 +204,21 @@ def advise(
 
     Args:
       source: the model's config.json.
-      measured: `peak` and `temporaries` of the run as it is, in bytes.
+      measured: the run as it is (see `jtune.sharding.measure`).
       memory: of a device.
       platform: "tpu", "gpu" or "cpu".
     """
     start = Setting(config, math.prod(shapes.mesh.shape.values()), shapes, rows)
     before = estimate(shapes, rows)
     scale = measured["temporaries"] / max(1, before["temporaries"])
+    if measured["refused"]:  # said before the compiler has tried to make it fit: more than it would need
+        scale = min(scale, MOST_OFF)
+    rest = measured["peak"] - measured["temporaries"] - before["arguments"]  # code, layouts, results not in place
     enough = memory * MARGIN
 
     def peak(setting: Setting) -> int:
         after = estimate(setting.shapes, setting.rows)
-        kept = after["arguments"] - before["arguments"]
-        return int(measured["peak"] + kept + (after["temporaries"] - before["temporaries"]) * scale)
+        return int(after["arguments"] + rest + after["temporaries"] * scale)
 
     def ranked(setting: Setting) -> list[tuple[int, Change, Setting]]:
         """Of each kind the smallest change that is enough; if none is, the one that saves most."""

@@ -14,10 +14,11 @@ def show(result: Mapping[str, Any], say: Callable[[str], None] = print) -> None:
         f"({result['finetuning_type']})")  # fmt: skip
     say(f"devices      {result['devices']} x {result['device_kind']} ({axes})")
     others = f", of {len(batch['shapes'])} shapes the largest" if len(batch["shapes"]) > 1 else ""
-    say(f"batch        [accum, batch, seq] {batch['shape']}{others}; {batch['padding_share']:.1%} padding, "
-        f"{batch['label_share']:.0%} of the tokens labelled; remat {result['remat']}")  # fmt: skip
+    say(f"batch        [accum, batch, seq] {batch['shape']}{others}; remat {result['remat']}")
     if batch["assumed"]:
         say(f"             assumed: {batch['assumed']}")
+    else:
+        say(f"             {batch['padding_share']:.1%} padding, {batch['label_share']:.0%} of the tokens labelled")
     say("")
     say("of one device")
     names = {
@@ -32,10 +33,11 @@ def show(result: Mapping[str, Any], say: Callable[[str], None] = print) -> None:
             say(f"  {name:38}{human(sizes['by_kind'][kind]):>14}")
     say(f"  {'saved activations and temporaries':38}{human(sizes['temporaries']):>14}")
     rest = sizes["peak"] - sizes["temporaries"] - sum(sizes["by_kind"].values())
-    say(f"  {'results not in place, code, layout':38}{human(rest):>14}")
+    if rest > 0:
+        say(f"  {'results not in place, code, layout':38}{human(rest):>14}")
     say(f"  {'peak':38}{human(sizes['peak']):>14}   of {human(result['device_memory_bytes'])}: "
         + ("fits" if result["fits"] else "DOES NOT FIT"))  # fmt: skip
-    say(f"  {'at least: what is kept, layer inputs':38}{human(result['floor_bytes']):>14}")
+    say(f"  {'floor: what is kept, and layer inputs':38}{human(result['floor_bytes']):>14}")
     if result["refused"]:
         say(f"  the compiler: {result['refused']}")
     say("")
