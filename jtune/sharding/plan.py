@@ -25,7 +25,7 @@ from jtune.sharding.advice import Found, Rows, Work, advise, changed, estimate, 
 from jtune.sharding.measure import measure
 from jtune.sharding.mesh import AXES, make_mesh
 from jtune.sharding.shapes import Shapes, batch_shapes, bytes_by_kind, global_bytes, run_shapes
-from jtune.sharding.topology import device_memory, topology_devices
+from jtune.sharding.topology import device_memory, reserved_memory, topology_devices
 from jtune.train import build
 from jtune.train.flops import flops_per_token, peak_flops, recomputed_per_token
 from jtune.train.run import load_data, plan_updates
@@ -60,6 +60,7 @@ class Case(NamedTuple):
     devices: list[Any]
     target: str  # the name of the topology, or of the kind of device
     memory: int  # bytes of a device
+    usable: int  # of them, by programs
 
 
 def plan(
@@ -88,8 +89,10 @@ def plan(
     source = hf.read_config(folder)
     decoder = decoder_config(source)
     encoded, why = read_rows(config, folder, decoder)
+    kind = devices[0].device_kind
+    usable = device_memory(devices[0]) - reserved_memory(kind) if memory is None else memory
     memory = device_memory(devices[0]) if memory is None else memory
-    case = Case(source, decoder, encoded, why, devices, topology or devices[0].device_kind, memory)
+    case = Case(source, decoder, encoded, why, devices, topology or kind, memory, usable)
     if not fit:
         return plan_case(config, case)
     best, tried = fastest(config, case)
@@ -107,14 +110,14 @@ def plan_case(config: Config, case: Case) -> dict[str, Any]:
 
     by_kind = bytes_by_kind(shapes, batch_shapes(shape, mesh))
     peak = measured["peak"]
-    fits = peak <= case.memory and not measured["refused"]
+    fits = peak <= case.usable and not measured["refused"]
     work = work_of(case.decoder, shapes, batches)
     flops = work.model * batches.tokens
     chip = peak_flops(kind)
     seconds = flops / (chip * UTILISATION * mesh.size) if chip else None
     advice, together = [], None
     if not fits:
-        advice, together = advise(config, case.source, shapes, rows, measured, case.memory, platform=platform)
+        advice, together = advise(config, case.source, shapes, rows, measured, case.usable, platform=platform)
     state = 0 if config.training.save_only_model else global_bytes(shapes.state)
     return {
         "model": config.model.model_name_or_path,
@@ -139,6 +142,7 @@ def plan_case(config: Config, case: Case) -> dict[str, Any]:
         },
         "floor_bytes": estimate(shapes, rows)["floor"],
         "device_memory_bytes": case.memory,
+        "usable_memory_bytes": case.usable,
         "fits": fits,
         "refused": measured["refused"],
         "flops_per_token": work.model,
@@ -252,10 +256,11 @@ def fastest(config: Config, case: Case) -> tuple[Found | None, dict[str, Any]]:
     quickest = ranked[0].seconds if ranked else 1.0
     tried: list[dict[str, Any]] = []
     best: Found | None = None
-    off = 1.0  # measured temporaries over estimated ones
+    off: dict[str, float] = {}  # measured temporaries over estimated ones, for each kind of remat
     while ranked and len(tried) < MOST_COMPILES:
-        predicted = [entry.guess["arguments"] + off * entry.guess["temporaries"] for entry in ranked]
-        hopeful = [i for i, size in enumerate(predicted) if size <= case.memory]
+        scales = [off.get(entry.overrides["remat"], 1.0) for entry in ranked]
+        predicted = [e.guess["arguments"] + scale * e.guess["temporaries"] for e, scale in zip(ranked, scales)]
+        hopeful = [i for i, size in enumerate(predicted) if size <= case.usable]
         if not hopeful and tried:
             break
         chosen = hopeful[0] if hopeful else int(np.argmin(predicted))
@@ -270,7 +275,8 @@ def fastest(config: Config, case: Case) -> tuple[Found | None, dict[str, Any]]:
                 "fits": result["fits"],
             }
         )
-        off = result["per_device_bytes"]["temporaries"] / max(1, entry.guess["temporaries"])
+        measured = result["per_device_bytes"]["temporaries"]
+        off[entry.overrides["remat"]] = measured / max(1, entry.guess["temporaries"])
         if result["fits"]:
             best, ranked = entry, ranked[:chosen]  # only what is faster is of interest now
         else:

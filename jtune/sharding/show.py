@@ -35,7 +35,7 @@ def show(result: Mapping[str, Any], say: Callable[[str], None] = print) -> None:
     rest = sizes["peak"] - sizes["temporaries"] - sum(sizes["by_kind"].values())
     if rest > 0:
         say(f"  {'results not in place, code, layout':38}{human(rest):>14}")
-    say(f"  {'peak':38}{human(sizes['peak']):>14}   of {human(result['device_memory_bytes'])}: "
+    say(f"  {'peak':38}{human(sizes['peak']):>14}   of {human(result['usable_memory_bytes'])} usable: "
         + ("fits" if result["fits"] else "DOES NOT FIT"))  # fmt: skip
     say(f"  {'floor: what is kept, and layer inputs':38}{human(result['floor_bytes']):>14}")
     if result["refused"]:

@@ -22,6 +22,9 @@ MEMORY = {
     "tpu v7": 96 * GIB,
 }
 
+# What the compiler says is not available of it, when it refuses a program.
+RESERVED = {"tpu v5 lite": GIB // 4, "tpu v6": 3 * GIB // 4}
+
 # Bytes a second that a device exchanges with its neighbours, all links together, as vendors state them: what a search
 # over meshes weighs communication with.
 LINKS = {
@@ -101,6 +104,12 @@ def device_memory(device: Any) -> int:
             return stats["bytes_limit"]
         raise ConfigError(f"{device.device_kind}: how much memory it has is not known")
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+
+
+def reserved_memory(device_kind: str) -> int:
+    """Bytes of a device that programs do not get."""
+    kind = device_kind.lower()
+    return next((size for name, size in RESERVED.items() if name in kind), 0)
 
 
 def link_speed(device_kind: str) -> float:
