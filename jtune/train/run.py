@@ -15,7 +15,16 @@ import jax.numpy as jnp
 
 from jtune import tuning
 from jtune.config import Config
-from jtune.data import Splits, check_vocabulary, get_template, load_datasets, load_tokenizer, plan_batches
+from jtune.data import (
+    BatchPlan,
+    Encoded,
+    Splits,
+    check_vocabulary,
+    get_template,
+    load_datasets,
+    load_tokenizer,
+    plan_batches,
+)
 from jtune.errors import Preempted
 from jtune.inspect import show
 from jtune.interop import hf
@@ -92,24 +101,7 @@ def run(config: Config) -> dict[str, Any]:
 
     # ------------------------------------------------------------------ plan of all updates
     assert splits.train is not None
-    order_seed = training.seed if training.data_seed is None else training.data_seed
-    plan = plan_batches(
-        splits.train,
-        stage=finetuning.stage,
-        packing=rows_are_packed(config),
-        cutoff_len=config.data.cutoff_len,
-        per_device_batch_size=training.per_device_train_batch_size,
-        batch_shards=shards,
-        accumulation=training.gradient_accumulation_steps,
-        seed=order_seed,
-        shuffle=not finetuning.disable_shuffling,
-        num_epochs=training.num_train_epochs,
-        max_steps=training.max_steps,
-        drop_last=training.dataloader_drop_last,
-        windows=splits.train.preprocessing_batches(
-            config.data.preprocessing_batch_size, config.data.preprocessing_num_workers
-        ),
-    )
+    plan = plan_updates(config, splits.train, shards)
     warmup = warmup_updates(plan.max_steps, training.warmup_steps, training.warmup_ratio)
     schedule = make_schedule(
         training.lr_scheduler_type, training.learning_rate, warmup, plan.max_steps, training.lr_scheduler_kwargs
@@ -145,7 +137,7 @@ def run(config: Config) -> dict[str, Any]:
     identity = {
         "data": build.data_fingerprint(splits.train),
         "examples per update": [training.per_device_train_batch_size * shards, training.gradient_accumulation_steps],
-        "order": [order_seed, not finetuning.disable_shuffling],
+        "order": [order_seed(config), not finetuning.disable_shuffling],
         "rows": [rows_are_packed(config), config.data.cutoff_len],
         "updates": plan.max_steps,
         "frozen weights": build.tree_fingerprint(frozen),
@@ -270,6 +262,31 @@ def load_data(config: Config, tokenizer: Any, vocab_size: int) -> Splits:
         if encoded is not None:
             check_vocabulary(encoded, vocab_size)
     return splits
+
+
+def plan_updates(config: Config, encoded: Encoded, shards: int) -> BatchPlan:
+    """All updates of a run over `encoded`: what `jtune train` runs and `jtune plan` counts."""
+    training, data = config.training, config.data
+    return plan_batches(
+        encoded,
+        stage=config.finetuning.stage,
+        packing=rows_are_packed(config),
+        cutoff_len=data.cutoff_len,
+        per_device_batch_size=training.per_device_train_batch_size,
+        batch_shards=shards,
+        accumulation=training.gradient_accumulation_steps,
+        seed=order_seed(config),
+        shuffle=not config.finetuning.disable_shuffling,
+        num_epochs=training.num_train_epochs,
+        max_steps=training.max_steps,
+        drop_last=training.dataloader_drop_last,
+        windows=encoded.preprocessing_batches(data.preprocessing_batch_size, data.preprocessing_num_workers),
+    )
+
+
+def order_seed(config: Config) -> int:
+    """The seed of the order of rows."""
+    return config.training.seed if config.training.data_seed is None else config.training.data_seed
 
 
 def rows_are_packed(config: Config) -> bool:
