@@ -3,7 +3,8 @@
 #
 #     scripts/restart.sh [--dry-run] COMMAND [ARGUMENT ...]
 #
-# jtune goes on from its last checkpoint when the same command is started again. It ends with
+# jtune goes on from its last checkpoint when the same command is started again (but from the beginning if the YAML has
+# overwrite_output_dir: true). It ends with
 #     75  when it was asked to stop, by whoever takes the machine away, and has saved
 #     70  when another process of the run was lost
 # Any other status is passed on: 0 is done, and an error would only happen again.

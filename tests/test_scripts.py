@@ -477,3 +477,57 @@ def test_sky_yaml_runs_something_without_sky_sh():
     command, case = shlex.split(job["envs"]["JTUNE_ARGS"])
     assert command == "train"
     assert (ROOT / case).exists()
+
+
+# ---------------------------------------------------------------------- benchmarks
+
+
+@pytest.fixture
+def bench_modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS / "bench"))
+
+
+def test_benchmark_times_the_updates_of_a_log(bench_modules, tmp_path):
+    """Lines of the log are seen as they come; the last one, without a loss, is no update."""
+    from measure import Failed, OutOfMemory, measure
+
+    writes = """
+import json, pathlib, sys, time
+out = pathlib.Path(sys.argv[1]); out.mkdir()
+for step in (1, 2, 3):
+    time.sleep(0.3)
+    with open(out / "trainer_log.jsonl", "a") as file:
+        file.write(json.dumps({"current_steps": step, "loss": 1 / step, "total_tokens": 10 * step}) + "\\n")
+with open(out / "trainer_log.jsonl", "a") as file:
+    file.write(json.dumps({"current_steps": 3}) + "\\n")
+"""
+    out = tmp_path / "out"
+    run = measure([sys.executable, "-c", writes, str(out)], dict(os.environ), out)
+    assert run.losses == {1: 1, 2: 0.5, 3: 1 / 3}
+    assert run.tokens == {1: 10, 2: 10, 3: 10}
+    assert all(0.25 < run.seconds[step] < 3 for step in (2, 3))
+    for code, error in ((1, Failed), (9, OutOfMemory)):
+        with pytest.raises(error):
+            measure([sys.executable, "-c", f"raise SystemExit({code})"], dict(os.environ), tmp_path / str(code))
+
+
+@pytest.mark.parametrize(
+    ("shape", "full", "lora"),
+    [("Qwen2.5-0.5B", 3.49, 2.56), ("Llama-3.2-1B", 8.22, 5.80), ("Llama-3.1-8B", 48.25, 33.44)],
+)
+def test_operations_of_a_token(bench_modules, shape, full, lora):
+    """GFLOP a token, worked out by hand for rows of one segment of 4,096 tokens, all of them labelled."""
+    from shapes import SHAPES, operations
+
+    n = 4096
+    held = {"tokens": n, "labelled": n, "pairs": n * (n + 1) // 2, "rank": 16}
+    assert operations(SHAPES[shape], "full", **held) / n / 1e9 == pytest.approx(full, abs=0.01)
+    assert operations(SHAPES[shape], "lora", **held) / n / 1e9 == pytest.approx(lora, abs=0.01)
+
+
+def test_gpu_benchmark_says_that_there_is_no_gpu(bench):
+    env = bench.env | {"PATH": str(bench.folder / "bin")}
+    command = [sys.executable, SCRIPTS / "bench" / "gpu.py"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "no GPU" in done.stdout

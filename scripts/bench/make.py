@@ -95,12 +95,15 @@ def write_adapter(folder: Path, model: Path, *, rank: int, seed: int = 1) -> Non
 
 def write_data(folder: Path) -> None:
     """A dataset_dir with one alpaca set `rows`: LLaMA-Factory's demo set where it is at hand, else made up."""
-    folder.mkdir(parents=True, exist_ok=True)
     demo = reference("data/alpaca_en_demo.json")
-    rows = json.loads(demo.read_text()) if demo else make_rows(1000)
+    write_rows(folder, json.loads(demo.read_text()) if demo else make_rows(1000))
+    print(f"{folder}: {demo or 'made-up rows'}")
+
+
+def write_rows(folder: Path, rows: list[dict[str, str]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.json").write_text(json.dumps(rows))
     (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
-    print(f"{folder}: {len(rows)} rows, {demo or 'made up'}")
 
 
 def make_rows(count: int, *, mean: int = 60, seed: int = 0) -> list[dict[str, str]]:

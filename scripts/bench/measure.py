@@ -30,7 +30,14 @@ class Run(NamedTuple):
 
 
 class Failed(Exception):
-    pass
+    """A command did not end well."""
+
+
+class OutOfMemory(Failed):
+    """It has ended with OUT_OF_MEMORY."""
+
+
+OUT_OF_MEMORY = 9  # exit status by which the scripts of gpu.py say so
 
 
 def measure(command: list[str], env: dict[str, str], output_dir: Path) -> Run:
@@ -49,6 +56,8 @@ def measure(command: list[str], env: dict[str, str], output_dir: Path) -> Run:
     if process.returncode == 0 and lines:
         others = (busy_seconds() - busy - (_children_seconds() - own)) / wall
         return _per_update(lines, started, wall, max(0.0, others))
+    if process.returncode == OUT_OF_MEMORY:
+        raise OutOfMemory(console)
     tail = "\n".join(console.read_text(errors="replace").splitlines()[-15:])
     raise Failed(f"{' '.join(command)}\nexit status {process.returncode}; the end of {console}:\n{tail}")
 
