@@ -54,7 +54,7 @@ def main() -> int:
     machine.pin(CORES)
     noise = machine.noise()
     if noise:
-        print(f"note: {noise}")
+        print(f"note: {noise}: the times will not be sound")
     lf = find(args.lf)
     if lf is None:
         print("LLaMA-Factory is not installed (no llamafactory-cli on the PATH, none given with --lf): only jtune runs")
@@ -264,8 +264,8 @@ def heading(noise: str | None, lf: Path | None, args: argparse.Namespace) -> lis
         f"- versions: {machine.versions(('jtune', 'jax', 'jaxlib', 'flax', 'numpy'))}, commit {commit()}",
         f"- beside: {lf_versions(lf) if lf else 'LLaMA-Factory is not installed: only jtune was measured'}",
         f"- model: Llama, hidden {LLAMA_28M['hidden_size']}, {LLAMA_28M['num_hidden_layers']} layers, random weights; "
-        f"{args.updates} updates of {BATCH} rows, cutoff_len 512; {args.runs} runs of each side in turn, medians over "
-        f"updates {SKIPPED + 1} to {args.updates} of all runs",
+        f"{args.updates} updates of {BATCH} rows, cutoff_len 512; the sides in turn, runs of each: {args.runs}; "
+        f"medians over updates {SKIPPED + 1} to {args.updates} of all runs",
     ]
     if noise:
         lines.append(f"- **not sound**: {noise}")

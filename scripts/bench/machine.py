@@ -36,7 +36,7 @@ def noise() -> str | None:
     load = os.getloadavg()[0]
     if load < QUIET:
         return None
-    return f"the machine is not quiet (load average {load:.2f}, expected below {QUIET}): these timings are not sound"
+    return f"the machine is not quiet (load average {load:.2f}, expected below {QUIET})"
 
 
 def pin(cores: int) -> None:
