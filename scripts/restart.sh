@@ -3,8 +3,8 @@
 #
 #     scripts/restart.sh [--dry-run] COMMAND [ARGUMENT ...]
 #
-# jtune goes on from its last checkpoint when the same command is started again (but from the beginning if the YAML has
-# overwrite_output_dir: true). It ends with
+# jtune goes on from its last checkpoint when the same command is started again; JTUNE_RESTARTED, which is set then, says
+# that overwrite_output_dir: true does not mean this run's own checkpoints. It ends with
 #     75  when it was asked to stop, by whoever takes the machine away, and has saved
 #     70  when another process of the run was lost
 # Any other status is passed on: 0 is done, and an error would only happen again.
@@ -109,6 +109,7 @@ run_with_restarts() {
       start_child sleep "$pause"
       wait_for_child
       status=$last
+      export JTUNE_RESTARTED=$done_restarts
     fi
     if [ -n "$asked_to_stop" ]; then
       say "stopped as asked (exit status $status); the same command goes on from there"

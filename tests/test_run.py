@@ -284,6 +284,15 @@ def test_an_earlier_run_is_kept_until_nothing_is_left_that_may_refuse(parts, tmp
     assert not (tmp_path / "out" / "checkpoint-3").exists()
 
 
+def test_a_launcher_that_starts_again_keeps_this_runs_checkpoints(parts, tmp_path, capsys, monkeypatch):
+    once = ("max_steps=3", "eval_strategy=no", "do_eval=false", "val_size=0", "overwrite_output_dir=true")
+    path = case(tmp_path, *parts, **EIGHT)
+    assert run(path, *once) == 0
+    monkeypatch.setenv("JTUNE_RESTARTED", "1")
+    assert run(path, *once) == 0
+    assert "resumed from" in capsys.readouterr().out
+
+
 def test_a_command_that_is_none(capsys):
     assert main(["trian"]) == 2
     assert "train" in capsys.readouterr().err

@@ -207,7 +207,10 @@ def run(config: Config) -> dict[str, Any]:
     finally:
         saver.close()
     if outcome == "preempted":
-        raise Preempted(f"stopped by a signal at update {progress.step} and saved: the same command goes on from there")
+        kept = " with overwrite_output_dir=false" if training.overwrite_output_dir else ""
+        raise Preempted(
+            f"stopped by a signal at update {progress.step} and saved: the same command{kept} goes on from there"
+        )
 
     # ------------------------------------------------------------------ finish
     if training.load_best_model_at_end and progress.best_step not in (None, progress.step):

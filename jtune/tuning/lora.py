@@ -42,11 +42,11 @@ class LoRA:
     dropout: float = 0.0
 
     def project(self, x: jax.Array, rng: jax.Array | None, group_sizes: jax.Array | None) -> jax.Array:
-        dropped = rng is not None and self.dropout > 0
-        if folds(x, self.base) and not dropped and group_sizes is None:
+        drops = self.dropout > 0 and rng is not None
+        if folds(x, self.base) and not drops and group_sizes is None:
             return folded(x, self.base, self.a, self.b, self.scale)
         y = project(x, self.base, rng, group_sizes)
-        if dropped:
+        if rng is not None and drops:
             kept = jax.random.bernoulli(rng, 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
         delta = project(project(x, self.a, None, group_sizes), self.b, None, group_sizes)
