@@ -293,6 +293,11 @@ def test_a_launcher_that_starts_again_keeps_this_runs_checkpoints(parts, tmp_pat
     assert "resumed from" in capsys.readouterr().out
 
 
+def test_one_of_several_processes_does_not_train_alone(parts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JTUNE_NUM_PROCESSES", "2")
+    assert "JTUNE_NUM_PROCESSES=2" in refused(capsys, 2, case(tmp_path, *parts, **EIGHT))
+
+
 def test_a_command_that_is_none(capsys):
     assert main(["trian"]) == 2
     assert "train" in capsys.readouterr().err

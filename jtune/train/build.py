@@ -50,6 +50,22 @@ class Model(NamedTuple):
     mask: Any  # tree of bool: what trains
 
 
+def check_one_process(environment: Mapping[str, str]) -> None:
+    """Refuse to start as one of several processes: jtune trains in one, on all the devices of a host, so far.
+
+    Each would train alone, on all of the data, and write over what the others write.
+
+    Raises:
+      ConfigError: with the variable that says so.
+    """
+    for name in ("JTUNE_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS"):
+        if environment.get(name, "1") not in ("", "1"):
+            raise ConfigError(
+                f"{name}={environment[name]}: jtune trains in one process so far, on all devices of one host: "
+                "start it once, on one host"
+            )
+
+
 def use_compile_cache(folder: str | None) -> None:
     """Keep compiled programs on disk, so that the second run of a shape compiles nothing.
 

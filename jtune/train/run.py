@@ -5,6 +5,7 @@ anything is compiled; each slow phase says that it begins.
 """
 
 import logging
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,7 @@ def run(config: Config) -> dict[str, Any]:
     training, finetuning = config.training, config.finetuning
     for note in config.notes:
         log.info("note: %s", note)
+    build.check_one_process(os.environ)
     build.check_schedule(training)
     output_dir = Path(training.output_dir)
     checkpoint = resume_point(
