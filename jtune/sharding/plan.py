@@ -23,7 +23,7 @@ from jtune.models.families import decoder_config
 from jtune.sharding import batch_shards
 from jtune.sharding.advice import Found, Rows, Work, advise, changed, estimate, search
 from jtune.sharding.measure import measure
-from jtune.sharding.mesh import AXES, check_row_length, make_mesh
+from jtune.sharding.mesh import check_row_length
 from jtune.sharding.shapes import Shapes, batch_shapes, bytes_by_kind, global_bytes, run_shapes
 from jtune.sharding.topology import device_memory, reserved_memory, topology_devices
 from jtune.train import build
@@ -82,7 +82,7 @@ def plan(
     """
     assert config.model.model_name_or_path is not None
     devices = topology_devices(topology) if topology else list(jax.devices())
-    mesh_of(config, devices)  # one that does not match is refused before anything is read
+    build.mesh_of(config.training, devices)  # one that does not match is refused before anything is read
     if topology is None:
         build.use_compile_cache(config.training.compile_cache_dir)
     folder = hf.fetch(config.model.model_name_or_path, weights=False, **config.model.hub)
@@ -101,7 +101,7 @@ def plan(
 
 def plan_case(config: Config, case: Case) -> dict[str, Any]:
     """The plan of one setting."""
-    mesh = mesh_of(config, case.devices)
+    mesh = build.mesh_of(config.training, case.devices)
     platform, kind = case.devices[0].platform, case.devices[0].device_kind
     shapes = run_shapes(config, case.decoder, case.source, mesh, platform=platform)
     batches = updates(config, case, batch_shards(mesh))
@@ -160,11 +160,6 @@ def plan_case(config: Config, case: Case) -> dict[str, Any]:
         "compile_seconds": measured["seconds"],
         "cached": measured["cached"],
     }
-
-
-def mesh_of(config: Config, devices: list[Any]) -> Mesh:
-    """The mesh that `jtune train` makes of `devices`."""
-    return make_mesh(devices=devices, **{axis: getattr(config.training, f"mesh_{axis}") for axis in AXES})
 
 
 def model_bytes(config: Config, source: Mapping[str, Any], shapes: Shapes) -> int:
@@ -245,7 +240,7 @@ def fastest(config: Config, case: Case) -> tuple[Found | None, dict[str, Any]]:
     Each compilation says by how much the arithmetic is off, which is put right for the next choice.
     """
     platform, kind = case.devices[0].platform, case.devices[0].device_kind
-    mesh = mesh_of(config, case.devices)
+    mesh = build.mesh_of(config.training, case.devices)
     shapes = run_shapes(config, case.decoder, case.source, mesh, platform=platform)
     batches = updates(config, case, batch_shards(mesh))
     _, rows = largest(shapes, batches)

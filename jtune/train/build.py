@@ -1,7 +1,7 @@
 """The parts a run is put together from; each can be called alone in a REPL."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from jtune.sharding import (
     replicated,
     tree_shardings,
 )
+from jtune.sharding.mesh import AXES
 from jtune.train.digest import digests, named_leaves
 from jtune.train.evaluate import evaluate, make_eval_step
 from jtune.train.loop import Cadence, Improvement
@@ -143,15 +144,9 @@ def load_model(
     return Model(module, decoder, source, params, mask)
 
 
-def mesh_of(training: TrainingArguments) -> Mesh:
-    """The mesh that the arguments `mesh_*` ask for."""
-    return make_mesh(
-        data=training.mesh_data,
-        fsdp=training.mesh_fsdp,
-        expert=training.mesh_expert,
-        context=training.mesh_context,
-        tensor=training.mesh_tensor,
-    )
+def mesh_of(training: TrainingArguments, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh that the arguments `mesh_*` ask for, over `devices` (default: all that are here)."""
+    return make_mesh(devices=devices, **{axis: getattr(training, f"mesh_{axis}") for axis in AXES})
 
 
 def fetch_model(args: ModelArguments) -> Path:
