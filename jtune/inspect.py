@@ -47,7 +47,8 @@ def placement(leaf: Any) -> str:
         return "one device" if sharding is not None else ""
     if sharding.is_fully_replicated:
         return "replicated" if sharding.mesh.size > 1 else "one device"
-    return f"({', '.join('-' if axis is None else str(axis) for axis in sharding.spec)})"
+    names = lambda part: "-" if part is None else "+".join(part) if isinstance(part, tuple) else part
+    return f"({', '.join(map(names, sharding.spec))})"
 
 
 def human(size: float) -> str:

@@ -125,15 +125,35 @@ def test_evaluation_alone(parts, tmp_path):
 def test_eight_devices_log_what_one_does(parts, tmp_path):
     one = case(tmp_path / "one", *parts, per_device_train_batch_size=8, gradient_accumulation_steps=1)
     eight = case(tmp_path / "eight", *parts, **EIGHT)
-    lora = {"finetuning_type": "lora", "adapter_name_or_path": None}
-    for name, changes in (("full", {}), ("lora", lora)):
-        words = [f"{k}={v}" for k, v in changes.items() if v is not None]
+    for name in ("full", "lora"):
         for path, devices in ((one, 1), (eight, 8)):
-            done = train(path, f"output_dir={path.parent / name}", *words, devices=devices)
-            assert done.returncode == 0, done.stdout + done.stderr
-        for key in ("loss", "grad_norm", "eval_loss"):
-            ours, theirs = ([r[0] for r in curve(p.parent / name, key) if r[0] is not None] for p in (one, eight))
-            assert ours == pytest.approx(theirs, rel=1e-4)
+            logged(path, f"output_dir={path.parent / name}", f"finetuning_type={name}", devices=devices)
+        same_figures(one.parent / name, eight.parent / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"packing": True}], ids=str)
+def test_devices_that_share_rows_log_what_one_does(changes, parts, tmp_path):
+    batch = {"gradient_accumulation_steps": 2, **changes}
+    one = case(tmp_path / "one", *parts, per_device_train_batch_size=8, **batch)
+    asked = {"per_device_train_batch_size": 2, "mesh_fsdp": 4, "mesh_context": 2, **batch}
+    eight = case(tmp_path / "eight", *parts, **asked)
+    logged(one, devices=1)
+    assert "fsdp 4, context 2" in logged(eight, devices=8)
+    same_figures(one.parent / "out", eight.parent / "out")
+
+
+def logged(path, *words, devices):
+    done = train(path, *words, devices=devices)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def same_figures(one, other):
+    for key in ("loss", "grad_norm", "eval_loss"):
+        ours, theirs = ([r[0] for r in curve(folder, key) if r[0] is not None] for folder in (one, other))
+        assert ours
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -262,6 +282,20 @@ def test_an_earlier_run_is_kept_until_nothing_is_left_that_may_refuse(parts, tmp
     assert run(path, *once, "overwrite_output_dir=true", "save_strategy=no") == 0
     assert "removing 1 checkpoints" in capsys.readouterr().out
     assert not (tmp_path / "out" / "checkpoint-3").exists()
+
+
+def test_a_launcher_that_starts_again_keeps_this_runs_checkpoints(parts, tmp_path, capsys, monkeypatch):
+    once = ("max_steps=3", "eval_strategy=no", "do_eval=false", "val_size=0", "overwrite_output_dir=true")
+    path = case(tmp_path, *parts, **EIGHT)
+    assert run(path, *once) == 0
+    monkeypatch.setenv("JTUNE_RESTARTED", "1")
+    assert run(path, *once) == 0
+    assert "resumed from" in capsys.readouterr().out
+
+
+def test_one_of_several_processes_does_not_train_alone(parts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JTUNE_NUM_PROCESSES", "2")
+    assert "JTUNE_NUM_PROCESSES=2" in refused(capsys, 2, case(tmp_path, *parts, **EIGHT))
 
 
 def test_a_command_that_is_none(capsys):

@@ -1,6 +1,7 @@
 """`jtune COMMAND CASE.yaml [key=value ...]`: choose the command, run it, turn faults into messages and exit codes."""
 
 import difflib
+import json
 import logging
 import os
 import shlex
@@ -161,6 +162,27 @@ def _data(argv: list[str]) -> int:
     return 0
 
 
+def _plan(argv: list[str]) -> int:
+    as_json, fit = _switch(argv, "--json"), _switch(argv, "--fit")
+    topology = _option(argv, "--topology")
+    if as_json:  # nothing else on stdout
+        logging.getLogger("jtune").handlers[0].stream = sys.stderr  # type: ignore[attr-defined]
+    if topology is not None:
+        from jtune.sharding.topology import compile_for_tpu_here
+
+        compile_for_tpu_here()
+    config = _load(argv, "plan")
+    from jtune.sharding.plan import plan
+    from jtune.sharding.show import show
+
+    result = plan(config, topology=topology, fit=fit)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        show(result)
+    return 0
+
+
 def _export(argv: list[str]) -> int:
     config = _load(argv, "export")
     from jtune.interop.export import run
@@ -197,6 +219,7 @@ def _version(argv: list[str]) -> int:
 COMMANDS = {
     "train": Command(_train, "fine-tune (do_train), evaluate (do_eval): everything the YAML says; --simulate 2x4"),
     "data": Command(_data, "show what the model is fed, trained-on tokens marked; --rows N, --json"),
+    "plan": Command(_plan, "what a run takes, before it runs: memory, time; --topology v5p:4x4x4, --fit, --json"),
     "inspect": Command(_inspect, "show the parameter tree: shapes, dtypes, bytes, sharding, what trains"),
     "export": Command(_export, "merge the adapter and write a Hugging Face checkpoint"),
     "quickstart": Command(_quickstart, "make a small model and data set on the spot and train it, offline"),

@@ -202,8 +202,12 @@ class TrainingArguments:
     mesh_data: int = arg(1, "devices that each hold the whole model and take other rows", SIZE_OR_REST)
     mesh_fsdp: int = arg(-1, "devices over which rows, parameters and optimizer state are split", SIZE_OR_REST)
     mesh_tensor: int = arg(1, "devices over which each matrix product is split", SIZE_OR_REST)
-    remat: Literal["auto", "none", "dots", "full"] = arg(
-        "auto", "what the backward pass computes again: nothing, all but matrix products, or whole layers"
+    mesh_context: int = arg(1, "devices over which the tokens of each row are split", SIZE_OR_REST)
+    mesh_expert: int = arg(1, "devices over which a mixture's experts are split; they take other rows", SIZE_OR_REST)
+    remat: Literal["auto", "none", "dots", "attention", "full", "offload"] = arg(
+        "auto",
+        "what the backward pass computes again: nothing, all but matrix products, all but attention, whole layers, "
+        "or whole layers with their inputs kept in the memory of the host",
     )
     compile_cache_dir: str | None = arg(None, "where compiled programs are kept; default: ~/.cache/jtune/compiled")
 

@@ -182,7 +182,7 @@ def _numbers(v: SimpleNamespace) -> Iterator[Rule]:
     if v.warmup_ratio and v.warmup_steps:
         # transformers 4 lets warmup_steps win, transformers 5 warmup_ratio: no choice would be right for everyone.
         yield ("warmup_ratio", "warmup_steps"), "warmup_ratio and warmup_steps are both given: choose one"
-    sizes = [name for name in ("mesh_data", "mesh_fsdp", "mesh_tensor") if getattr(v, name) == -1]
+    sizes = [name for name in vars(v) if name.startswith("mesh_") and getattr(v, name) == -1]
     if len(sizes) > 1:
         yield tuple(sizes), f"{' and '.join(sizes)} are all -1: only one of them can be what is left"
     for wish in v.report_to:

@@ -49,8 +49,8 @@ GROUPS: tuple[Group, ...] = (
         low_cpu_mem_usage=True, offload_folder="offload",
     ),
     _ignored(
-        "parameters, gradients and optimizer state are already split over all devices; mesh_data, mesh_fsdp and "
-        "mesh_tensor say how",
+        "parameters, gradients and optimizer state are already split over all devices; mesh_data, mesh_fsdp, "
+        "mesh_tensor, mesh_context and mesh_expert say how",
         deepspeed=None, fsdp=None, fsdp_config=None, fsdp_min_num_params=0, fsdp_transformer_layer_cls_to_wrap=None,
     ),
     _ignored(
@@ -67,18 +67,23 @@ GROUPS: tuple[Group, ...] = (
         recompute_method=None, recompute_num_layers=None,
     ),
     _refused(
-        "devices are arranged by mesh_data, mesh_fsdp and mesh_tensor",
+        "devices are arranged by mesh_data, mesh_fsdp, mesh_tensor, mesh_context and mesh_expert",
         accelerator_config=None, parallelism_config=None,
     ),
     _refused(
-        "there is no second backend: set mesh_tensor, and leave this out",
+        "there is no second backend: set mesh_tensor, mesh_context or mesh_expert, and leave this out",
         use_mca=False, use_megatron_bridge=False, megatron_bridge_args=None, use_hyper_parallel=False,
-        tensor_model_parallel_size=1, megatron_pretrained_checkpoint=None, extra_config=None,
+        megatron_pretrained_checkpoint=None, extra_config=None,
     ),
+    _refused("it is called mesh_tensor here: set that, and leave this out", tensor_model_parallel_size=1),
     _refused(
-        "pipeline, context and expert parallelism are not built yet: split with mesh_fsdp and mesh_tensor",
-        pipeline_model_parallel_size=1, virtual_pipeline_model_parallel_size=None, context_parallel_size=1,
-        expert_model_parallel_size=1, sequence_parallel=False, hyper_parallel_cp_size=1,
+        "the tokens of a row are split by mesh_context: set that, and leave this out",
+        context_parallel_size=1, hyper_parallel_cp_size=1, sequence_parallel=False,
+    ),
+    _refused("it is called mesh_expert here: set that, and leave this out", expert_model_parallel_size=1),
+    _refused(
+        "layers are not split over devices in a pipeline: split the model with mesh_fsdp and mesh_tensor",
+        pipeline_model_parallel_size=1, virtual_pipeline_model_parallel_size=None,
     ),
     _ignored(
         "it belongs to another training backend",

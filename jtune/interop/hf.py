@@ -28,8 +28,18 @@ UNUSED = ("rotary_emb.inv_freq", "attn.masked_bias")
 DTYPES = {"BF16": jnp.bfloat16, "F16": jnp.float16, "F32": jnp.float32}
 
 
-def fetch(path: str, *, revision: str | None = None, cache_dir: str | None = None, token: str | None = None) -> Path:
+def fetch(
+    path: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
+    weights: bool = True,
+) -> Path:
     """The folder of a model: `path` itself, or what the hub has under this id, downloaded.
+
+    Args:
+      weights: False leaves them where they are.
 
     Raises:
       DataError: it is no folder, and cannot be had from the hub.
@@ -43,7 +53,7 @@ def fetch(path: str, *, revision: str | None = None, cache_dir: str | None = Non
         raise DataError(f"{path}: there is no such folder")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    patterns = ["*.json", "*.model", "*.jinja", "*.txt", *(["*.safetensors"] if weights else [])]
     try:
         return Path(
             snapshot_download(path, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=patterns)

@@ -11,19 +11,25 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from jtune.models.attention import attend
+from jtune.models.attention import SPLASH_RESIDUALS, attend
 from jtune.models.config import DecoderConfig
 from jtune.models.kernels import Linear, parameter
 from jtune.models.moe import MoE
 from jtune.models.rope import cos_sin, rotate
+from jtune.sharding import constrain, spec
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
 }
-REMAT = ("none", "dots", "full")
+# Names of what a remat policy may keep.
+ATTENDED, LAYER_INPUT = "attended", "layer_input"
+REMAT = ("none", "dots", "attention", "full", "offload")
 
 
 class RMSNorm(nn.Module):
@@ -47,6 +53,7 @@ class Attention(nn.Module):
     config: DecoderConfig
     window: int | None
     backend: str
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, cos_sin_BT1F, segment_ids_BT: jax.Array) -> jax.Array:
@@ -59,17 +66,19 @@ class Attention(nn.Module):
         if c.qk_norm:
             q_BTHD = RMSNorm(c.rms_norm_eps, name="q_norm")(q_BTHD)
             k_BTKD = RMSNorm(c.rms_norm_eps, name="k_norm")(k_BTKD)
+        place = lambda x, axis: constrain(x, self.mesh, "batch", "sequence", axis, None)
         out_BTHD = attend(
-            rotate(q_BTHD, *cos_sin_BT1F),
-            rotate(k_BTKD, *cos_sin_BT1F),
-            v_BTKD,
+            place(rotate(q_BTHD, *cos_sin_BT1F), "heads"),
+            place(rotate(k_BTKD, *cos_sin_BT1F), "kv_heads"),
+            place(v_BTKD, "kv_heads"),
             segment_ids_BT,
             scale=c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
             window=self.window,
             softcap=c.attention_softcap,
             backend=self.backend,
+            mesh=self.mesh,
         )
-        joined = out_BTHD.reshape(*x_BTD.shape[:-1], -1)
+        joined = checkpoint_name(place(out_BTHD, "heads").reshape(*x_BTD.shape[:-1], -1), ATTENDED)
         return Linear(c.hidden_size, ("heads", "embed"), use_bias=c.o_bias, name="o_proj")(joined)
 
 
@@ -77,19 +86,21 @@ class MLP(nn.Module):
     """down(act(gate(x)) * up(x)) (arXiv:2002.05202)."""
 
     config: DecoderConfig
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, act) -> jax.Array:
         c = self.config
         up = lambda name: Linear(c.intermediate_size, ("embed", "mlp"), use_bias=c.mlp_bias, name=name)(x_BTD)
-        hidden = act(up("gate_proj")) * up("up_proj")
+        hidden = constrain(act(up("gate_proj")) * up("up_proj"), self.mesh, "batch", "sequence", "mlp")
         return Linear(c.hidden_size, ("mlp", "embed"), use_bias=c.mlp_bias, name="down_proj")(hidden)
 
 
 class DecoderLayer(nn.Module):
     config: DecoderConfig
     window: int | None = None
-    backend: str = "auto"
+    backend: str = "xla"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, cos_sin_BT1F, segment_ids_BT: jax.Array) -> jax.Array:
@@ -97,15 +108,18 @@ class DecoderLayer(nn.Module):
         norm = lambda name: RMSNorm(c.rms_norm_eps, c.norm_offset, name=name)
         act = ACTIVATIONS[c.hidden_act]
 
-        y = Attention(c, self.window, self.backend, name="self_attn")(
+        x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
+        y = Attention(c, self.window, self.backend, self.mesh, name="self_attn")(
             norm("input_layernorm")(x_BTD), cos_sin_BT1F, segment_ids_BT
         )
         x_BTD = x_BTD + (norm("post_attention_layernorm")(y) if c.sandwich_norms else y)
+        x_BTD = constrain(x_BTD, self.mesh, "batch", "sequence", None)
 
         before_mlp = "pre_feedforward_layernorm" if c.sandwich_norms else "post_attention_layernorm"
-        mlp = MoE(c, name="mlp") if c.num_experts else MLP(c, name="mlp")
+        mlp = (MoE if c.num_experts else MLP)(c, self.mesh, name="mlp")
         y = mlp(norm(before_mlp)(x_BTD), act)
-        return x_BTD + (norm("post_feedforward_layernorm")(y) if c.sandwich_norms else y)
+        x_BTD = x_BTD + (norm("post_feedforward_layernorm")(y) if c.sandwich_norms else y)
+        return constrain(x_BTD, self.mesh, "batch", "sequence", None)
 
 
 class CausalLM(nn.Module):
@@ -119,9 +133,11 @@ class CausalLM(nn.Module):
 
     Attributes:
       dtype: of activations and matrix products. Norms, softmax and logits are float32.
-      remat: what the backward pass recomputes: "none", "full" (all but the input of each layer) or "dots" (all but the
-        outputs of matrix products with parameters).
-      attention: see `jtune.models.attention.attend`.
+      remat: what the backward pass computes again: "none"; "dots", all but the products with parameters; "attention",
+        all but what attention gives; "full", all but the input of each layer; "offload", the same, and those inputs
+        wait in the memory of the host.
+      attention: the backend of `jtune.models.attention.attend`.
+      mesh: where activations are said to lie (`jtune.sharding.RULES`); None: nothing is said, as suits one device.
 
     `params["layers"]` is a stack of layers (leaves `[layers, ...]`), or a tuple of such stacks, in order. Dropout, of
     kernels that have it, happens when `apply` gets `rngs={"dropout": key}`.
@@ -130,7 +146,8 @@ class CausalLM(nn.Module):
     config: DecoderConfig
     dtype: Any = jnp.float32
     remat: str = "none"
-    attention: str = "auto"
+    attention: str = "xla"
+    mesh: Mesh | None = None
 
     @property
     def head_keys(self) -> tuple[str, str]:
@@ -139,7 +156,7 @@ class CausalLM(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, self.mesh)
         self.norm = RMSNorm(c.rms_norm_eps, c.norm_offset)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.vocab_size, ("embed", "vocab"))
@@ -170,7 +187,7 @@ class CausalLM(nn.Module):
         else:
             layers = self.param("layers", partial(_init_layers, c))
 
-        x = self.embed_tokens(input_ids).astype(self.dtype)
+        x = constrain(self.embed_tokens(input_ids, self.dtype), self.mesh, "batch", "sequence", None)
         if c.scale_embeddings:
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
@@ -194,7 +211,7 @@ class CausalLM(nn.Module):
         def turn(x: Any, turn_and_params: Any) -> Any:
             index, params = turn_and_params
             for i in range(period):
-                layer = DecoderLayer(c, c.windows[first + i], self.attention, parent=None)
+                layer = DecoderLayer(c, c.windows[first + i], self.attention, self.mesh, parent=None)
                 rngs = None if key is None else {"dropout": jax.random.fold_in(key, first + index * period + i)}
                 mine = jax.tree.map(itemgetter(i), params)
                 x = layer.apply({"params": mine}, x, *shared, rngs=rngs)
@@ -219,16 +236,46 @@ class Embedding(nn.Module):
 
     vocab: int
     features: int
+    mesh: Mesh | None = None
 
     def setup(self):
         shape, axes = (self.vocab, self.features), ("vocab", "embed")
         self.embedding = parameter(self, "embedding", nn.initializers.normal(0.02), shape, axes)
 
-    def __call__(self, input_ids: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding, input_ids, axis=0)
+    def __call__(self, input_ids: jax.Array, dtype: Any) -> jax.Array:
+        return look_up(self.embedding, input_ids, dtype, self.mesh)
 
     def attend(self, x: jax.Array) -> jax.Array:
         return x @ self.embedding.astype(x.dtype).T
+
+
+def look_up(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any, mesh: Mesh | None) -> jax.Array:
+    """The rows of the table that `ids` name, `[batch, seq, embed]` in `dtype`.
+
+    On a mesh the table stays where it is: a device looks up its columns for all devices that have other ones, and they
+    exchange them, which costs as much as moving the result once. So does the gradient, on its way back.
+    """
+    if mesh is None or mesh.size == 1:
+        return jnp.take(table_VD, ids_BT, axis=0).astype(dtype)
+    lies = spec(("vocab", "embed"), table_VD.shape, mesh)
+    rows, columns = lies
+    tokens = spec(("batch", "sequence"), ids_BT.shape, mesh)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(lies, tokens), out_specs=P(*tokens, None))
+    def local(table_VD, ids_BT):
+        ids_ZBT = ids_BT[None] if columns is None else jax.lax.all_gather(ids_BT, columns)
+        if rows is None:
+            x_ZBTD = jnp.take(table_VD, ids_ZBT, axis=0).astype(dtype)
+        else:
+            ids_ZBT -= jax.lax.axis_index(rows) * table_VD.shape[0]
+            mine_ZBT = (ids_ZBT >= 0) & (ids_ZBT < table_VD.shape[0])
+            x_ZBTD = jnp.take(table_VD, jnp.where(mine_ZBT, ids_ZBT, 0), axis=0).astype(dtype)
+            x_ZBTD = jnp.where(mine_ZBT[..., None], x_ZBTD, 0)
+        if columns is not None:
+            x_ZBTD = jax.lax.all_to_all(x_ZBTD, columns, split_axis=0, concat_axis=3, tiled=True)
+        return x_ZBTD[0] if rows is None else jax.lax.psum(x_ZBTD[0], rows)
+
+    return local(table_VD, ids_BT)
 
 
 def periods(kinds: Sequence[Any], longest: int = 8) -> list[tuple[int, int, int]]:
@@ -256,12 +303,21 @@ def _rematerialised(turn, remat: str):
     # Inside a scan there is nothing for common-subexpression elimination to undo, and preventing it costs fusions.
     if remat == "none":
         return turn
-    if remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        return jax.checkpoint(turn, policy=policy, prevent_cse=False)
-    if remat == "full":
-        return jax.checkpoint(turn, prevent_cse=False)
-    raise ValueError(f"remat {remat!r}: expected one of {', '.join(REMAT)}")
+    if remat not in REMAT:
+        raise ValueError(f"remat {remat!r}: expected one of {', '.join(REMAT)}")
+    policies = jax.checkpoint_policies
+    policy = {
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "attention": policies.save_only_these_names(ATTENDED, SPLASH_RESIDUALS),
+        "full": None,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[remat]
+    return jax.checkpoint(turn, policy=policy, prevent_cse=False)
 
 
 def _init_layers(config: DecoderConfig, key: jax.Array):

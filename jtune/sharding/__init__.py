@@ -1,16 +1,33 @@
 """Where arrays live: the device mesh and the table from logical axes to mesh axes."""
 
 from jtune.sharding import hosts, spread
-from jtune.sharding.mesh import batch_shards, make_mesh
-from jtune.sharding.rules import batch_sharding, replicated, shard_like, tree_shardings
+from jtune.sharding.mesh import batch_shards, check_experts, check_row_length, make_mesh
+from jtune.sharding.rules import (
+    RULES,
+    batch_sharding,
+    constrain,
+    describe_unsplit,
+    gather,
+    replicated,
+    spec,
+    tree_shardings,
+    unsplit,
+)
 
 __all__ = [
+    "RULES",
     "batch_sharding",
     "batch_shards",
+    "check_experts",
+    "check_row_length",
+    "constrain",
+    "describe_unsplit",
+    "gather",
     "hosts",
     "make_mesh",
     "replicated",
-    "shard_like",
+    "spec",
     "spread",
     "tree_shardings",
+    "unsplit",
 ]

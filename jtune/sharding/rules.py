@@ -1,6 +1,8 @@
-"""One table from the names of a parameter's axes to the mesh, and the shardings that follow from it."""
+"""One table from the names of array axes to the mesh, and the shardings that follow from it."""
 
 import math
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -8,34 +10,65 @@ from jax.sharding import PartitionSpec as P
 
 from jtune.sharding.mesh import BATCH_AXES
 
-# logical axis -> mesh axis. `embed` over fsdp is ZeRO-3: every kernel has it, so every kernel is split.
-RULES = {
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "experts": None,
-    "layers": None,
-    None: None,
+# Logical axis -> mesh axes. `embed` over fsdp is ZeRO-3: every kernel has it, so every kernel is split. The devices of
+# `expert` and `context` hold other rows or tokens, so each would need a copy of the parameters: they split them too.
+ZERO_AXES = ("fsdp", "expert", "context")
+RULES: dict[str | None, tuple[str, ...]] = {
+    # parameters
+    "layers": (),
+    "experts": ("expert",),
+    "embed": ZERO_AXES,
+    "rank": ZERO_AXES,  # of adapters whose other dimension is not `embed`
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    # activations; heads, kv_heads, mlp and vocab are the same ones
+    "batch": BATCH_AXES,
+    "sequence": ("context",),
+    "shards": (*BATCH_AXES, "context"),  # labelled positions, dealt out to all who split tokens
+    None: (),
 }
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
     """The partition of an array whose dimensions have these logical names.
 
-    A dimension that its mesh axis does not divide is left whole, and a mesh axis serves one dimension only (the first).
+    A mesh axis that does not divide the dimension is left out, and a mesh axis serves one dimension only (the first).
     """
     used: set[str] = set()
-    parts: list[str | None] = []
+    parts: list[Any] = []
     for name, size in zip(axes, shape, strict=True):
-        axis = RULES[name]
-        if axis is None or axis in used or mesh.shape[axis] == 1 or size % mesh.shape[axis]:
-            parts.append(None)
-        else:
-            parts.append(axis)
-            used.add(axis)
+        mine: tuple[str, ...] = ()
+        for axis in RULES[name]:
+            n = mesh.shape[axis]
+            if n > 1 and axis not in used and size % n == 0:
+                mine, size = (*mine, axis), size // n
+        used.update(mine)
+        parts.append(mine[0] if len(mine) == 1 else mine or None)
     return P(*parts)
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
+    """`x`, said to lie as its logical axes tell; without a mesh, or on one device, nothing is said.
+
+    >>> constrain(x_BTD, mesh, "batch", "sequence", None)                                      # doctest: +SKIP
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh)))
+
+
+def gather(x: jax.Array, where: P, axes: Collection[str] = ZERO_AXES) -> jax.Array:
+    """Inside `jax.shard_map`: `x`, which lies as `where` says, whole along the mesh axes `axes`.
+
+    The gradient is the other way round: summed over these axes, and each device keeps its part.
+    """
+    for dim, part in enumerate(where):
+        mine = tuple(axis for axis in (part if isinstance(part, tuple) else (part,)) if axis in axes)
+        if mine:
+            x = jax.lax.all_gather(x, mine, axis=dim, tiled=True)
+    return x
 
 
 def tree_shardings(axes, shapes, mesh: Mesh):
@@ -53,19 +86,53 @@ def tree_shardings(axes, shapes, mesh: Mesh):
     )
 
 
-def shard_like(leaf, mesh: Mesh) -> NamedSharding:
-    """Place what has no declared axes (adapters): over `fsdp` on the largest dimension that it divides."""
-    n = mesh.shape["fsdp"]
-    dims = [d for d in range(1, leaf.ndim) if leaf.shape[d] % n == 0] if n > 1 else []
-    if not dims or math.prod(leaf.shape) < 2**16:  # a small array costs more to gather than to keep
-        return NamedSharding(mesh, P())
-    largest = max(dims, key=lambda d: leaf.shape[d])
-    return NamedSharding(mesh, P(*(("fsdp" if d == largest else None) for d in range(leaf.ndim))))
+class Unsplit(NamedTuple):
+    """A parameter that a mesh axis was meant to split and does not."""
+
+    path: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]  # the mesh axes that divide none of the dimensions they are for
+    bytes: int  # what each device holds more than if they did
+
+
+def unsplit(axes, params, mesh: Mesh) -> list[Unsplit]:
+    """The parameters that are not split as far as the table says, those that cost most first.
+
+    Args:
+      axes: tree of tuples of logical axis names, of the structure of `params`.
+      params: tree of anything with `.shape` and `.dtype`.
+    """
+    found = []
+
+    def look(path, leaf, names):
+        wanted = {axis for name in names for axis in RULES[name] if mesh.shape[axis] > 1}
+        where = spec(names, leaf.shape, mesh)
+        split = {axis for part in where for axis in (part if isinstance(part, tuple) else (part,))}
+        missing = tuple(axis for axis in mesh.axis_names if axis in wanted - split)
+        if missing:
+            held = math.prod(NamedSharding(mesh, where).shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            needless = held - held // math.prod(mesh.shape[axis] for axis in missing)
+            found.append(Unsplit(jax.tree_util.keystr(path, simple=True, separator="."), leaf.shape, missing, needless))
+
+    jax.tree_util.tree_map_with_path(look, params, axes)
+    return sorted(found, key=lambda x: -x.bytes)
+
+
+def describe_unsplit(found: list[Unsplit], most: int = 4) -> str:
+    """One line about them, with what they cost."""
+    shown = [f"{x.path} {list(x.shape)} over {', '.join(x.axes)} ({x.bytes / 1e6:,.1f} MB)" for x in found[:most]]
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    total = sum(x.bytes for x in found) / 1e6
+    return f"not split, as the mesh does not divide them: {'; '.join(shown)}{more}. {total:,.1f} MB more on each device"
 
 
 def batch_sharding(mesh: Mesh, *, accumulated: bool) -> NamedSharding:
-    """Rows over `data` and `fsdp`; arrays are `[accum, batch, seq]` when accumulated, else `[batch, seq]`."""
-    return NamedSharding(mesh, P(None, BATCH_AXES) if accumulated else P(BATCH_AXES))
+    """Rows over `batch`, tokens over `sequence`; arrays are `[accum, batch, seq]` when accumulated, or `[batch, seq]`.
+
+    The sizes must divide: rows do by plan, and `jtune.sharding.check_row_length` says whether tokens do.
+    """
+    rows = P(BATCH_AXES, *RULES["sequence"])
+    return NamedSharding(mesh, P(None, *rows) if accumulated else rows)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,7 +1,7 @@
 """The parts a run is put together from; each can be called alone in a REPL."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,15 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import xxhash
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jtune import tuning
 from jtune.config import DataArguments, FinetuningArguments, ModelArguments, TrainingArguments
 from jtune.data import BatchPlan, Encoded, EvalPlan, eval_batches
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft
-from jtune.models import CausalLM, DecoderConfig, abstract_params, init_params, logical_axes
-from jtune.sharding import batch_sharding, batch_shards, replicated, shard_like, spread, tree_shardings
+from jtune.models import CausalLM, DecoderConfig, abstract_params, attention, init_params, logical_axes
+from jtune.sharding import (
+    batch_sharding,
+    batch_shards,
+    check_experts,
+    check_row_length,
+    make_mesh,
+    replicated,
+    spread,
+    tree_shardings,
+)
+from jtune.sharding.mesh import AXES
 from jtune.train.digest import digests, named_leaves
 from jtune.train.evaluate import evaluate, make_eval_step
 from jtune.train.loop import Cadence, Improvement
@@ -28,6 +38,9 @@ from jtune.train.state import TrainState, init_state, state_shardings
 from jtune.train.step import Metrics, make_loss_sum, make_train_step
 
 log = logging.getLogger("jtune")
+
+# Adapter stacks of fewer elements cost more to gather than to keep whole.
+SMALL_ADAPTER = 2**16
 
 
 class Model(NamedTuple):
@@ -90,6 +103,7 @@ def load_model(
 
     Frozen leaves are kept in the compute dtype if that is smaller than what is stored: no float32 copy of them exists.
     """
+    check_experts(mesh, decoder.num_experts)
     shardings = tree_shardings(logical_axes(decoder), abstract_params(decoder), mesh)
     if args.train_from_scratch:
         log.info("drawing random weights (train_from_scratch)")
@@ -110,8 +124,15 @@ def load_model(
         frozen_dtype=dtype,
     )
     params = jax.tree.map(spread.put, params, placement(params, decoder, mesh))
-    module = CausalLM(decoder, dtype=dtype, remat=remat, attention=attention_backend(args.flash_attn))
+    backend, why = attention.choose(args.flash_attn, mesh.devices.flat[0].platform)
+    log.info("attention: %s (%s)", backend, why)
+    module = CausalLM(decoder, dtype=dtype, remat=remat, attention=backend, mesh=mesh)
     return Model(module, decoder, source, params, mask)
+
+
+def mesh_of(training: TrainingArguments, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh that the arguments `mesh_*` ask for, over `devices` (default: all that are here)."""
+    return make_mesh(devices=devices, **{axis: getattr(training, f"mesh_{axis}") for axis in AXES})
 
 
 def fetch_model(args: ModelArguments) -> Path:
@@ -121,25 +142,36 @@ def fetch_model(args: ModelArguments) -> Path:
     return hf.fetch(args.model_name_or_path, **args.hub)
 
 
-def attention_backend(flash_attn: str) -> str:
-    """`disabled` and `sdpa` ask for plain attention; everything else for the best kernel of the platform."""
-    return "xla" if flash_attn in ("disabled", "sdpa") else "auto"
-
-
 def placement(params: Any, decoder: DecoderConfig, mesh: Mesh) -> Any:
-    """Shardings of a prepared tree: parameters by their logical axes, what was added (adapters) by size.
+    """Shardings of a prepared tree, by the logical axes of its leaves.
 
     Args:
       params: of arrays or `jax.ShapeDtypeStruct`s; stacks of layers and nodes as tuning made them.
     """
-    declared = tree_shardings(logical_axes(decoder), abstract_params(decoder), mesh)
+    return tree_shardings(prepared_axes(params, decoder), params, mesh)
+
+
+def prepared_axes(params: Any, decoder: DecoderConfig) -> Any:
+    """The logical axes of a prepared tree's leaves: those of the decoder, and an adapter's, which follow its kernel's.
+
+    An adapter `a` `[in, rank]` lies along `in` as its kernel does, `b` `[rank, out]` along `out`, each split along its
+    other dimension where the first is not.
+    """
+    is_axes = lambda x: isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)
     names = lambda path: tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-    by_name = {names(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(declared)}
+    declared = jax.tree_util.tree_leaves_with_path(logical_axes(decoder), is_leaf=is_axes)
+    by_name = {names(path): axes for path, axes in declared}
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
-        return shard_like(leaf, mesh) if tuning.lora.is_adapter_leaf(path) else by_name[names(path)]
+    def axes_of(path: Any, leaf: Any) -> tuple[str | None, ...]:
+        axes = by_name[names(path)]
+        if not tuning.lora.is_adapter_leaf(path):
+            return axes
+        *lead, inputs, outputs = axes
+        if leaf.size < SMALL_ADAPTER:
+            return (*lead, None, None)
+        return (*lead, inputs, "rank") if path[-1].name == "a" else (*lead, "rank", outputs)
 
-    return jax.tree_util.tree_map_with_path(place, params)
+    return jax.tree_util.tree_map_with_path(axes_of, params)
 
 
 def abstract_state(trainable: Any, tx: optax.GradientTransformation, mesh: Mesh, *, float16: bool) -> TrainState:
@@ -174,7 +206,13 @@ def lower_step(
     everywhere = replicated(mesh)
     loss_sum = make_loss_sum(module, label_capacity=label_capacity, batch_shards=batch_shards(mesh))
     step = jax.jit(
-        make_train_step(loss_sum, tx, max_grad_norm=max_grad_norm, dropout_key=dropout_key),
+        make_train_step(
+            loss_sum,
+            tx,
+            max_grad_norm=max_grad_norm,
+            dropout_key=dropout_key,
+            gradients=shardings_of(state_like.trainable),
+        ),
         donate_argnums=0,
         in_shardings=(shardings_of(state_like), shardings_of(frozen_like), shardings_of(batch_like), everywhere),
         out_shardings=(shardings_of(state_like), everywhere),
@@ -325,6 +363,7 @@ def make_evaluation(
             cutoff_len=data.cutoff_len,
             windows=encoded.preprocessing_batches(data.preprocessing_batch_size, data.preprocessing_num_workers),
         )
+        check_row_length(mesh, plan.shape[1])
         step = make_eval_step(module, label_capacity=plan.label_capacity, batch_shards=shards, slots=plan.slots)
         return plan, jax.jit(step, out_shardings=everywhere)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from jtune.data import EvalBatch, EvalPlan
 from jtune.models import CausalLM
-from jtune.train.loss import chunk_positions, cut, gather_labelled, token_nll
+from jtune.train.loss import chunk_positions, cut, sum_labelled, token_nll
 from jtune.train.step import Batch
 
 
@@ -35,30 +35,35 @@ def make_eval_step(model: CausalLM, *, label_capacity: int, batch_shards: int, s
         token it is.
     """
 
-    def eval_step(params, batch: Batch, example_BT) -> ExampleSums:
-        hidden = model.apply(
-            {"params": params}, batch["input_ids"], batch["positions"], batch["segment_ids"], method="hidden"
-        )
-        # One gather for both integers of a position: its target and its owner.
-        pairs_BT2 = jnp.stack([batch["targets"], example_BT], -1)
-        weights_BT = batch["loss_weights"]
-        hidden_SKD, pairs_SK2, weights_SK = gather_labelled(hidden, pairs_BT2, weights_BT, label_capacity, batch_shards)
-        head_params = {key: params[key] for key in model.head_keys}
-
+    def sums(head_params, hidden_SKD, pairs_SK2, weights_SK) -> ExampleSums:
         def body(_, xs):
             x, pairs, w = xs
             logits: Any = model.apply({"params": head_params}, x, method="head")
             target = pairs[..., 0]
             return None, (token_nll(logits, target) * w, (jnp.argmax(logits, -1) == target) * w)
 
-        chunks = cut(
-            chunk_positions(label_capacity, batch_shards, model.config.vocab_size), hidden_SKD, pairs_SK2, weights_SK
-        )
+        chunk = chunk_positions(hidden_SKD.shape[1], hidden_SKD.shape[0], model.config.vocab_size)
+        chunks = cut(chunk, hidden_SKD, pairs_SK2, weights_SK)
         _, (nll, correct) = jax.lax.scan(body, None, chunks)
         _, pairs, weights = chunks
         owner = jnp.where(weights > 0, pairs[..., 1], slots - 1)
         per_example = lambda x: jax.ops.segment_sum(x.ravel(), owner.ravel(), slots)
         return ExampleSums(per_example(nll), per_example(weights), per_example(correct))
+
+    def eval_step(params, batch: Batch, example_BT) -> ExampleSums:
+        hidden = model.apply(
+            {"params": params}, batch["input_ids"], batch["positions"], batch["segment_ids"], method="hidden"
+        )
+        return sum_labelled(
+            sums,
+            {key: params[key] for key in model.head_keys},
+            hidden,
+            jnp.stack([batch["targets"], example_BT], -1),  # both integers of a position: its target and its owner
+            batch["loss_weights"],
+            capacity=label_capacity,
+            shards=batch_shards,
+            mesh=model.mesh,
+        )
 
     return eval_step
 

@@ -9,6 +9,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jtune.sharding import RULES, spec
 
 # Logits of one chunk, in elements: 2**25 float32 are 128 MiB.
 CHUNK_ELEMENTS = 2**25
@@ -35,6 +39,72 @@ def gather_labelled(hidden_BTD, targets_BT, weights_BT, capacity: int, shards: i
     index_SK = jnp.argsort(weights_SN == 0, axis=1, stable=True)[:, :capacity]
     take = lambda x: jnp.take_along_axis(x, index_SK.reshape(*index_SK.shape, *(1,) * (x.ndim - 2)), axis=1)
     return take(hidden_SND), take(targets_SN), take(weights_SN)
+
+
+def share_labelled(hidden_BTD, targets_BT, weights_BT, capacity: int, axis: str):
+    """`gather_labelled` inside `jax.shard_map`, where the devices along `axis` have a piece of each row.
+
+    They share the labelled positions evenly, wherever in the rows these are, so that the head is computed once: each
+    gives the hidden states that it has, and gets those of its share.
+
+    Returns:
+      as `gather_labelled`, of a single shard: hidden `[1, K / devices, D]` and so on.
+    """
+    sharers, rank = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    capacity = -(-capacity // sharers) * sharers
+    B, piece = weights_BT.shape
+    column = jnp.broadcast_to(rank * piece + jnp.arange(piece), (B, piece))
+    row = jnp.broadcast_to(jnp.arange(B)[:, None], (B, piece))
+    whole = lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True)
+    place_BT2 = jnp.stack([row, column], -1)
+    place_1K2, targets_1K, weights_1K = gather_labelled(
+        whole(place_BT2), whole(targets_BT), whole(weights_BT), capacity, 1
+    )
+    row_K, column_K = place_1K2[0, :, 0], place_1K2[0, :, 1] - rank * piece
+    mine_K = (column_K >= 0) & (column_K < piece)
+    hidden_KD = jnp.where(mine_K[:, None], hidden_BTD[row_K, jnp.clip(column_K, 0, piece - 1)], 0)
+    share = lambda x: jax.lax.dynamic_slice_in_dim(x, rank * (capacity // sharers), capacity // sharers, axis=1)
+    return jax.lax.psum_scatter(hidden_KD, axis, tiled=True)[None], share(targets_1K), share(weights_1K)
+
+
+def sum_labelled(
+    f: Callable,
+    head_params,
+    hidden_BTD,
+    targets_BT,
+    weights_BT,
+    *,
+    capacity: int,
+    shards: int,
+    mesh: Mesh | None = None,
+):
+    """`f(head_params, *labelled)`, a tree of sums over labelled positions, added up over all shards of the tokens.
+
+    On a mesh `f` runs on each device for its share of the positions, with the head's parameters whole but for
+    `tensor`: they are gathered once, and their gradients are summed over chunks before they are summed over devices.
+
+    Args:
+      capacity: labelled positions of one of the `shards` of the batch, at most.
+    """
+    split = () if mesh is None else tuple(axis for axis in RULES["shards"] if mesh.shape[axis] > 1)
+    if mesh is None or not split:
+        return f(head_params, *gather_labelled(hidden_BTD, targets_BT, weights_BT, capacity, shards))
+    tokens = spec(("batch", "sequence"), weights_BT.shape, mesh)
+    share = partial(share_labelled, axis="context") if mesh.shape["context"] > 1 else partial(gather_labelled, shards=1)
+
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P(), tokens, tokens, tokens),
+        out_specs=P(),
+        axis_names=set(split),  # along `tensor`, XLA splits the head and its logits by the vocabulary
+        check_vma=False,  # the sums that a scan carries start as the same zeros on all devices
+    )
+    def local(head_params, hidden_BTD, targets_BT, weights_BT):
+        labelled = share(hidden_BTD, targets_BT, weights_BT, capacity)
+        return jax.lax.psum(f(head_params, *labelled), split)
+
+    return local(head_params, hidden_BTD, targets_BT, weights_BT)
 
 
 def chunk_positions(capacity: int, shards: int, vocab: int) -> int:

@@ -26,6 +26,8 @@ def resume_point(output_dir: Path, resume_from: str | bool | None, *, overwrite:
 
     As in LLaMA-Factory: an explicit `resume_from_checkpoint` wins; else a folder with checkpoints is resumed unless
     `overwrite_output_dir`; a folder with another run's files and no checkpoint is refused. Nothing is removed yet.
+    A launcher that starts the same command again sets JTUNE_RESTARTED: the checkpoints are then this run's own, and
+    `overwrite_output_dir` does not throw them away.
 
     Raises:
       ConfigError: the folder is taken, or cannot be written.
@@ -48,7 +50,7 @@ def resume_point(output_dir: Path, resume_from: str | bool | None, *, overwrite:
         if not found:
             raise CheckpointError(f"resume_from_checkpoint: there is no checkpoint in {output_dir}")
         return found[-1]
-    if overwrite:
+    if overwrite and not (found and os.environ.get("JTUNE_RESTARTED")):
         return None
     if found and resume_from is False:
         raise ConfigError(

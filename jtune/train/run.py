@@ -16,12 +16,21 @@ import jax.numpy as jnp
 
 from jtune import tuning
 from jtune.config import Config, TrainingArguments
-from jtune.data import Splits, check_vocabulary, get_template, load_datasets, load_tokenizer, plan_batches
+from jtune.data import (
+    BatchPlan,
+    Encoded,
+    Splits,
+    check_vocabulary,
+    get_template,
+    load_datasets,
+    load_tokenizer,
+    plan_batches,
+)
 from jtune.errors import Preempted
 from jtune.inspect import show
 from jtune.interop import hf
 from jtune.models.families import decoder_config
-from jtune.sharding import batch_shards, hosts, make_mesh, spread
+from jtune.sharding import batch_shards, check_row_length, describe_unsplit, hosts, spread, unsplit
 from jtune.train import build, preflight, report
 from jtune.train.checkpoint import Checkpointer, read_meta, restore, restore_newest
 from jtune.train.loop import Hooks, Progress, run_loop
@@ -52,7 +61,7 @@ def run(config: Config) -> dict[str, Any]:
 
     # ------------------------------------------------------------------ devices
     build.use_compile_cache(training.compile_cache_dir)
-    mesh = make_mesh(data=training.mesh_data, fsdp=training.mesh_fsdp, tensor=training.mesh_tensor)
+    mesh = build.mesh_of(training)
     shards = batch_shards(mesh)
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "not split"
     held = f" in {hosts.count()} processes" if hosts.count() > 1 else ""
@@ -71,6 +80,8 @@ def run(config: Config) -> dict[str, Any]:
     model = build.load_model(
         folder, config.model, finetuning, decoder, source, mesh, dtype=dtype, remat=remat(config), seed=training.seed
     )
+    if whole := unsplit(build.prepared_axes(model.params, decoder), model.params, mesh):
+        log.info("%s", describe_unsplit(whole))
     if training.do_train:
         log.info("%s", tuning.describe(model.params, model.mask))
     if config.model.print_param_status and hosts.is_first():
@@ -92,29 +103,14 @@ def run(config: Config) -> dict[str, Any]:
 
     # ------------------------------------------------------------------ plan of all updates
     assert splits.train is not None
-    order_seed = training.seed if training.data_seed is None else training.data_seed
-    plan = plan_batches(
-        splits.train,
-        stage=finetuning.stage,
-        packing=rows_are_packed(config),
-        cutoff_len=config.data.cutoff_len,
-        per_device_batch_size=training.per_device_train_batch_size,
-        batch_shards=shards,
-        accumulation=training.gradient_accumulation_steps,
-        seed=order_seed,
-        shuffle=not finetuning.disable_shuffling,
-        num_epochs=training.num_train_epochs,
-        max_steps=training.max_steps,
-        drop_last=training.dataloader_drop_last,
-        windows=splits.train.preprocessing_batches(
-            config.data.preprocessing_batch_size, config.data.preprocessing_num_workers
-        ),
-    )
+    plan = plan_updates(config, splits.train, shards)
     warmup = warmup_updates(plan.max_steps, training.warmup_steps, training.warmup_ratio)
     schedule = make_schedule(
         training.lr_scheduler_type, training.learning_rate, warmup, plan.max_steps, training.lr_scheduler_kwargs
     )
     report.describe_plan(plan, len(splits.train))
+    for shape in plan.shapes:
+        check_row_length(mesh, shape.seq)
 
     # ------------------------------------------------------------------ state and step
     trainable, frozen = tuning.partition(model.params, model.mask)
@@ -143,7 +139,7 @@ def run(config: Config) -> dict[str, Any]:
     identity = {
         "data": build.data_fingerprint(splits.train),
         "examples per update": [training.per_device_train_batch_size * shards, training.gradient_accumulation_steps],
-        "order": [order_seed, not finetuning.disable_shuffling],
+        "order": [order_seed(config), not finetuning.disable_shuffling],
         "rows": [rows_are_packed(config), config.data.cutoff_len],
         "updates": plan.max_steps,
         "frozen weights": build.tree_fingerprint(frozen),
@@ -214,7 +210,10 @@ def run(config: Config) -> dict[str, Any]:
     finally:
         saver.close()
     if outcome == "preempted":
-        raise Preempted(f"stopped by a signal at update {progress.step} and saved: the same command goes on from there")
+        kept = " with overwrite_output_dir=false" if training.overwrite_output_dir else ""
+        raise Preempted(
+            f"stopped by a signal at update {progress.step} and saved: the same command{kept} goes on from there"
+        )
 
     # ------------------------------------------------------------------ finish
     if training.load_best_model_at_end and progress.best_step not in (None, progress.step):
@@ -305,6 +304,31 @@ def load_data(config: Config, tokenizer: Any, vocab_size: int, first: bool = Tru
     return splits
 
 
+def plan_updates(config: Config, encoded: Encoded, shards: int) -> BatchPlan:
+    """All updates of a run over `encoded`: what `jtune train` runs and `jtune plan` counts."""
+    training, data = config.training, config.data
+    return plan_batches(
+        encoded,
+        stage=config.finetuning.stage,
+        packing=rows_are_packed(config),
+        cutoff_len=data.cutoff_len,
+        per_device_batch_size=training.per_device_train_batch_size,
+        batch_shards=shards,
+        accumulation=training.gradient_accumulation_steps,
+        seed=order_seed(config),
+        shuffle=not config.finetuning.disable_shuffling,
+        num_epochs=training.num_train_epochs,
+        max_steps=training.max_steps,
+        drop_last=training.dataloader_drop_last,
+        windows=encoded.preprocessing_batches(data.preprocessing_batch_size, data.preprocessing_num_workers),
+    )
+
+
+def order_seed(config: Config) -> int:
+    """The seed of the order of rows."""
+    return config.training.seed if config.training.data_seed is None else config.training.data_seed
+
+
 def rows_are_packed(config: Config) -> bool:
     """Whether several examples share a row: always with `packing`, but the blocks of stage pt are rows already."""
     return bool(config.data.neat_packing or (config.data.packing and config.finetuning.stage != "pt"))
@@ -321,7 +345,7 @@ def inspect(config: Config) -> None:
     """Print the parameter tree that `config` trains: paths, shapes, dtypes, bytes, sharding, what trains."""
     folder = build.fetch_model(config.model)
     source = hf.read_config(folder)
-    mesh = make_mesh(data=config.training.mesh_data, fsdp=config.training.mesh_fsdp, tensor=config.training.mesh_tensor)
+    mesh = build.mesh_of(config.training)
     dtype = build.compute_dtype(config.training, config.finetuning.pure_bf16, hf.stored_dtype(source))
     model = build.load_model(
         folder,

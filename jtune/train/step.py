@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jtune.models import CausalLM
-from jtune.train.loss import chunk_positions, gather_labelled, summed_nll
+from jtune.train.loss import chunk_positions, sum_labelled, summed_nll
 from jtune.train.state import LossScale, TrainState
 from jtune.tuning import combine
 
@@ -47,29 +47,49 @@ def make_loss_sum(model: CausalLM, *, label_capacity: int, batch_shards: int) ->
     def head(head_params, hidden):
         return model.apply({"params": head_params}, hidden, method="head")
 
+    def chunked(head_params, hidden_SKD, targets_SK, weights_SK):
+        chunk = chunk_positions(hidden_SKD.shape[1], hidden_SKD.shape[0], model.config.vocab_size)
+        return summed_nll(head, head_params, hidden_SKD, targets_SK, weights_SK, chunk)
+
     def loss_sum(trainable, frozen, batch: Batch, dropout_key):
         params = combine(trainable, frozen)
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         hidden = model.apply(
             {"params": params}, batch["input_ids"], batch["positions"], batch["segment_ids"], rngs=rngs, method="hidden"
         )
-        labelled = gather_labelled(hidden, batch["targets"], batch["loss_weights"], label_capacity, batch_shards)
-        head_params = {key: params[key] for key in model.head_keys}
-        chunk = chunk_positions(label_capacity, batch_shards, model.config.vocab_size)
-        return summed_nll(head, head_params, *labelled, chunk)
+        return sum_labelled(
+            chunked,
+            {key: params[key] for key in model.head_keys},
+            hidden,
+            batch["targets"],
+            batch["loss_weights"],
+            capacity=label_capacity,
+            shards=batch_shards,
+            mesh=model.mesh,
+        )
 
     return loss_sum
 
 
 def make_train_step(
-    loss_sum: LossSum, tx: optax.GradientTransformation, *, max_grad_norm: float, dropout_key: jax.Array | None = None
+    loss_sum: LossSum,
+    tx: optax.GradientTransformation,
+    *,
+    max_grad_norm: float,
+    dropout_key: jax.Array | None = None,
+    gradients: Any = None,
 ):
     """`train_step(state, frozen, batch, learning_rate) -> (state, metrics)`, to be jitted with `state` donated.
 
     `batch` holds `[accum, batch, seq]`; the losses and gradients of the microbatches are summed in float32 and divided
     once, by the number of tokens that count in the whole update: accumulation, data parallelism and packing change
     nothing. Gradients exist for trainable leaves only. A non-finite update is skipped and reported.
+
+    Args:
+      gradients: shardings of the gradients and of their sums, a tree like `state.trainable`: where the parameters lie,
+        so that each device reduces and keeps its own part only. None: XLA decides.
     """
+    place = lambda grads: grads if gradients is None else jax.lax.with_sharding_constraint(grads, gradients)
 
     def accumulate(state: TrainState, frozen, batch: Batch):
         divisor = jnp.maximum(batch["divisor"], 1.0)
@@ -88,14 +108,14 @@ def make_train_step(
                 return loss * scale, loss
 
             grads, loss = jax.grad(scaled, has_aux=True)(state.trainable)
-            return jax.tree.map(lambda x: x.astype(jnp.float32), (grads, loss))
+            return jax.tree.map(lambda x: x.astype(jnp.float32), (place(grads), loss))
 
         if rows["input_ids"].shape[0] == 1:
             grads, loss = microbatch(0)
         else:
             # The microbatches that hold anything come first; the others are not computed.
             used = jnp.sum(jnp.any(rows["segment_ids"] > 0, axis=(1, 2)))
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (state.trainable, jnp.float32(0)))
+            zeros = place(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)), jnp.float32(0)
             add = lambda index, total: jax.tree.map(jnp.add, total, microbatch(index))
             grads, loss = jax.lax.fori_loop(0, used, add, zeros)
         return jax.tree.map(lambda g: g / (divisor * scale), grads), loss / divisor, divisor

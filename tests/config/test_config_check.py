@@ -87,6 +87,10 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
         ("trust_remote_code=true", "leave it out"),
         ("evaluation_strategy=steps", "eval_strategy"),
         ("tensor_model_parallel_size=2", "mesh_tensor"),
+        ("context_parallel_size=2", "mesh_context"),
+        ("hyper_parallel_cp_size=2", "mesh_context"),
+        ("sequence_parallel=true", "mesh_context"),
+        ("expert_model_parallel_size=2", "mesh_expert"),
         ("use_swanlab=true", "report_to: tensorboard"),
         ("report_to=wandb", "tensorboard"),
         ("finetuning_type=oft", "lora"),
@@ -203,6 +207,7 @@ def test_values_out_of_range_are_refused(word):
         ("bf16=true fp16=true", "choose one"),
         ("warmup_ratio=0.1 warmup_steps=10", "choose one"),
         ("mesh_data=-1", "only one of them"),
+        ("mesh_context=-1", "only one of them"),
         ("early_stopping_steps=2", "eval_strategy is no"),
         ("load_best_model_at_end=true", "eval_strategy is no"),
         (

@@ -89,7 +89,7 @@ def test_gradients_do_not_depend_on_what_is_computed_again(family, checkpoint):
         return jax.jit(jax.grad(lambda p: again.apply({"params": p}, ids()).std()))(params)
 
     plain = gradient("none")
-    for remat in ("dots", "full"):
+    for remat in ("dots", "attention", "full", "offload"):
         for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(gradient(remat)), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4)
     assert all(bool((x != 0).any()) for x in jax.tree.leaves(plain))

@@ -1,0 +1,160 @@
+"""A run as shapes: everything that its step takes, as `ShapeDtypeStruct`s with shardings. Nothing is read or allocated.
+
+Works on a mesh of devices, and on an `AbstractMesh`, which has none: enough for all but compiling.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, Mesh
+
+from jtune import tuning
+from jtune.config import Config
+from jtune.errors import ConfigError, DataError
+from jtune.interop import hf, peft
+from jtune.models import CausalLM, DecoderConfig, abstract_params, attention
+from jtune.models.names import WORDS, module_name
+from jtune.sharding.mesh import AXES
+from jtune.sharding.rules import batch_sharding, replicated
+from jtune.train import build
+from jtune.train.optimizer import make_optimizer
+from jtune.train.run import remat
+from jtune.train.state import TrainState
+from jtune.train.step import Batch
+
+
+class Shapes(NamedTuple):
+    """What the train step is lowered for."""
+
+    module: CausalLM
+    tx: optax.GradientTransformation
+    params: Any  # as tuning prepared them
+    mask: Any  # what trains
+    frozen: Any
+    state: TrainState
+    mesh: Mesh | AbstractMesh
+
+
+def run_shapes(
+    config: Config, decoder: DecoderConfig, source: dict[str, Any], mesh: Mesh | AbstractMesh, *, platform: str
+) -> Shapes:
+    """The model, its state and their places, as `jtune train` would have them on `mesh`.
+
+    Args:
+      source: the model's config.json.
+      platform: of the devices of the mesh: "tpu", "gpu", "cpu".
+    """
+    training, finetuning = config.training, config.finetuning
+    stored = jnp.dtype(jnp.float32) if config.model.train_from_scratch else hf.stored_dtype(source)
+    dtype = build.compute_dtype(training, finetuning.pure_bf16, hf.stored_dtype(source), platform)
+    masks = []
+
+    def prepared(params: Any) -> Any:
+        params, mask = tuning.prepare(
+            params,
+            finetuning,
+            decoder,
+            adapters=config.model.adapter_name_or_path,
+            load_adapter=lambda params, decoder, path: adapter_shapes(params, decoder, path, config),
+            key=jax.random.key(0),
+            frozen_dtype=dtype,
+        )
+        masks.append(mask)
+        return params
+
+    params = jax.eval_shape(prepared, abstract_params(decoder, stored))
+    placed = build.placement(params, decoder, mesh)  # type: ignore[arg-type]
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, placed)
+    trainable, frozen = tuning.partition(params, masks[0])
+    tx = make_optimizer(
+        beta1=training.adam_beta1,
+        beta2=training.adam_beta2,
+        epsilon=training.adam_epsilon,
+        weight_decay=training.weight_decay,
+        decay_mask=tuning.decay_mask(trainable),
+    )
+    state = build.abstract_state(trainable, tx, mesh, float16=dtype == jnp.float16)  # type: ignore[arg-type]
+    backend, _ = attention.choose(config.model.flash_attn, platform)
+    # Without devices nothing is compiled, and where activations lie need not be said.
+    of_devices = mesh if isinstance(mesh, Mesh) else None
+    module = CausalLM(decoder, dtype=dtype, remat=remat(config), attention=backend, mesh=of_devices)
+    return Shapes(module, tx, params, masks[0], frozen, state, mesh)
+
+
+def adapter_shapes(params: Any, decoder: DecoderConfig, path: str, config: Config) -> tuple[Any, tuple[str, ...]]:
+    """What `jtune.interop.peft.load_adapter` gives, from adapter_config.json alone.
+
+    Layers of a lower rank are filled up there: the highest rank counts.
+    """
+    folder = hf.fetch(path, weights=False, **config.model.hub) / (config.model.adapter_folder or "")
+    try:
+        options = json.loads((folder / peft.CONFIG).read_text())
+        rank = max(options["r"], *(options.get("rank_pattern") or {}).values(), 0)
+        alpha, targets = options["lora_alpha"], options["target_modules"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder / peft.CONFIG}: not the config of a LoRA adapter: {error!r}") from error
+    if isinstance(targets, str) and targets != "all-linear":  # a pattern for names of modules
+        there = {path: module_name(path, decoder.family, layer=0, expert=0) for path, _ in tuning.lora.kernels(params)}
+        targets = [".".join(path) for path, name in there.items() if re.fullmatch(targets, name)]
+    targets = ["all"] if targets == "all-linear" else [re.sub(r"^.*\.\d+\.", "", name) for name in targets or ()]
+    for name in options.get("target_parameters") or ():  # a mixture's experts
+        stem, last = name.rpartition(".")[::2]
+        targets += [f"{stem}.{x}".lstrip(".") for x in {"gate_up_proj": ("gate_proj", "up_proj")}.get(last, (last,))]
+    dropout = float(options.get("lora_dropout") or 0.0)
+    words = WORDS.get(decoder.family)
+    added = tuning.lora.add(params, targets, rank=rank, alpha=alpha, dropout=dropout, words=words)
+    return added, tuple(options.get("modules_to_save") or ())
+
+
+def batch_shapes(shape: Sequence[int], mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch of an update of `[accum, batch, seq]`, as `BatchPlan.update` makes it."""
+    rows, everywhere = batch_sharding(mesh, accumulated=True), replicated(mesh)  # type: ignore[arg-type]
+    found = {
+        name: jax.ShapeDtypeStruct(tuple(shape), jnp.float32 if name == "loss_weights" else jnp.int32, sharding=rows)
+        for name in Batch.__annotations__
+        if name != "divisor"
+    }
+    return found | {"divisor": jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)}
+
+
+def abstract_mesh(devices: int, **sizes: int) -> AbstractMesh:
+    """A mesh without devices; axes that are not named have size 1, and `fsdp` what is left.
+
+    Raises:
+      ConfigError: the sizes do not divide `devices`.
+    """
+    others = math.prod(size for axis, size in sizes.items() if axis != "fsdp")
+    if devices % others:
+        raise ConfigError(f"{sizes} does not divide {devices} devices")
+    all_sizes = dict.fromkeys(AXES, 1) | sizes | {"fsdp": devices // others}
+    return AbstractMesh(tuple(all_sizes[axis] for axis in AXES), AXES)
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def global_bytes(tree: Any) -> int:
+    """Bytes of a tree, each array counted once."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def bytes_by_kind(shapes: Shapes, batch: Any) -> dict[str, int]:
+    """What a device holds between updates, exact but for the padding that a layout may need."""
+    leaves = jax.tree_util.tree_leaves_with_path(shapes.state.trainable)
+    adapters = [leaf for path, leaf in leaves if tuning.lora.is_adapter_leaf(path)]
+    trained = [leaf for path, leaf in leaves if not tuning.lora.is_adapter_leaf(path)]
+    return {
+        "frozen_parameters": local_bytes(shapes.frozen),
+        "trained_parameters": local_bytes(trained),
+        "adapters": local_bytes(adapters),
+        "optimizer_state": local_bytes(shapes.state.opt_state),
+        "batch": local_bytes(batch),
+    }

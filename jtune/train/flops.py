@@ -1,0 +1,169 @@
+"""How much there is to compute: FLOPs of a token in training, counted from shapes and from what trains; and chips.
+
+A multiply and an add are two FLOPs; a look-up in the embedding is none. These are model FLOPs: what the mathematics of
+the update needs, without what rematerialisation or a flash kernel computes again. XLA's own count is of no use here: it
+counts the body of a loop once, however often it runs, and sees nothing inside kernels.
+
+With N weights in the matrix products of a layer stack, H = embed * vocab of the head, A the attention's forward pass,
+n the weights of the adapters, r the share of tokens that carry a label (only these reach the head), of a token:
+
+    full    6 (N + r H) + 3 A
+    LoRA    4 (N + r H) + 6 n + 3 A        less the gradients by the input of layer 0, which nobody asks for
+    freeze  2 (N + r H) + 2 r H + A, and for each layer that trains, or lies above one, its backward pass
+
+A kernel has its forward pass (2 a weight); the gradient by its input (2), if anything below it trains; the gradient by
+itself (2), if it trains. These are the rules of arXiv:2001.08361 (appendix B) and of PaLM's model FLOPs utilisation
+(arXiv:2204.02311, appendix B), but for causal attention, of which only the half that is not masked counts.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jtune.models import DecoderConfig
+
+# Dense bfloat16 FLOP/s of a chip, as its vendor states them, by jax's name of the kind (lower case, a part of it is
+# enough; the first that matches). TPU7x shows its two cores as two devices: half a chip's figure.
+PEAK_FLOPS = {
+    "tpu v4": 275e12,
+    "tpu v5 lite": 197e12,
+    "tpu v5e": 197e12,
+    "tpu v5": 459e12,
+    "tpu v6": 918e12,
+    "tpu7x": 2307e12 / 2,
+    "tpu v7": 2307e12 / 2,
+    "b200": 2250e12,
+    "h200": 989e12,
+    "h100 pcie": 756e12,
+    "h100": 989e12,
+    "gh200": 989e12,
+    "a100": 312e12,
+    "l40s": 362e12,
+    "l4": 121e12,
+    "a10g": 125e12,
+    "rtx 4090": 165e12,
+}
+
+# What must have its gradient before what can have: a kernel's input gradient is needed if something earlier trains.
+_STAGES = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 2, "gate": 3, "gate_proj": 3, "up_proj": 3, "down_proj": 4}
+_ATTENTION = 1
+_STAGES_OF_A_LAYER = 5
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of one device; None for what is not in the table (a CPU).
+
+    >>> peak_flops("TPU v5 lite"), peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("cpu")
+    (197000000000000.0, 989000000000000.0, None)
+    """
+    kind = device_kind.lower()
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
+
+
+def mean_attended(lengths: Sequence[int] | np.ndarray, window: int | None = None) -> float:
+    """How many tokens a token sees on average, itself included: causal, in segments of `lengths`, within `window`.
+
+    >>> mean_attended([4]), mean_attended([4], window=2), mean_attended([1, 3])
+    (2.5, 1.75, 1.75)
+    """
+    n = np.asarray(lengths, np.float64)
+    full = n if window is None else np.minimum(n, window)  # positions i = 1..full see i tokens, the others `window`
+    seen = full * (full + 1) / 2 + (n - full) * (window or 0)
+    return float(seen.sum() / n.sum())
+
+
+class Product(NamedTuple):
+    """One matrix product of the model, as it is met on the way up."""
+
+    depth: int  # where it stands: layer * _STAGES_OF_A_LAYER + stage
+    weights: float  # multiply-adds of a token
+    adapter: float  # weights of its adapter, 0 if it has none
+    adapter_out: float  # those of b alone
+    trains: bool  # the kernel itself, not its adapter
+
+
+def flops_per_token(
+    config: DecoderConfig, params: Any, mask: Any, *, lengths: Sequence[int] | np.ndarray, label_share: float = 1.0
+) -> float:
+    """Model FLOPs of one token: forward and backward.
+
+    What it takes to reach norms and biases is not counted.
+
+    Args:
+      params: as `jtune.tuning.prepare` gives them, of anything with a `.shape`; nodes and stacks included.
+      mask: tree of bool like it: what trains.
+      lengths: tokens of the segments; what matters is how far a token sees on average.
+      label_share: share of the tokens that carry a label, the only ones that go through the head.
+    """
+    products = list(_products(config, params, mask, label_share))
+    embedding_trains = _any(mask["embed_tokens"])
+    trained = [p.depth for p in products if p.trains or p.adapter]
+    lowest = -1 if embedding_trains else min(trained, default=10**9)
+    total = sum(_of_product(p, input_gradient=lowest < p.depth) for p in products)
+    for layer, window in enumerate(config.windows):
+        passes = 3 if lowest < layer * _STAGES_OF_A_LAYER + _ATTENTION else 1  # the backward pass has four products
+        total += passes * _attention(config, window, lengths)
+    return total
+
+
+def recomputed_per_token(config: DecoderConfig, params: Any, *, lengths: Sequence[int] | np.ndarray) -> float:
+    """What `remat: full` computes a second time, the forward pass of all layers. It is not among the model FLOPs."""
+    nothing = jax.tree.map(lambda _: False, params)
+    products = sum(2 * (p.weights + p.adapter) for p in _products(config, params, nothing, 0.0))
+    return products + sum(_attention(config, window, lengths) for window in config.windows)
+
+
+def _attention(config: DecoderConfig, window: int | None, lengths: Sequence[int] | np.ndarray) -> float:
+    """The forward pass of one layer's attention: two products, of queries with keys and of weights with values."""
+    return 4 * config.num_attention_heads * config.head_dim * mean_attended(lengths, window)
+
+
+def _of_product(p: Product, *, input_gradient: bool) -> float:
+    forward = 2 * (p.weights + p.adapter)
+    by_input = 2 * (p.weights + p.adapter - p.adapter_out) if input_gradient else 0
+    by_adapter = 2 * p.adapter + 2 * p.adapter_out  # the gradient of a passes through b
+    return forward + by_input + by_adapter + (2 * p.weights if p.trains else 0)
+
+
+def _products(config: DecoderConfig, params: Any, mask: Any, label_share: float) -> Iterator[Product]:
+    """Every matrix product with parameters, layer by layer, then the head."""
+    stacks = params["layers"] if isinstance(params["layers"], tuple) else (params["layers"],)
+    masks = mask["layers"] if isinstance(mask["layers"], tuple) else (mask["layers"],)
+    first = 0
+    for stack, trains in zip(stacks, masks, strict=True):
+        count = jax.tree.leaves(stack)[0].shape[0]
+        for names, kernel, its_mask in _kernels(stack, trains):
+            share = config.num_experts_per_tok / config.num_experts if "experts" in names else 1.0
+            for layer in range(first, first + count):
+                yield _product(kernel, its_mask, layer * _STAGES_OF_A_LAYER + _STAGES[names[-1]], share / count)
+        first += count
+    top = first * _STAGES_OF_A_LAYER
+    if config.tie_word_embeddings:
+        size = config.vocab_size * config.hidden_size * label_share
+        yield Product(top, size, 0, 0, _any(mask["embed_tokens"]))
+    else:
+        yield _product(params["lm_head"]["kernel"], mask["lm_head"]["kernel"], top, label_share)
+
+
+def _product(kernel: Any, mask: Any, depth: int, share: float) -> Product:
+    """Of a kernel or a LoRA node of which `share` meets one token (of a stack: one layer; of experts: those chosen)."""
+    base = getattr(kernel, "base", kernel)
+    if base is kernel:
+        return Product(depth, kernel.size * share, 0, 0, bool(mask))
+    a, b = kernel.a.size * share, kernel.b.size * share
+    return Product(depth, base.size * share, a + b, b, _any(mask.base))
+
+
+def _kernels(tree: Any, mask: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """Kernels of a stack with the names of their modules, and their masks."""
+    for name, child in tree.items():
+        if name == "kernel":
+            yield names, child, mask[name]
+        elif isinstance(child, dict):
+            yield from _kernels(child, mask[name], (*names, name))
+
+
+def _any(mask: Any) -> bool:
+    return any(jax.tree.leaves(mask))

@@ -1,0 +1,99 @@
+"""Every backend of attention gives what the reference gives: packed rows, grouped heads, windows, soft-caps."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jtune.models import attention
+from jtune.models.attention import attend, choose
+
+BATCH, SEQ, HEADS, KV_HEADS, HEAD_DIM = 2, 300, 4, 2, 16
+
+
+@pytest.fixture(scope="module")
+def packed():
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((BATCH, SEQ, n, HEAD_DIM)), jnp.float32) for n in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    # Segment 0 is padding; it comes first here, which is as good as last.
+    segment_ids = jnp.asarray(np.sort(rng.integers(0, 4, (BATCH, SEQ)), axis=1), jnp.int32)
+    return q, k, v, segment_ids
+
+
+def outputs_and_gradients(call, q, k, v):
+    def scalar(q, k, v):
+        out = call(q, k, v)
+        return jnp.sum(jnp.sin(out)), out
+
+    gradients, out = jax.grad(scalar, (0, 1, 2), has_aux=True)(q, k, v)
+    return (out, *gradients)
+
+
+@pytest.mark.parametrize("backend", ["blocks", "splash"])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (37, None), (None, 20.0), (130, 5.0)])
+def test_backends_equal_the_reference(backend, window, softcap, packed):
+    q, k, v, segment_ids = packed
+    options = {"scale": 0.25, "window": window, "softcap": softcap}
+    expected = outputs_and_gradients(lambda q, k, v: attend(q, k, v, segment_ids, **options), q, k, v)
+    call = partial(attend, backend=backend, **options)
+    if backend == "splash":  # its kernel is for TPUs; here it is interpreted
+
+        def call(q, k, v, segment_ids, *, scale, window, softcap):
+            return attention._splash(q, k, v, segment_ids, scale, window, softcap, None, interpret=True)
+
+        call = partial(call, **options)
+    found = outputs_and_gradients(lambda q, k, v: call(q, k, v, segment_ids), q, k, v)
+    for ours, theirs in zip(found, expected):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_blocks_do_not_keep_scores(packed):
+    q, k, v, segment_ids = packed
+
+    def kept(backend):
+        loss = lambda q, k, v: attend(q, k, v, segment_ids, scale=0.25, backend=backend).sum()
+        residuals = jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(loss, *x)[1], q, k, v))
+        return max(x.size for x in residuals)
+
+    scores = BATCH * HEADS * SEQ * SEQ
+    assert kept("xla") == scores
+    assert kept("blocks") < scores / 4
+
+
+def test_the_choice_follows_from_platform_and_flash_attn():
+    assert choose("auto", "tpu")[0] == choose("fa2", "tpu")[0] == "splash"
+    assert choose("auto", "gpu")[0] == choose("auto", "cpu")[0] == "blocks"
+    assert choose("disabled", "tpu")[0] == choose("sdpa", "cpu")[0] == "xla"
+    with pytest.raises(ValueError, match="expected one of xla, blocks, splash"):
+        attend(*(jnp.zeros((1, 2, 1, 4)),) * 3, jnp.ones((1, 2), jnp.int32), scale=1.0, backend="cudnn")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(("head_dim", "window", "softcap"), [(64, None, None), (128, 512, 50.0)])
+def test_splash_compiles_for_a_tpu(mesh_shape, head_dim, window, softcap, monkeypatch):
+    """With the real TPU compiler, which needs no TPU: forward and backward, split over rows, heads and queries."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    topology = topologies.get_topology_desc("v5e:2x4", platform="tpu")
+    names = ("fsdp", "tensor", "context")
+    mesh = Mesh(np.array(topology.devices).reshape(mesh_shape), names, axis_types=(AxisType.Auto,) * 3)
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    like = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+    def loss(q, k, v, segment_ids):
+        out = attend(q, k, v, segment_ids, scale=0.1, window=window, softcap=softcap, backend="splash", mesh=mesh)
+        return out.astype(jnp.float32).sum()
+
+    q, kv = like(8, 1024, 8, head_dim), like(8, 1024, 4, head_dim)
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, kv, kv, like(8, 1024, dtype=jnp.int32)).compile()
+    scores = 8 // mesh_shape[0] * 8 * 1024 * 1024 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < scores / 4
