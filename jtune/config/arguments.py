@@ -7,6 +7,7 @@ a tuple of strings: a YAML list, or one string with commas; empty when nothing i
 # ruff: noqa: RUF009  (`arg` returns a field, as dataclasses.field does)
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -29,6 +30,7 @@ BELOW_ONE = Range("at least 0 and below 1", lambda x: 0 <= x < 1)
 SEED = Range("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)
 STEPS = Range("a whole number of steps, or below 1 a share of the run", lambda x: x >= 0 and (x < 1 or x == int(x)))
 HELD_OUT = Range("a share below 1, or a whole number of rows", lambda x: 0 <= x < 1 or x == int(x) >= 1)
+UPDATES = Range("first-last, as in 10-12", lambda x: re.fullmatch(r"[1-9]\d*-[1-9]\d*", x) is not None)
 SIZE_OR_REST = Range("at least 1, or -1 for what is left", lambda x: x == -1 or x >= 1)
 
 
@@ -209,6 +211,7 @@ class TrainingArguments:
         "what the backward pass computes again: nothing, all but matrix products, all but attention, whole layers, "
         "or whole layers with their inputs kept in the memory of the host",
     )
+    profile_steps: str | None = arg(None, "updates to trace, for TensorBoard and Perfetto: first-last", UPDATES)
     compile_cache_dir: str | None = arg(None, "where compiled programs are kept; default: ~/.cache/jtune/compiled")
 
     def __post_init__(self):

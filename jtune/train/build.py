@@ -32,6 +32,7 @@ from jtune.sharding import (
 from jtune.sharding.mesh import AXES
 from jtune.train.digest import digests, named_leaves
 from jtune.train.evaluate import evaluate, make_eval_step
+from jtune.train.ledger import Ledger
 from jtune.train.loop import Cadence, Improvement
 from jtune.train.schedule import make_schedule
 from jtune.train.state import TrainState, init_state, state_shardings
@@ -231,6 +232,7 @@ def compile_steps(
     *,
     max_grad_norm: float,
     dropout_key: jax.Array | None,
+    ledger: Ledger,
 ) -> Callable[[TrainState, Any, float], tuple[TrainState, Metrics]]:
     """`update(state, batch, learning_rate)`: the train step, compiled ahead of its first use for each shape of batch.
 
@@ -260,7 +262,8 @@ def compile_steps(
         accum, rows, seq = batch["input_ids"].shape
         shape = accum, rows, seq
         if shape not in compiled:
-            compiled[shape] = compile_for(shape, batch)
+            with ledger.spent("compile"):
+                compiled[shape] = compile_for(shape, batch)
         return compiled[shape](state, frozen, batch, spread.put(np.float32(learning_rate), everywhere))
 
     return update

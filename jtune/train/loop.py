@@ -8,7 +8,6 @@ import logging
 import math
 import signal
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ import jax
 
 from jtune.errors import NonFiniteError
 from jtune.train.events import Ask, Event, Subscriber, tell
+from jtune.train.ledger import Ledger
 from jtune.train.schedule import Schedule
 from jtune.train.step import Metrics
 
@@ -94,6 +94,7 @@ class Hooks(NamedTuple):
     save: Callable[[Any, Progress], None]
     poll: Callable[[], None]  # between updates
     explain: Callable[[int], str]  # 0-based update -> which rows it holds, for the message of a non-finite stop
+    rates: Callable[[float], dict[str, float]] = lambda speed: {"tokens_per_second": speed}  # what follows from it
     agree: Callable[[bool], bool] = bool  # once for every update: was any process told to stop (`spread.agreement`)
 
 
@@ -118,12 +119,16 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(s, previous)
 
 
-def batches(prepare: Callable[[int], Any], start: int, stop: int) -> Iterator[Any]:
-    """`prepare(start), prepare(start + 1), ...`, each made in a thread while the one before it is being used."""
+def batches(prepare: Callable[[int], Any], start: int, stop: int, ledger: Ledger) -> Iterator[Any]:
+    """`prepare(start), prepare(start + 1), ...`, each made in a thread while the one before it is being used.
+
+    What is waited for them is booked as "data".
+    """
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         ahead = deque(pool.submit(prepare, step) for step in range(start, min(start + 2, stop)))
         for step in range(start, stop):
-            batch = ahead.popleft().result()
+            with ledger.spent("data"):
+                batch = ahead.popleft().result()
             if step + 2 < stop:
                 ahead.append(pool.submit(prepare, step + 2))
             yield batch
@@ -145,8 +150,13 @@ def run_loop(
     hooks: Hooks,
     subscribers: Sequence[Subscriber],
     improvement: Improvement,
+    ledger: Ledger | None = None,
 ) -> tuple[Any, str]:
     """Updates `progress.step` .. `cadence.max_steps`.
+
+    Args:
+      ledger: where the time is booked. The rates of a log are those of updates: tokens over the time since the last
+        log, without what went into compiling, evaluating and saving.
 
     Returns:
       The last state, and why the loop ended: "done", "stopped" (a subscriber or early stopping) or "preempted" (a
@@ -156,7 +166,8 @@ def run_loop(
       NonFiniteError: loss or gradients were not finite `MAX_BAD_STEPS` times in a row; those updates were skipped.
     """
     queue: deque[tuple[int, float, int, Metrics, bool]] = deque()
-    clock = [time.monotonic(), progress.tokens]
+    ledger = ledger or Ledger()
+    clock = [working(ledger), progress.tokens]
 
     def event(kind, record=None) -> set[Ask]:
         step = record["step"] if record else progress.step  # a log is of the update that it measured, one or more back
@@ -175,7 +186,7 @@ def run_loop(
         progress.unlogged_steps += 1
         if not log_due:
             return set()
-        now = time.monotonic()
+        now = working(ledger)
         record = {
             "loss": progress.unlogged_loss / max(1, progress.unlogged_steps),
             "grad_norm": metrics.grad_norm,
@@ -183,7 +194,8 @@ def run_loop(
             "epoch": hooks.epoch_at(step),
             "step": step,
         }
-        extra = {"tokens_per_second": (tokens - clock[1]) / max(1e-9, now - clock[0]), "num_input_tokens_seen": tokens}
+        extra = hooks.rates((tokens - clock[1]) / max(1e-9, now - clock[0]))
+        extra |= {"num_input_tokens_seen": tokens, "seconds": ledger.total()}
         clock[:] = [now, tokens]
         if cadence.log_tokens:
             record["num_input_tokens_seen"] = tokens
@@ -194,13 +206,15 @@ def run_loop(
     event("train_begin")
     try:
         if cadence.eval_on_start and progress.step == 0 and hooks.evaluate is not None:
-            _evaluate(state, progress, hooks, improvement, event)
+            with ledger.spent("evaluation"):
+                _evaluate(state, progress, hooks, improvement, event)
         outcome = "done"
         with stop_signals() as stopping:
             start = progress.step
-            for index, batch in enumerate(batches(hooks.prepare, start, cadence.max_steps), start):
+            for index, batch in enumerate(batches(hooks.prepare, start, cadence.max_steps, ledger), start):
                 rate = schedule(index)
-                state, metrics = hooks.update(state, batch, rate)
+                with jax.profiler.StepTraceAnnotation("train", step_num=index + 1):  # for profile_steps
+                    state, metrics = hooks.update(state, batch, rate)
                 stop = hooks.agree(stopping.is_set())
                 progress.step = index + 1
                 progress.tokens += hooks.tokens(index)
@@ -214,7 +228,8 @@ def run_loop(
                 due |= asked & {"evaluate", "save"}
 
                 if "evaluate" in due and hooks.evaluate is not None:
-                    better, more = _evaluate(state, progress, hooks, improvement, event)
+                    with ledger.spent("evaluation"):
+                        better, more = _evaluate(state, progress, hooks, improvement, event)
                     asked |= more
                     if cadence.save_strategy == "best" and better:
                         due.add("save")
@@ -227,9 +242,11 @@ def run_loop(
                 if "save" in due or stop:
                     while queue:
                         asked |= read(queue.popleft())
-                    hooks.save(state, progress)
+                    with ledger.spent("checkpoint"):
+                        hooks.save(state, progress)
                     asked |= event("save")
-                hooks.poll()
+                with ledger.spent("checkpoint"):
+                    hooks.poll()
                 if stop and progress.step < cadence.max_steps:
                     outcome = "preempted"
                     break
@@ -241,6 +258,12 @@ def run_loop(
     finally:
         event("train_end")  # also of a run that fails: what listens may hold files and the terminal
     return state, outcome
+
+
+def working(ledger: Ledger) -> float:
+    """Seconds in which updates were computed or waited for their data."""
+    seconds = ledger.total()
+    return seconds["step"] + seconds["data"]
 
 
 def _count_bad(progress: Progress, step: int, metrics: Metrics, hooks: Hooks) -> None:

@@ -8,15 +8,19 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import jax
+from jax.sharding import Mesh
 
 from jtune.config import TrainingArguments
 from jtune.data import BatchPlan
 from jtune.sharding import hosts
 from jtune.train.events import Event, Subscriber
+from jtune.train.flops import peak_flops
 from jtune.train.loop import Progress
 
 log = logging.getLogger("jtune")
@@ -67,6 +71,19 @@ def train_summary(
     }
 
 
+def make_rates(flops_per_token: float, mesh: Mesh) -> Callable[[float], dict[str, float]]:
+    """From tokens a second to what is logged of them: model FLOPs a second, and their share of the peak (MFU) of chips
+    whose peak is known. The formula: `jtune.train.flops`.
+    """
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+
+    def rates(speed: float) -> dict[str, float]:
+        found = {"tokens_per_second": speed, "tflops_per_device": speed * flops_per_token / mesh.size / 1e12}
+        return found | ({"mfu": speed * flops_per_token / (peak * mesh.size)} if peak else {})
+
+    return rates
+
+
 def describe_plan(plan: BatchPlan, examples: int) -> None:
     """Say what the run will do, before it does it."""
     log.info(
@@ -85,6 +102,9 @@ def subscribers(training: TrainingArguments, output_dir: Path, start: int, max_s
     if not hosts.is_first():
         return []
     found = [log_file(output_dir / "trainer_log.jsonl", start)]
+    if training.profile_steps is not None:
+        first, last = map(int, training.profile_steps.split("-"))
+        found.append(profile(output_dir / "profile", first, last, start))
     if "tensorboard" in training.report_to:
         found.append(tensorboard(Path(training.logging_dir or output_dir / "runs")))
     if sys.stdout.isatty() and not training.disable_tqdm:
@@ -92,6 +112,32 @@ def subscribers(training: TrainingArguments, output_dir: Path, start: int, max_s
     else:
         found.append(progress_lines(start))
     return found
+
+
+def profile(folder: Path, first: int, last: int, start_step: int) -> Subscriber:
+    """Trace the updates from `first` to `last`, for TensorBoard (Profile) and Perfetto.
+
+    The host is ahead of the devices: the trace ends when the metrics of `last` have been read, two updates later.
+    """
+    tracing = False
+
+    def subscriber(event: Event) -> None:
+        nonlocal tracing
+        if not tracing and event.step == max(first - 1, start_step) and event.kind in ("train_begin", "step"):
+            jax.profiler.start_trace(folder)
+            tracing = True
+        elif tracing and (event.kind == "train_end" or (event.kind == "step" and event.step >= last + 2)):
+            jax.profiler.stop_trace()
+            tracing = False
+            log.info(
+                "profile of updates %d to %d: tensorboard --logdir %s (with tensorboard-plugin-profile), or "
+                "the trace.json.gz in it at ui.perfetto.dev",
+                first,
+                last,
+                folder,
+            )
+
+    return subscriber
 
 
 class Clock:
@@ -135,6 +181,9 @@ def log_file(path: Path, start_step: int) -> Subscriber:
             "remaining_time": _hms(clock.remaining(event.step, event.max_steps)),
             "throughput": record.get("tokens_per_second"),
             "total_tokens": record.get("num_input_tokens_seen"),
+            "tflops_per_device": record.get("tflops_per_device"),
+            "mfu": record.get("mfu"),
+            "seconds": {kind: round(value, 2) for kind, value in record.get("seconds", {}).items()} or None,
         }
         with path.open("a") as file:
             file.write(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n")
@@ -169,6 +218,7 @@ def _describe(record: Mapping[str, Any]) -> str:
         "grad_norm": "grad norm {:.3g}",
         "learning_rate": "lr {:.3g}",
         "tokens_per_second": "{:,.0f} tok/s",
+        "mfu": "MFU {:.1%}",
     }
     return "  ".join(form.format(record[key]) for key, form in shown.items() if record.get(key) is not None)
 

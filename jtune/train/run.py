@@ -33,6 +33,8 @@ from jtune.models.families import decoder_config
 from jtune.sharding import batch_shards, check_row_length, describe_unsplit, hosts, spread, unsplit
 from jtune.train import build, preflight, report
 from jtune.train.checkpoint import Checkpointer, read_meta, restore, restore_newest
+from jtune.train.flops import flops_per_token
+from jtune.train.ledger import Ledger, describe, goodput, lost
 from jtune.train.loop import Hooks, Progress, run_loop
 from jtune.train.optimizer import make_optimizer
 from jtune.train.output import check_same_run, clear, resume_point, save_model, trainer_state
@@ -52,6 +54,7 @@ def run(config: Config) -> dict[str, Any]:
       JtuneError: see `jtune.errors` for the kinds and the exit codes they stand for.
     """
     training, finetuning = config.training, config.finetuning
+    ledger = Ledger()
     for note in config.notes:
         log.info("note: %s", note)
     build.check_schedule(training)
@@ -133,6 +136,17 @@ def run(config: Config) -> dict[str, Any]:
         mesh,
         max_grad_norm=training.max_grad_norm,
         dropout_key=jax.random.key(training.seed) if tuning.lora.has_dropout(model.params) else None,
+        ledger=ledger,
+    )
+    rates = report.make_rates(
+        flops_per_token(
+            decoder,
+            model.params,
+            model.mask,
+            lengths=splits.train.lengths,
+            label_share=splits.train.labelled.sum() / splits.train.lengths.sum(),
+        ),
+        mesh,
     )
 
     # ------------------------------------------------------------------ start or resume
@@ -159,7 +173,10 @@ def run(config: Config) -> dict[str, Any]:
             newest = restore_newest(output_dir, state_like)
             assert newest is not None, "checkpoints were found"
             checkpoint, state = newest
-        progress = Progress(**read_meta(checkpoint)["progress"])
+        meta = read_meta(checkpoint)
+        progress = Progress(**meta["progress"])
+        earlier = meta.get("seconds", {})
+        ledger.add(earlier | {"lost": earlier.get("lost", 0.0) + lost(output_dir / "trainer_log.jsonl", earlier)})
         log.info("resumed from %s: %d of %d updates are done", checkpoint, progress.step, plan.max_steps)
     mask = model.mask
     del trainable, model  # nothing else may keep the first parameters alive
@@ -189,7 +206,7 @@ def run(config: Config) -> dict[str, Any]:
 
         if progress.best_step is not None:
             saver.best = output_dir / f"checkpoint-{progress.best_step}"
-        meta = {"identity": identity, "progress": progress.to_dict()}
+        meta = {"identity": identity, "progress": progress.to_dict(), "seconds": ledger.total()}
         saver.save(progress.step, None if training.save_only_model else state, meta, files)
 
     hooks = Hooks(
@@ -200,13 +217,15 @@ def run(config: Config) -> dict[str, Any]:
         evaluate=(lambda state: measure(whole(state))) if splits.eval else None,
         save=save,
         poll=saver.poll,
+        rates=rates,
         explain=lambda index: f"rows {', '.join(map(str, plan.examples(index)[:8]))} ... of the data set",
         agree=spread.agreement(mesh),
     )
     began, start = time.monotonic(), progress.step
     subscribers = report.subscribers(training, output_dir, start, plan.max_steps)
+    ledger.rest("startup")
     try:
-        state, outcome = run_loop(state, progress, cadence, schedule, hooks, subscribers, improvement)
+        state, outcome = run_loop(state, progress, cadence, schedule, hooks, subscribers, improvement, ledger)
     finally:
         saver.close()
     if outcome == "preempted":
@@ -221,7 +240,10 @@ def run(config: Config) -> dict[str, Any]:
         log.info("the best model is %s: %s %.4f", best, improvement.metric, progress.best_metric)
         state = restore(best, state_like)
     params = whole(state)
-    write(output_dir, params)
+    with ledger.spent("checkpoint"):
+        write(output_dir, params)
+    seconds = ledger.total()
+    log.info("time: %s", describe(seconds))
     summary = report.train_summary(
         progress,
         seconds=time.monotonic() - began,
@@ -229,6 +251,7 @@ def run(config: Config) -> dict[str, Any]:
         epoch=plan.epoch_at(progress.step),
         parameters=parameters,
     )
+    summary |= {"train_goodput": round(goodput(seconds), 4)}
     if finetuning.include_effective_tokens_per_second:
         summary["effective_tokens_per_sec"] = summary["train_tokens_per_second"]
     progress.log_history.append(summary | {"step": progress.step})
