@@ -145,12 +145,25 @@ def test_an_adapter_is_planned_from_its_config_alone(made, tmp_path):
     shapes = run_shapes(config, decoder_config(source), source, mesh, platform="cpu")
     real = build.load_model(
         model, changed(config, adapter_name_or_path=(str(tmp_path / "out"),)).model, config.finetuning,
-        decoder_config(source), source, mesh, dtype=shapes.module.dtype, remat="full", seed=0,
+        decoder_config(source), source, mesh, dtype=shapes.module.dtype, seed=0,
     )  # fmt: skip
     assert jax.tree.structure(shapes.params) == jax.tree.structure(real.params)
     same = lambda x, y: (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
     assert all(jax.tree.leaves(jax.tree.map(same, shapes.params, real.params)))
     assert shapes.mask == real.mask
+
+
+def test_remat_auto_computes_again_what_memory_makes_necessary(only_config, tmp_path):
+    ample = planned(only_config, tmp_path, finetuning_type="full", per_device_train_batch_size=8, cutoff_len=512)
+    assert (ample["remat"], ample["fits"]) == ("none", True)
+    tight = planned(
+        only_config, tmp_path, memory=ample["per_device_bytes"]["peak"] // 4,
+        finetuning_type="full", per_device_train_batch_size=8, cutoff_len=512,
+    )  # fmt: skip
+    assert tight["remat"] in ("dots", "attention", "full")
+    assert tight["per_device_bytes"]["peak"] < ample["per_device_bytes"]["peak"]
+    asked = planned(only_config, tmp_path, disable_gradient_checkpointing=True, memory=2**20)
+    assert asked["remat"] == "none"
 
 
 def test_what_does_not_fit_is_said_with_what_would_help(only_config, tmp_path, capsys):

@@ -1,7 +1,7 @@
 """Attention within segments, through one function; the one file that knows which kernel computes it.
 
 Shape suffixes: B batch, T tokens of queries, S tokens of keys, H query heads, K key/value heads, G = H/K queries of a
-group, D head_dim.
+group, D head_dim; of one block: Q queries, N keys, M = G*Q.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -20,8 +21,11 @@ MASKED = -1e30
 
 BACKENDS = ("xla", "blocks", "splash")
 
-# The name under which splash keeps its softmax statistics, for remat policies.
-SPLASH_RESIDUALS = "splash_residuals"
+# The name of what a backend keeps for its backward pass, for remat policies.
+RESIDUALS = "attention_residuals"
+
+# Scores that the CPU holds at a time, of as many heads as this allows: 2**25 float32 are 128 MiB.
+MAPPED_SCORES = 2**25
 
 LANES = 128  # what splash wants head_dim and row lengths to be multiples of
 
@@ -72,73 +76,116 @@ def attend(
     k_BSKD, v_BSKD = (constrain(x, mesh, "batch", None, "kv_heads", None) for x in (k_BSKD, v_BSKD))
     B, T, H, D = q_BTHD.shape
     K = k_BSKD.shape[2]
-    split = mesh is not None and mesh.shape["context"] > 1  # then rows are in parts already, one on each device
-    block = _block(T) if backend == "blocks" and not split else T
     q_BKGTD = q_BTHD.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
     k_BKSD, v_BKSD = (x.transpose(0, 2, 1, 3) for x in (k_BSKD, v_BSKD))
-    one = partial(_row, scale=scale, window=window, softcap=softcap, block=block)
-    if backend == "blocks" and (mesh is None or mesh.size == 1) and jax.default_backend() == "cpu":
-        # A core works on one head at a time: its scores stay in the cache, and products of two matrices run several
-        # times as fast on CPUs as products of two batches of them.
+    split = mesh is not None and mesh.shape["context"] > 1  # then rows are in parts already, one on each device
+    compute: Callable = _at_once if backend == "xla" or split else _in_blocks
+    one = lambda q, k, v, segment_ids: compute(q, k, v, segment_ids, scale, window, softcap)
+    together = MAPPED_SCORES // max(1, H // K * _block(T) * T)
+    if backend == "blocks" and (mesh is None or mesh.size == 1) and together < B * K and jax.default_backend() == "cpu":
         flat = lambda x: x.reshape(B * K, *x.shape[2:])
-        out = jax.lax.map(
-            lambda xs: one(*xs), (*map(flat, (q_BKGTD, k_BKSD, v_BKSD)), jnp.repeat(segment_ids_BS, K, axis=0))
-        )
+        parts = *map(flat, (q_BKGTD, k_BKSD, v_BKSD)), jnp.repeat(segment_ids_BS, K, axis=0)
+        out = jax.lax.map(lambda part: one(*part), parts, batch_size=max(1, together))
     else:
         over_heads = jax.vmap(one, in_axes=(0, 0, 0, None))
         out = jax.vmap(over_heads)(q_BKGTD, k_BKSD, v_BKSD, segment_ids_BS)
     return out.reshape(B, K, H // K, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
-# ---------------------------------------------------------------------- plain XLA, at once or in blocks of queries
+# ---------------------------------------------------------------------- plain XLA, of one row and key head; M = G * Q
 
 
-def _visible(of_queries, of_keys, queries, keys, window: int | None) -> jax.Array:
-    """bool `[queries, keys]`. Segments are contiguous, so distance in the row is distance in the segment."""
-    distance = queries[:, None] - keys[None, :]
+def _at_once(q_GTD, k_SD, v_SD, segment_ids_S, scale, window, softcap) -> jax.Array:
+    """The reference: what the others must equal."""
+    G, T, D = q_GTD.shape
+    scores_MS = _scores(q_GTD.reshape(-1, D), k_SD, scale, softcap)
+    scores_GTS = jnp.where(_visible(segment_ids_S, 0, T, 0, window), scores_MS.reshape(G, T, -1), MASKED)
+    weights = jax.nn.softmax(scores_GTS, axis=-1).astype(v_SD.dtype)
+    return (weights.reshape(G * T, -1) @ v_SD).reshape(G, T, D)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _in_blocks(q_GTD, k_SD, v_SD, segment_ids_S, scale, window, softcap) -> jax.Array:
+    """A block of queries at a time, with the keys that it can see: none after its last query, nor any out of the window
+    of its first. The backward pass forms the scores of a block again from their log-sum-exp, as flash attention does
+    (arXiv:2205.14135): what is kept is linear in the row.
+    """
+    return _in_blocks_forward(q_GTD, k_SD, v_SD, segment_ids_S, scale, window, softcap)[0]
+
+
+def _in_blocks_forward(q_GTD, k_SD, v_SD, segment_ids_S, scale, window, softcap):
+    G, T, D = q_GTD.shape
+    outs, sums = [], []
+    for begin, end, first in _cuts(T, window):
+        scores_MN = _scores(q_GTD[:, begin:end].reshape(-1, D), k_SD[first:end], scale, softcap)
+        seen = _visible(segment_ids_S, begin, end, first, window)
+        scores_MN = jnp.where(seen, scores_MN.reshape(G, end - begin, -1), MASKED).reshape(scores_MN.shape)
+        largest_M1 = jnp.max(scores_MN, axis=-1, keepdims=True)
+        weights_MN = jnp.exp(scores_MN - largest_M1)
+        total_M1 = jnp.sum(weights_MN, axis=-1, keepdims=True)
+        out_MD = _dot(weights_MN.astype(v_SD.dtype), v_SD[first:end]) / total_M1
+        outs.append(out_MD.astype(q_GTD.dtype).reshape(G, -1, D))
+        sums.append((largest_M1 + jnp.log(total_M1)).reshape(G, -1, 1))
+    out_GTD = checkpoint_name(jnp.concatenate(outs, axis=1), RESIDUALS)
+    sums_GT1 = checkpoint_name(jnp.concatenate(sums, axis=1), RESIDUALS)
+    return out_GTD, (q_GTD, k_SD, v_SD, segment_ids_S, out_GTD, sums_GT1)
+
+
+def _in_blocks_backward(scale, window, softcap, residuals, d_out_GTD):
+    q_GTD, k_SD, v_SD, segment_ids_S, out_GTD, sums_GT1 = residuals
+    G, T, D = q_GTD.shape
+    # Through the softmax: d score = weight * (d weight - mean of d weight), and this mean is d out . out.
+    means_GT1 = jnp.sum(d_out_GTD.astype(jnp.float32) * out_GTD.astype(jnp.float32), axis=-1, keepdims=True)
+    d_q, d_k_SD, d_v_SD = [], jnp.zeros(k_SD.shape, jnp.float32), jnp.zeros(v_SD.shape, jnp.float32)
+    for begin, end, first in _cuts(T, window):
+        queries = lambda x_GTX, b=begin, e=end: x_GTX[:, b:e].reshape(-1, x_GTX.shape[-1])
+        q_MD, d_out_MD, k_ND, v_ND = queries(q_GTD), queries(d_out_GTD), k_SD[first:end], v_SD[first:end]
+        scores_MN = _scores(q_MD, k_ND, scale, softcap)
+        seen = _visible(segment_ids_S, begin, end, first, window)
+        weights_MN = jnp.exp(scores_MN - queries(sums_GT1))
+        weights_MN = jnp.where(seen, weights_MN.reshape(G, end - begin, -1), 0.0).reshape(scores_MN.shape)
+        d_scores_MN = weights_MN * (_dot(d_out_MD, v_ND.T) - queries(means_GT1)) * scale
+        if softcap is not None:
+            d_scores_MN *= 1.0 - jnp.square(scores_MN / softcap)
+        d_scores_MN = d_scores_MN.astype(k_SD.dtype)
+        d_q.append(_dot(d_scores_MN, k_ND).astype(q_GTD.dtype).reshape(G, -1, D))
+        d_k_SD = d_k_SD.at[first:end].add(_dot(d_scores_MN.T, q_MD))
+        d_v_SD = d_v_SD.at[first:end].add(_dot(weights_MN.T.astype(v_SD.dtype), d_out_MD))
+    return jnp.concatenate(d_q, axis=1), d_k_SD.astype(k_SD.dtype), d_v_SD.astype(v_SD.dtype), None
+
+
+_in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
+
+
+def _scores(q_MD, k_ND, scale: float, softcap: float | None) -> jax.Array:
+    scores_MN = _dot(q_MD, k_ND.T) * scale
+    return scores_MN if softcap is None else softcap * jnp.tanh(scores_MN / softcap)
+
+
+def _dot(a, b) -> jax.Array:
+    """`a @ b`, float32 whatever they are in."""
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _visible(segment_ids_S, begin: int, end: int, first: int, window: int | None) -> jax.Array:
+    """Which keys from `first` to `end` the queries from `begin` to `end` see, bool `[queries, keys]`. Segments are
+    contiguous, so distance in the row is distance in the segment."""
+    distance = jnp.arange(begin, end)[:, None] - jnp.arange(first, end)[None, :]
     near = distance >= 0
     if window is not None:
         near &= distance < window
-    return (of_queries[:, None] == of_keys[None, :]) & near
+    return (segment_ids_S[begin:end, None] == segment_ids_S[None, first:end]) & near
+
+
+def _cuts(T: int, window: int | None) -> list[tuple[int, int, int]]:
+    """The blocks of a row: first and last query (exclusive), and the first key that any of them sees."""
+    starts = range(0, T, _block(T))
+    return [(b, min(b + _block(T), T), 0 if window is None else max(0, b - window + 1)) for b in starts]
 
 
 def _block(T: int) -> int:
     """Queries of a block: an eighth of the row, since what lies above the diagonal is saved in steps of a block."""
     return max(128, -(-T // 8 // 64) * 64)
-
-
-def _row(q_GTD, k_SD, v_SD, segment_ids_S, *, scale, window, softcap, block: int) -> jax.Array:
-    """Attention of the queries of one row and key head. A block sees no key after its last query, nor any that is out
-    of the window of its first. The backward pass forms its scores again: what is kept is linear in the row."""
-    G, T, D = q_GTD.shape
-
-    def attend_block(q_GQD, k_ND, v_ND, of_queries, of_keys, queries, keys):
-        scores_QN = q_GQD.reshape(-1, D) @ k_ND.T
-        scores_QN = scores_QN.astype(jnp.float32) * scale
-        if softcap is not None:
-            scores_QN = softcap * jnp.tanh(scores_QN / softcap)
-        seen = _visible(of_queries, of_keys, queries, keys, window)
-        scores_GQN = jnp.where(seen, scores_QN.reshape(G, -1, len(keys)), MASKED)
-        weights = jax.nn.softmax(scores_GQN, axis=-1).astype(v_ND.dtype)
-        return (weights.reshape(-1, len(keys)) @ v_ND).reshape(q_GQD.shape)
-
-    out = []
-    for begin in range(0, T, block):
-        end = min(begin + block, T)
-        first = 0 if window is None else max(0, begin - window + 1)
-        compute = attend_block if block >= T else jax.checkpoint(attend_block, prevent_cse=False)
-        out.append(
-            compute(
-                q_GTD[:, begin:end],
-                k_SD[first:end],
-                v_SD[first:end],
-                segment_ids_S[begin:end],
-                segment_ids_S[first:end],
-                jnp.arange(begin, end),
-                jnp.arange(first, end),
-            )
-        )
-    return jnp.concatenate(out, axis=1)
 
 
 # ---------------------------------------------------------------------- TPU: splash attention, which comes with jax
@@ -213,6 +260,6 @@ def _splash_kernel(T, heads, head_shards, q_seq_shards, window, softcap, interpr
             head_shards=head_shards,
             q_seq_shards=q_seq_shards,
             attn_logits_soft_cap=softcap,
-            residual_checkpoint_name=SPLASH_RESIDUALS,
+            residual_checkpoint_name=RESIDUALS,
             interpret=interpret,
         )

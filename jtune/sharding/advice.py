@@ -106,8 +106,9 @@ def saved_activations(
         "offload": 0,
         "full": d,
         "attention": d + q / split,
-        "dots": 2 * d + (qkv + 2 * f) / split,
-        "none": 4 * d + (qkv + q + 3 * f + weights) / split,  # inputs of all products and norms
+        "dots": 3 * d + (qkv + 2 * f) / split,  # what the products with parameters gave
+        # Inputs of all products and norms, what attention took and gave, and three stages of the activation.
+        "none": 4 * d + (qkv + 2 * q + 5 * f + weights) / split,
     }[remat]
     return int(values * tokens * itemsize) * decoder.num_hidden_layers
 
@@ -141,6 +142,38 @@ def estimate(shapes: Shapes, rows: Rows) -> dict[str, int]:
         "peak": kept + temporaries,
         "floor": kept + saved_activations(decoder, "full", tokens, rows.seq, size),
     }
+
+
+def largest(shapes: Shapes, capacities: Mapping[tuple[int, int, int], int]) -> tuple[tuple[int, int, int], Rows]:
+    """The shape of batch that needs most memory, and what of it a device sees.
+
+    Args:
+      capacities: `[accum, batch, seq]` of each shape of batch -> labelled positions of a shard of the batch, at most.
+    """
+    shards = math.prod(shapes.mesh.shape[axis] for axis in BATCH_AXES)
+
+    def seen(shape: tuple[int, int, int]) -> Rows:
+        accum, batch, seq = shape
+        return Rows(accum, batch // shards, seq, capacities[shape] / (batch // shards * seq))
+
+    shape = max(capacities, key=lambda shape: estimate(shapes, seen(shape))["peak"])
+    return shape, seen(shape)
+
+
+def sound_remat(shapes: Shapes, rows: Rows, usable: int) -> str:
+    """The remat policy that computes least again, of those that surely fit: what `remat: auto` is.
+
+    Surely, as a run that ends for want of memory costs more than the layers that it computes again.
+
+    Args:
+      usable: bytes of a device that programs get.
+    """
+
+    def surely(policy: str) -> int:
+        guess = estimate(shapes._replace(module=shapes.module.clone(remat=policy)), rows)
+        return guess["arguments"] + int(MOST_OFF * guess["temporaries"])
+
+    return next((policy for policy in ("none", "dots", "attention") if surely(policy) <= MARGIN * usable), "full")
 
 
 class Work(NamedTuple):

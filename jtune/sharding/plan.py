@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jtune.config import Config
 from jtune.data import Encoded, load_tokenizer
@@ -21,11 +20,11 @@ from jtune.interop import hf
 from jtune.models import DecoderConfig
 from jtune.models.families import decoder_config
 from jtune.sharding import batch_shards
-from jtune.sharding.advice import Found, Rows, Work, advise, changed, estimate, search
+from jtune.sharding.advice import Found, Work, advise, changed, estimate, largest, search, sound_remat
 from jtune.sharding.measure import measure
 from jtune.sharding.mesh import check_row_length
 from jtune.sharding.shapes import Shapes, batch_shapes, bytes_by_kind, global_bytes, run_shapes
-from jtune.sharding.topology import device_memory, reserved_memory, topology_devices
+from jtune.sharding.topology import device_memory, topology_devices, usable_memory
 from jtune.train import build
 from jtune.train.flops import flops_per_token, peak_flops, recomputed_per_token
 from jtune.train.run import load_data, plan_updates
@@ -90,7 +89,7 @@ def plan(
     decoder = decoder_config(source)
     encoded, why = read_rows(config, folder, decoder)
     kind = devices[0].device_kind
-    usable = device_memory(devices[0]) - reserved_memory(kind) if memory is None else memory
+    usable = usable_memory(devices[0]) if memory is None else memory
     memory = device_memory(devices[0]) if memory is None else memory
     case = Case(source, decoder, encoded, why, devices, topology or kind, memory, usable)
     if not fit:
@@ -105,8 +104,11 @@ def plan_case(config: Config, case: Case) -> dict[str, Any]:
     platform, kind = case.devices[0].platform, case.devices[0].device_kind
     shapes = run_shapes(config, case.decoder, case.source, mesh, platform=platform)
     batches = updates(config, case, batch_shards(mesh))
-    shape, rows = largest(shapes, batches)
+    shape, rows = largest(shapes, dict(zip(batches.shapes, batches.capacities)))
     check_row_length(mesh, rows.seq)
+    if build.asked_remat(config.training, config.model) == "auto":
+        policy = sound_remat(shapes, rows, case.usable)
+        shapes = shapes._replace(module=build.with_remat(shapes.module, policy, platform))
     measured = measure(config, shapes, shape, rows_capacity(batches, shape), case.target)
 
     by_kind = bytes_by_kind(shapes, batch_shapes(shape, mesh))
@@ -218,19 +220,6 @@ def rows_capacity(batches: Batches, shape: tuple[int, int, int]) -> int:
     return batches.capacities[batches.shapes.index(shape)]
 
 
-def largest(shapes: Shapes, batches: Batches) -> tuple[tuple[int, int, int], Rows]:
-    """The shape of batch that needs most memory, and what of it a device sees."""
-    assert isinstance(shapes.mesh, Mesh)
-    shards = batch_shards(shapes.mesh)
-
-    def seen(shape: tuple[int, int, int]) -> Rows:
-        accum, batch, seq = shape
-        return Rows(accum, batch // shards, seq, rows_capacity(batches, shape) / (batch // shards * seq))
-
-    shape = max(batches.shapes, key=lambda shape: estimate(shapes, seen(shape))["peak"])
-    return shape, seen(shape)
-
-
 # ---------------------------------------------------------------------- --fit
 
 
@@ -243,7 +232,7 @@ def fastest(config: Config, case: Case) -> tuple[Found | None, dict[str, Any]]:
     mesh = build.mesh_of(config.training, case.devices)
     shapes = run_shapes(config, case.decoder, case.source, mesh, platform=platform)
     batches = updates(config, case, batch_shards(mesh))
-    _, rows = largest(shapes, batches)
+    _, rows = largest(shapes, dict(zip(batches.shapes, batches.capacities)))
     work = work_of(case.decoder, shapes, batches)
     ranked = search(
         config, case.source, shapes, rows, work, platform=platform, device_kind=kind, utilisation=UTILISATION

@@ -24,7 +24,6 @@ from jtune.sharding.mesh import AXES
 from jtune.sharding.rules import batch_sharding, replicated
 from jtune.train import build
 from jtune.train.optimizer import make_optimizer
-from jtune.train.run import remat
 from jtune.train.state import TrainState
 from jtune.train.step import Batch
 
@@ -45,6 +44,8 @@ def run_shapes(
     config: Config, decoder: DecoderConfig, source: dict[str, Any], mesh: Mesh | AbstractMesh, *, platform: str
 ) -> Shapes:
     """The model, its state and their places, as `jtune train` would have them on `mesh`.
+
+    With `remat: auto`, which needs to know the rows (`jtune.sharding.advice.sound_remat`), the module has "full".
 
     Args:
       source: the model's config.json.
@@ -83,7 +84,9 @@ def run_shapes(
     backend, _ = attention.choose(config.model.flash_attn, platform)
     # Without devices nothing is compiled, and where activations lie need not be said.
     of_devices = mesh if isinstance(mesh, Mesh) else None
-    module = CausalLM(decoder, dtype=dtype, remat=remat(config), attention=backend, mesh=of_devices)
+    policy = build.asked_remat(training, config.model)
+    module = CausalLM(decoder, dtype=dtype, attention=backend, mesh=of_devices)
+    module = build.with_remat(module, "full" if policy == "auto" else policy, platform)
     return Shapes(module, tx, params, masks[0], frozen, state, mesh)
 
 

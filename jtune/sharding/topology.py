@@ -106,6 +106,11 @@ def device_memory(device: Any) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
+def usable_memory(device: Any) -> int:
+    """Bytes of one device that programs get."""
+    return device_memory(device) - reserved_memory(device.device_kind)
+
+
 def reserved_memory(device_kind: str) -> int:
     """Bytes of a device that programs do not get."""
     kind = device_kind.lower()

@@ -97,7 +97,6 @@ def load_model(
     mesh: Mesh,
     *,
     dtype: jnp.dtype,
-    remat: str,
     seed: int,
 ) -> Model:
     """Weights read straight to their place, adapters and freezing applied, trainable leaves in float32.
@@ -127,8 +126,23 @@ def load_model(
     params = jax.tree.map(spread.put, params, placement(params, decoder, mesh))
     backend, why = attention.choose(args.flash_attn, mesh.devices.flat[0].platform)
     log.info("attention: %s (%s)", backend, why)
-    module = CausalLM(decoder, dtype=dtype, remat=remat, attention=backend, mesh=mesh)
+    module = CausalLM(decoder, dtype=dtype, attention=backend, mesh=mesh)
     return Model(module, decoder, source, params, mask)
+
+
+def asked_remat(training: TrainingArguments, model: ModelArguments) -> str:
+    """What the backward pass computes again: a policy of `CausalLM.remat`, or "auto".
+
+    `disable_gradient_checkpointing` is LLaMA-Factory's name for "none".
+    """
+    return "none" if training.remat == "auto" and model.disable_gradient_checkpointing else training.remat
+
+
+def with_remat(module: CausalLM, remat: str, platform: str) -> CausalLM:
+    """The module with a remat policy. On CPUs its layers are unrolled, but for those that keep next to nothing, where
+    there would be little that it saves.
+    """
+    return module.clone(remat=remat, unrolled=platform == "cpu" and remat == "none")
 
 
 def mesh_of(training: TrainingArguments, devices: Sequence[Any] | None = None) -> Mesh:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jtune import tuning
 from jtune.config import Config, TrainingArguments
@@ -31,6 +32,9 @@ from jtune.inspect import show
 from jtune.interop import hf
 from jtune.models.families import decoder_config
 from jtune.sharding import batch_shards, check_row_length, describe_unsplit, hosts, spread, unsplit
+from jtune.sharding.advice import largest, sound_remat
+from jtune.sharding.shapes import Shapes
+from jtune.sharding.topology import usable_memory
 from jtune.train import build, preflight, report
 from jtune.train.checkpoint import Checkpointer, read_meta, restore, restore_newest
 from jtune.train.flops import flops_per_token
@@ -80,9 +84,7 @@ def run(config: Config) -> dict[str, Any]:
 
     # ------------------------------------------------------------------ model
     dtype = build.compute_dtype(training, finetuning.pure_bf16, hf.stored_dtype(source))
-    model = build.load_model(
-        folder, config.model, finetuning, decoder, source, mesh, dtype=dtype, remat=remat(config), seed=training.seed
-    )
+    model = build.load_model(folder, config.model, finetuning, decoder, source, mesh, dtype=dtype, seed=training.seed)
     if whole := unsplit(build.prepared_axes(model.params, decoder), model.params, mesh):
         log.info("%s", describe_unsplit(whole))
     if training.do_train:
@@ -127,8 +129,10 @@ def run(config: Config) -> dict[str, Any]:
     )
     float16 = dtype == jnp.float16
     state_like = build.abstract_state(trainable, tx, mesh, float16=float16)
+    policy = remat(config, Shapes(model.module, tx, model.params, model.mask, frozen, state_like, mesh), plan)
+    module = build.with_remat(model.module, policy, mesh.devices.flat[0].platform)
     update = build.compile_steps(
-        model.module,
+        module,
         tx,
         plan,
         frozen,
@@ -357,11 +361,17 @@ def rows_are_packed(config: Config) -> bool:
     return bool(config.data.neat_packing or (config.data.packing and config.finetuning.stage != "pt"))
 
 
-def remat(config: Config) -> str:
-    """What the backward pass recomputes; `disable_gradient_checkpointing` is LLaMA-Factory's name for nothing."""
-    if config.training.remat != "auto":
-        return config.training.remat
-    return "none" if config.model.disable_gradient_checkpointing else "full"
+def remat(config: Config, shapes: Shapes, plan: BatchPlan) -> str:
+    """What the backward pass computes again: what `config` says, or else as little as memory allows."""
+    policy = build.asked_remat(config.training, config.model)
+    if policy != "auto":
+        return policy
+    assert isinstance(shapes.mesh, Mesh)
+    usable = usable_memory(shapes.mesh.local_devices[0])
+    _, rows = largest(shapes, {shape: plan.label_capacity(shape) for shape in plan.shapes})
+    policy = sound_remat(shapes, rows, usable)
+    log.info("remat: %s (auto: a device has %.1f GiB)", policy, usable / 2**30)
+    return policy
 
 
 def inspect(config: Config) -> None:
@@ -378,7 +388,6 @@ def inspect(config: Config) -> None:
         source,
         mesh,
         dtype=dtype,
-        remat="none",
         seed=config.training.seed,
     )
     show(model.params, model.mask)

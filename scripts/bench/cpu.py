@@ -18,7 +18,7 @@ from statistics import median
 from typing import NamedTuple
 
 import machine
-from make import LLAMA_28M, ROOT, reference, template_of
+from make import ROOT, SHAPES, reference, template_of
 from measure import Failed, Run, measure
 
 CORES = 2
@@ -58,8 +58,8 @@ def main() -> int:
     lf = find(args.lf)
     if lf is None:
         print("LLaMA-Factory is not installed (no llamafactory-cli on the PATH, none given with --lf): only jtune runs")
-    work = args.work.resolve()
-    make_inputs(work, args.tokenizer)
+    work = args.work.resolve() / args.model
+    make_inputs(work, args.model, args.tokenizer)
     sides = [jtune_side(work)] + ([lf_side(lf, work)] if lf else [])
 
     results = []
@@ -83,6 +83,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--updates", type=int, default=12, help="updates in a run (default 12)")
     parser.add_argument("--quick", action="store_true", help="see that it works: two YAMLs, one run, 5 updates")
     parser.add_argument("--only", default="", help="words of the YAMLs to run, such as 'lora packed' or 'full gc-off'")
+    parser.add_argument("--model", choices=SHAPES, default="22M", help="parameters (default 22M; see make.py)")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "bench-cpu", help="where everything is written")
     parser.add_argument("--tokenizer", type=Path, default=reference("tokenizer"), help="folder of a tokenizer")
     parser.add_argument("--report", type=Path, default=REPORT, help="what the table is appended to")
@@ -102,12 +103,12 @@ def find(given: Path | None) -> Path | None:
 # ---------------------------------------------------------------------- what runs
 
 
-def make_inputs(work: Path, tokenizer: Path | None) -> None:
+def make_inputs(work: Path, model: str, tokenizer: Path | None) -> None:
     """Model, adapter and data; in a process of its own, so that this one has no threads while it measures."""
     if (work / "data" / "dataset_info.json").exists():  # written last
         return
     options = ["--tokenizer", str(tokenizer)] if tokenizer else []
-    make = [sys.executable, str(Path(__file__).with_name("make.py")), str(work), *options]
+    make = [sys.executable, str(Path(__file__).with_name("make.py")), str(work), "--model", model, *options]
     subprocess.run(make, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
 
@@ -257,13 +258,15 @@ def losses(results: list[tuple[Cell, dict[str, list[Run]]]]) -> list[str]:
 
 
 def heading(noise: str | None, lf: Path | None, args: argparse.Namespace) -> list[str]:
+    shape = SHAPES[args.model]
     lines = [
         f"## CPU, {CORES} cores, float32, {time.strftime('%Y-%m-%d')}",
         "",
         f"- machine: {machine.describe()}; pinned to {CORES} cores, OMP_NUM_THREADS={CORES}",
         f"- versions: {machine.versions(('jtune', 'jax', 'jaxlib', 'flax', 'numpy'))}, commit {commit()}",
         f"- beside: {lf_versions(lf) if lf else 'LLaMA-Factory is not installed: only jtune was measured'}",
-        f"- model: Llama, hidden {LLAMA_28M['hidden_size']}, {LLAMA_28M['num_hidden_layers']} layers, random weights; "
+        f"- model: Llama of {args.model}, hidden {shape['hidden_size']}, {shape['num_hidden_layers']} layers, "
+        f"vocabulary {shape['vocab_size']}, random weights; "
         f"{args.updates} updates of {BATCH} rows, cutoff_len 512; the sides in turn, runs of each: {args.runs}; "
         f"medians over updates {SKIPPED + 1} to {args.updates} of all runs",
     ]

@@ -1,6 +1,6 @@
 """Models of random weights, adapters and data for the benchmarks, written once into a folder.
 
-python scripts/bench/make.py FOLDER [--tokenizer FOLDER]
+python scripts/bench/make.py FOLDER [--model 22M] [--tokenizer FOLDER]
 """
 
 import argparse
@@ -15,24 +15,37 @@ sys.path.insert(0, str(ROOT))  # this checkout, also where another one is instal
 # LLaMA-Factory's demo data and a tokenizer, where they are at hand beside the checkout.
 REFERENCES = [parent / "shared" / "reference" for parent in ROOT.parents[:2]]
 
-LLAMA_28M = {
+# As small as Llamas get, with the vocabulary that they have: the head is more than half of the work.
+LLAMA_22M = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+    "dtype": "float32",
+}
+
+# The other end: nearly all of the work is in the layers.
+LLAMA_28M = LLAMA_22M | {
     "vocab_size": 4096,
     "hidden_size": 512,
     "intermediate_size": 1408,
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
     "tie_word_embeddings": False,
-    "initializer_range": 0.02,
-    "dtype": "float32",
 }
+SHAPES = {"22M": LLAMA_22M, "28M": LLAMA_28M}
 
 
 def reference(part: str) -> Path | None:
@@ -119,10 +132,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer", type=Path, default=reference("tokenizer"))
+    parser.add_argument("--model", choices=SHAPES, default="22M")
     args = parser.parse_args()
     model = args.folder / "model"
     write_tokenizer(model, args.tokenizer)
-    write_model(model, LLAMA_28M)
+    write_model(model, SHAPES[args.model])
     write_adapter(args.folder / "adapter", model, rank=8)
     write_data(args.folder / "data")
 

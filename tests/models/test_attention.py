@@ -51,6 +51,18 @@ def test_backends_equal_the_reference(backend, window, softcap, packed):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+def test_heads_that_do_not_fit_together_are_computed_in_turn(packed, monkeypatch):
+    q, k, v, segment_ids = packed
+    call = partial(attend, scale=0.25, backend="blocks")
+    together = outputs_and_gradients(lambda q, k, v: call(q, k, v, segment_ids), q, k, v)
+    for heads in (1, 3):  # of the BATCH * KV_HEADS = 4
+        monkeypatch.setattr(attention, "MAPPED_SCORES", heads * HEADS // KV_HEADS * attention._block(SEQ) * SEQ)
+        in_turn = outputs_and_gradients(lambda q, k, v: call(q, k, v, segment_ids), q, k, v)
+        assert "scan" in str(jax.make_jaxpr(call)(q, k, v, segment_ids))
+        for a, b in zip(in_turn, together):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_blocks_do_not_keep_scores(packed):
     q, k, v, segment_ids = packed
 
