@@ -156,7 +156,7 @@ def restore(path: Path, like: Any) -> Any:
     wanted = named_leaves(like)
     # The handler alone: a Checkpointer ends with a barrier, where those who can read would wait for one who cannot.
     reader = ocp.StandardCheckpointHandler()
-    folder = path.absolute() / "state"
+    folder: Any = path.absolute() / "state"  # Orbax takes any path
     fault, arrays, differences = "", {}, []
     try:
         metadata: Any = reader.metadata(folder)
