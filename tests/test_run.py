@@ -1,6 +1,8 @@
 """Whole runs: what they write, and how they stop when the input is bad."""
 
+import gzip
 import json
+import re
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from small import case, curve, state, train, write_data, write_model
 
 from jtune.cli.main import main
+from jtune.train.ledger import KINDS
 
 EIGHT = {"mesh_fsdp": -1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
 
@@ -28,7 +31,7 @@ def run(path, *overrides):
 
 
 def test_a_full_run_writes_llamafactorys_files(parts, tmp_path):
-    path = case(tmp_path, *parts, compute_accuracy=True, report_to="tensorboard", **EIGHT)
+    path = case(tmp_path, *parts, compute_accuracy=True, report_to="tensorboard", profile_steps="3-4", **EIGHT)
     assert run(path) == 0
     out = tmp_path / "out"
     for name in (
@@ -48,6 +51,13 @@ def test_a_full_run_writes_llamafactorys_files(parts, tmp_path):
     lines = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
     first = {"current_steps", "total_steps", "loss", "lr", "epoch", "percentage", "elapsed_time", "remaining_time"}
     assert first <= lines[0].keys()
+    assert lines[0]["tflops_per_device"] > 0
+    seconds = [line for line in lines if "loss" in line][-1]["seconds"]
+    assert seconds.keys() == set(KINDS)
+    assert min(seconds[kind] for kind in ("startup", "compile", "step", "checkpoint", "evaluation")) > 0
+    (trace,) = (out / "profile").rglob("*.trace.json.gz")
+    steps = set(re.findall(r'"step_num":\s*"?(\d+)', gzip.decompress(trace.read_bytes()).decode()))
+    assert {"3", "4"} <= steps <= {"3", "4", "5", "6"}  # the host is ahead of the devices
     results = json.loads((out / "all_results.json").read_text())
     assert {"train_loss", "eval_loss", "epoch"} <= results.keys()
     assert logged[-1]["loss"] < logged[0]["loss"]
@@ -295,7 +305,9 @@ def test_a_launcher_that_starts_again_keeps_this_runs_checkpoints(parts, tmp_pat
 
 def test_one_of_several_processes_does_not_train_alone(parts, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JTUNE_NUM_PROCESSES", "2")
-    assert "JTUNE_NUM_PROCESSES=2" in refused(capsys, 2, case(tmp_path, *parts, **EIGHT))
+    assert "JTUNE_NUM_PROCESSES is set, but not JTUNE_COORDINATOR" in refused(
+        capsys, 2, case(tmp_path, *parts, **EIGHT)
+    )
 
 
 def test_a_command_that_is_none(capsys):

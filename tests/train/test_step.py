@@ -12,6 +12,7 @@ from jtune import tuning
 from jtune.models import CausalLM, DecoderConfig, abstract_params, init_params
 from jtune.sharding import make_mesh, replicated
 from jtune.train import build
+from jtune.train.ledger import Ledger
 from jtune.train.loss import token_nll
 from jtune.train.optimizer import make_optimizer
 from jtune.train.state import LossScale, init_state
@@ -221,7 +222,7 @@ def test_a_second_step_of_a_shape_compiles_nothing_and_the_state_is_donated():
     state_like = build.abstract_state(trainable, tx, mesh, float16=False)
     plan = type("Plan", (), {"label_capacity": staticmethod(lambda shape: 128)})
     update = build.compile_steps(
-        CausalLM(CONFIG), tx, plan, frozen, state_like, mesh, max_grad_norm=1.0, dropout_key=None
+        CausalLM(CONFIG), tx, plan, frozen, state_like, mesh, max_grad_norm=1.0, dropout_key=None, ledger=Ledger()
     )
     state = jax.device_put(init_state(trainable, tx), build.shardings_of(state_like))
     batch = jax.device_put(lay_out(ONE_EACH, 16), replicated(mesh))
