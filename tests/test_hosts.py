@@ -63,6 +63,16 @@ def test_slurm_is_found_by_jax(monkeypatch):
     assert not hosts.in_cluster(os.environ)
 
 
+def test_a_task_alone_on_its_node_takes_all_gpus_of_it():
+    node = {"SLURM_GPUS_ON_NODE": "8"}
+    assert hosts.own_gpus(node | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}) == list(range(8))
+    assert hosts.own_gpus(node | {"SLURM_STEP_TASKS_PER_NODE": "1"}) == list(range(8))
+    assert hosts.own_gpus(node | {"SLURM_STEP_TASKS_PER_NODE": "8(x4)"}) is None
+    assert hosts.own_gpus(node | {"SLURM_STEP_TASKS_PER_NODE": "1,8"}) is None
+    assert hosts.own_gpus({"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}) is None  # no GPUs
+    assert hosts.own_gpus({}) is None
+
+
 class Rows:
     """Examples of known lengths, which remember who was read."""
 

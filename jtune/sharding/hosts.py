@@ -91,6 +91,19 @@ def in_cluster(env: Mapping[str, str]) -> bool:
     return False
 
 
+def own_gpus(env: Mapping[str, str]) -> list[int] | None:
+    """Which GPUs of its host a task of SLURM takes: all, where it is alone there. jax would take the first.
+
+    >>> own_gpus({"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "SLURM_GPUS_ON_NODE": "2"})
+    [0, 1]
+
+    None: as jax has it, one for each task.
+    """
+    alone = re.fullmatch(r"1(\(x\d+\))?(,1(\(x\d+\))?)*", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    gpus = env.get("SLURM_GPUS_ON_NODE", "")
+    return list(range(int(gpus))) if alone and gpus.isdecimal() else None
+
+
 def connect(address: Address | None = None, *, command: str = "", wait: int | None = None, lost: int | None = None):
     """Join the other processes, if there are any. To be called once, before anything asks jax for its devices.
 
@@ -118,7 +131,7 @@ def connect(address: Address | None = None, *, command: str = "", wait: int | No
     lost = lost or int(os.environ.get("JTUNE_HEARTBEAT_TIMEOUT", 60))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself; see `agreement`
-    where: dict[str, Any] = {}
+    where: dict[str, Any] = {"local_device_ids": own_gpus(os.environ)} if address is None else {}
     if address is not None:
         where = {
             "coordinator_address": address.coordinator,
