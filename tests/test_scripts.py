@@ -1,5 +1,6 @@
 """The launchers in scripts/: what they run is what was asked for, and it is started again when it should be."""
 
+import importlib.util
 import json
 import os
 import re
@@ -531,3 +532,10 @@ def test_gpu_benchmark_says_that_there_is_no_gpu(bench):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "no GPU" in done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is here")
+def test_tpu_benchmark_says_that_there_is_no_compiler():
+    done = subprocess.run([sys.executable, SCRIPTS / "bench" / "tpu.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the TPU compiler is not here" in done.stdout

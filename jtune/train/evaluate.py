@@ -42,7 +42,7 @@ def make_eval_step(model: CausalLM, *, label_capacity: int, batch_shards: int, s
             target = pairs[..., 0]
             return None, (token_nll(logits, target) * w, (jnp.argmax(logits, -1) == target) * w)
 
-        chunk = chunk_positions(hidden_SKD.shape[1], hidden_SKD.shape[0], model.config.vocab_size)
+        chunk = chunk_positions(hidden_SKD.shape[1], model.config.vocab_size)
         chunks = cut(chunk, hidden_SKD, pairs_SK2, weights_SK)
         _, (nll, correct) = jax.lax.scan(body, None, chunks)
         _, pairs, weights = chunks

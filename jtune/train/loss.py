@@ -1,7 +1,7 @@
 """Cross-entropy as a sum over the positions that count, without ever holding the logits of all tokens.
 
 Shape suffixes: B batch, T tokens in a row, D embed, V vocab, S shards of the batch, N = B/S*T tokens of one shard,
-K labelled positions of one shard (a static number), C chunks, J = K/C positions of one shard in a chunk.
+K labelled positions of one shard (a static number), C chunks, J positions of one shard in a chunk, K/C rounded up.
 """
 
 from collections.abc import Callable
@@ -107,10 +107,14 @@ def sum_labelled(
     return local(head_params, hidden_BTD, targets_BT, weights_BT)
 
 
-def chunk_positions(capacity: int, shards: int, vocab: int) -> int:
-    """How many positions of one shard go into a chunk: a divisor of `capacity` that keeps the logits small."""
+def chunk_positions(capacity: int, vocab: int) -> int:
+    """How many positions of one shard go into a chunk, so that its logits stay small: chunks of about equal size.
+
+    >>> chunk_positions(1000, vocab=2**15), chunk_positions(4093, vocab=2**17)
+    (1000, 256)
+    """
     wanted = max(1, CHUNK_ELEMENTS // vocab)
-    return next(capacity // n for n in range(1, capacity + 1) if capacity % n == 0 and capacity // n <= wanted)
+    return -(-capacity // -(-capacity // wanted))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 5))
@@ -133,8 +137,16 @@ def _chunk_nll(head, head_params, hidden_SJD, targets_SJ, weights_SJ):
 
 
 def cut(chunk: int, *arrays_SK):
-    """[S, K, ...] -> [C, S, J, ...]: the scanned axis in front, the sharded axis whole in every chunk."""
-    return tuple(jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0) for x in arrays_SK)
+    """[S, K, ...] -> [C, S, J, ...]: the scanned axis in front, the sharded axis whole in every chunk.
+
+    The last chunk is filled up with zeros, weights among them.
+    """
+
+    def one(x):
+        x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    return tuple(map(one, arrays_SK))
 
 
 def _forward(head, head_params, hidden, targets, weights, chunk):
@@ -158,7 +170,8 @@ def _forward(head, head_params, hidden, targets, weights, chunk):
     zeros = [jnp.zeros(m.shape, jnp.float32) for m in moving]
     chunks = cut(chunk, hidden.value, targets.value, weights.value)
     (total, grads), d_hidden_C = jax.lax.scan(body, (jnp.float32(0), zeros), chunks)
-    d_hidden = jnp.moveaxis(d_hidden_C, 0, 1).reshape(hidden.value.shape)
+    S, K, D = hidden.value.shape
+    d_hidden = jnp.moveaxis(d_hidden_C, 0, 1).reshape(S, -1, D)[:, :K]
     dtypes = [m.dtype for m in moving]
     d_head = jax.tree.unflatten(treedef, _spread([g.astype(d) for g, d in zip(grads, dtypes)], trained))
     return total, (d_head, d_hidden)

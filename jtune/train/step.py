@@ -48,7 +48,7 @@ def make_loss_sum(model: CausalLM, *, label_capacity: int, batch_shards: int) ->
         return model.apply({"params": head_params}, hidden, method="head")
 
     def chunked(head_params, hidden_SKD, targets_SK, weights_SK):
-        chunk = chunk_positions(hidden_SKD.shape[1], hidden_SKD.shape[0], model.config.vocab_size)
+        chunk = chunk_positions(hidden_SKD.shape[1], model.config.vocab_size)
         return summed_nll(head, head_params, hidden_SKD, targets_SK, weights_SK, chunk)
 
     def loss_sum(trainable, frozen, batch: Batch, dropout_key):
