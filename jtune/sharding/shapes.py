@@ -23,7 +23,6 @@ from jtune.models.names import WORDS, module_name
 from jtune.sharding.mesh import AXES
 from jtune.sharding.rules import batch_sharding, replicated
 from jtune.train import build
-from jtune.train.optimizer import make_optimizer
 from jtune.train.state import TrainState
 from jtune.train.step import Batch
 
@@ -73,13 +72,7 @@ def run_shapes(
     placed = build.placement(params, decoder, mesh)  # type: ignore[arg-type]
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, placed)
     trainable, frozen = tuning.partition(params, masks[0])
-    tx = make_optimizer(
-        beta1=training.adam_beta1,
-        beta2=training.adam_beta2,
-        epsilon=training.adam_epsilon,
-        weight_decay=training.weight_decay,
-        decay_mask=tuning.decay_mask(trainable),
-    )
+    tx = build.optimizer_of(training, trainable)
     state = build.abstract_state(trainable, tx, mesh, float16=dtype == jnp.float16)  # type: ignore[arg-type]
     backend, _ = attention.choose(config.model.flash_attn, platform)
     # Without devices nothing is compiled, and where activations lie need not be said.

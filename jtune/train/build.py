@@ -34,6 +34,7 @@ from jtune.train.digest import digests, named_leaves
 from jtune.train.evaluate import evaluate, make_eval_step
 from jtune.train.ledger import Ledger
 from jtune.train.loop import Cadence, Improvement
+from jtune.train.optimizer import make_optimizer
 from jtune.train.schedule import make_schedule
 from jtune.train.state import TrainState, init_state, state_shardings
 from jtune.train.step import Metrics, make_loss_sum, make_train_step
@@ -187,6 +188,17 @@ def prepared_axes(params: Any, decoder: DecoderConfig) -> Any:
         return (*lead, inputs, "rank") if path[-1].name == "a" else (*lead, "rank", outputs)
 
     return jax.tree_util.tree_map_with_path(axes_of, params)
+
+
+def optimizer_of(training: TrainingArguments, trainable: Any) -> optax.GradientTransformation:
+    """The optimizer that the arguments ask for, of a tree of arrays or `jax.ShapeDtypeStruct`s."""
+    return make_optimizer(
+        beta1=training.adam_beta1,
+        beta2=training.adam_beta2,
+        epsilon=training.adam_epsilon,
+        weight_decay=training.weight_decay,
+        decay_mask=tuning.decay_mask(trainable),
+    )
 
 
 def abstract_state(trainable: Any, tx: optax.GradientTransformation, mesh: Mesh, *, float16: bool) -> TrainState:

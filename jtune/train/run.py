@@ -40,7 +40,6 @@ from jtune.train.checkpoint import Checkpointer, read_meta, restore, restore_new
 from jtune.train.flops import flops_per_token
 from jtune.train.ledger import Ledger, describe, goodput, lost
 from jtune.train.loop import Hooks, Progress, run_loop
-from jtune.train.optimizer import make_optimizer
 from jtune.train.output import check_same_run, clear, resume_point, save_model, trainer_state
 from jtune.train.schedule import make_schedule, warmup_updates
 from jtune.train.state import TrainState, init_state
@@ -120,13 +119,7 @@ def run(config: Config) -> dict[str, Any]:
     # ------------------------------------------------------------------ state and step
     trainable, frozen = tuning.partition(model.params, model.mask)
     parameters = sum(x.size for x in jax.tree.leaves(model.params))
-    tx = make_optimizer(
-        beta1=training.adam_beta1,
-        beta2=training.adam_beta2,
-        epsilon=training.adam_epsilon,
-        weight_decay=training.weight_decay,
-        decay_mask=tuning.decay_mask(trainable),
-    )
+    tx = build.optimizer_of(training, trainable)
     float16 = dtype == jnp.float16
     state_like = build.abstract_state(trainable, tx, mesh, float16=float16)
     policy = remat(config, Shapes(model.module, tx, model.params, model.mask, frozen, state_like, mesh), plan)
