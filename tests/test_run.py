@@ -69,6 +69,14 @@ def test_a_full_run_writes_llamafactorys_files(parts, tmp_path):
     assert load_file(out / "checkpoint-12" / "model.safetensors").keys() == after.keys()
 
 
+def test_updates_to_trace_that_the_run_does_not_have_are_said(parts, tmp_path, capsys):
+    path = case(tmp_path, *parts, **EIGHT)
+    refused(capsys, 2, path, "profile_steps=4-3")
+    assert run(path, "max_steps=2", "eval_strategy=no", "val_size=0", "do_eval=false", "profile_steps=5-6") == 0
+    assert "no update from 5 to 6 was done" in "".join(capsys.readouterr())
+    assert not (tmp_path / "out" / "profile").exists()
+
+
 def test_a_lora_run_writes_a_peft_adapter_and_export_merges_it(parts, tmp_path):
     import jtune
 

@@ -30,7 +30,18 @@ BELOW_ONE = Range("at least 0 and below 1", lambda x: 0 <= x < 1)
 SEED = Range("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)
 STEPS = Range("a whole number of steps, or below 1 a share of the run", lambda x: x >= 0 and (x < 1 or x == int(x)))
 HELD_OUT = Range("a share below 1, or a whole number of rows", lambda x: 0 <= x < 1 or x == int(x) >= 1)
-UPDATES = Range("first-last, as in 10-12", lambda x: re.fullmatch(r"[1-9]\d*-[1-9]\d*", x) is not None)
+
+
+def is_range(text: str) -> bool:
+    """
+    >>> is_range("10-12"), is_range("12-10"), is_range("10"), is_range("0-3")
+    (True, False, False, False)
+    """
+    match = re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", text)
+    return match is not None and int(match[1]) <= int(match[2])
+
+
+UPDATES = Range("first-last, as in 10-12", is_range)
 SIZE_OR_REST = Range("at least 1, or -1 for what is left", lambda x: x == -1 or x >= 1)
 
 
