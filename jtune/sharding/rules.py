@@ -49,6 +49,21 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*parts)
 
 
+def only(where: P, axes: Collection[str]) -> P:
+    """What `where` says of the mesh axes `axes`.
+
+    >>> only(P(("fsdp", "expert"), "tensor"), ("fsdp",))
+    PartitionSpec('fsdp', None)
+    """
+    parts = [tuple(axis for axis in named(part) if axis in axes) for part in where]
+    return P(*(part[0] if len(part) == 1 else part or None for part in parts))
+
+
+def named(part: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a partition: a name, several, or None."""
+    return () if part is None else part if isinstance(part, tuple) else (part,)
+
+
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
     """`x`, said to lie as its logical axes tell; without a mesh, or on one device, nothing is said.
 
@@ -65,7 +80,7 @@ def gather(x: jax.Array, where: P, axes: Collection[str] = ZERO_AXES) -> jax.Arr
     The gradient is the other way round: summed over these axes, and each device keeps its part.
     """
     for dim, part in enumerate(where):
-        mine = tuple(axis for axis in (part if isinstance(part, tuple) else (part,)) if axis in axes)
+        mine = tuple(axis for axis in named(part) if axis in axes)
         if mine:
             x = jax.lax.all_gather(x, mine, axis=dim, tiled=True)
     return x
@@ -107,7 +122,7 @@ def unsplit(axes, params, mesh: Mesh) -> list[Unsplit]:
     def look(path, leaf, names):
         wanted = {axis for name in names for axis in RULES[name] if mesh.shape[axis] > 1}
         where = spec(names, leaf.shape, mesh)
-        split = {axis for part in where for axis in (part if isinstance(part, tuple) else (part,))}
+        split = {axis for part in where for axis in named(part)}
         missing = tuple(axis for axis in mesh.axis_names if axis in wanted - split)
         if missing:
             held = math.prod(NamedSharding(mesh, where).shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -41,9 +41,6 @@ from jtune.train.step import Metrics, make_loss_sum, make_train_step
 
 log = logging.getLogger("jtune")
 
-# Adapter stacks of fewer elements cost more to gather than to keep whole.
-SMALL_ADAPTER = 2**16
-
 
 class Model(NamedTuple):
     """A model that is ready to train: what it is, where it came from, and its parameters on the mesh."""
@@ -164,30 +161,7 @@ def placement(params: Any, decoder: DecoderConfig, mesh: Mesh) -> Any:
     Args:
       params: of arrays or `jax.ShapeDtypeStruct`s; stacks of layers and nodes as tuning made them.
     """
-    return tree_shardings(prepared_axes(params, decoder), params, mesh)
-
-
-def prepared_axes(params: Any, decoder: DecoderConfig) -> Any:
-    """The logical axes of a prepared tree's leaves: those of the decoder, and an adapter's, which follow its kernel's.
-
-    An adapter `a` `[in, rank]` lies along `in` as its kernel does, `b` `[rank, out]` along `out`, each split along its
-    other dimension where the first is not.
-    """
-    is_axes = lambda x: isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)
-    names = lambda path: tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-    declared = jax.tree_util.tree_leaves_with_path(logical_axes(decoder), is_leaf=is_axes)
-    by_name = {names(path): axes for path, axes in declared}
-
-    def axes_of(path: Any, leaf: Any) -> tuple[str | None, ...]:
-        axes = by_name[names(path)]
-        if not tuning.lora.is_adapter_leaf(path):
-            return axes
-        *lead, inputs, outputs = axes
-        if leaf.size < SMALL_ADAPTER:
-            return (*lead, None, None)
-        return (*lead, inputs, "rank") if path[-1].name == "a" else (*lead, "rank", outputs)
-
-    return jax.tree_util.tree_map_with_path(axes_of, params)
+    return tree_shardings(tuning.prepared_axes(params, decoder), params, mesh)
 
 
 def optimizer_of(training: TrainingArguments, trainable: Any) -> optax.GradientTransformation:

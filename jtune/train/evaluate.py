@@ -17,6 +17,7 @@ from jtune.data import EvalBatch, EvalPlan
 from jtune.models import CausalLM
 from jtune.train.loss import chunk_positions, cut, sum_labelled, token_nll
 from jtune.train.step import Batch
+from jtune.tuning import prepared_axes
 
 
 class ExampleSums(NamedTuple):
@@ -54,14 +55,16 @@ def make_eval_step(model: CausalLM, *, label_capacity: int, batch_shards: int, s
         hidden = model.apply(
             {"params": params}, batch["input_ids"], batch["positions"], batch["segment_ids"], method="hidden"
         )
+        head_params = {key: params[key] for key in model.head_keys}
         return sum_labelled(
             sums,
-            {key: params[key] for key in model.head_keys},
+            head_params,
             hidden,
             jnp.stack([batch["targets"], example_BT], -1),  # both integers of a position: its target and its owner
             batch["loss_weights"],
             capacity=label_capacity,
             shards=batch_shards,
+            axes=prepared_axes(head_params, model.config),
             mesh=model.mesh,
         )
 

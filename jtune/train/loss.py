@@ -6,13 +6,14 @@ K labelled positions of one shard (a static number), C chunks, J positions of on
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jtune.sharding import RULES, spec
+from jtune.sharding import RULES, gather, only, spec
 
 # Logits of one chunk, in elements: 2**25 float32 are 128 MiB.
 CHUNK_ELEMENTS = 2**25
@@ -76,31 +77,37 @@ def sum_labelled(
     *,
     capacity: int,
     shards: int,
+    axes: Any = None,
     mesh: Mesh | None = None,
 ):
     """`f(head_params, *labelled)`, a tree of sums over labelled positions, added up over all shards of the tokens.
 
     On a mesh `f` runs on each device for its share of the positions, with the head's parameters whole but for
-    `tensor`: they are gathered once, and their gradients are summed over chunks before they are summed over devices.
+    `tensor`: they are gathered once, and their gradients are summed over chunks before they are summed over devices,
+    where each keeps its part.
 
     Args:
       capacity: labelled positions of one of the `shards` of the batch, at most.
+      axes: logical axes of `head_params`, of the same structure; needed on a mesh.
     """
     split = () if mesh is None else tuple(axis for axis in RULES["shards"] if mesh.shape[axis] > 1)
     if mesh is None or not split:
         return f(head_params, *gather_labelled(hidden_BTD, targets_BT, weights_BT, capacity, shards))
     tokens = spec(("batch", "sequence"), weights_BT.shape, mesh)
+    # Along `tensor`, XLA splits the head and its logits by the vocabulary: nothing is said of it here.
+    held = jax.tree.map(lambda x, names: only(spec(names, x.shape, mesh), split), head_params, axes)
     share = partial(share_labelled, axis="context") if mesh.shape["context"] > 1 else partial(gather_labelled, shards=1)
 
     @partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=(P(), tokens, tokens, tokens),
+        in_specs=(held, tokens, tokens, tokens),
         out_specs=P(),
-        axis_names=set(split),  # along `tensor`, XLA splits the head and its logits by the vocabulary
+        axis_names=set(split),
         check_vma=False,  # the sums that a scan carries start as the same zeros on all devices
     )
     def local(head_params, hidden_BTD, targets_BT, weights_BT):
+        head_params = jax.tree.map(gather, head_params, held)
         labelled = share(hidden_BTD, targets_BT, weights_BT, capacity)
         return jax.lax.psum(f(head_params, *labelled), split)
 

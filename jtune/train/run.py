@@ -84,7 +84,7 @@ def run(config: Config) -> dict[str, Any]:
     # ------------------------------------------------------------------ model
     dtype = build.compute_dtype(training, finetuning.pure_bf16, hf.stored_dtype(source))
     model = build.load_model(folder, config.model, finetuning, decoder, source, mesh, dtype=dtype, seed=training.seed)
-    if whole := unsplit(build.prepared_axes(model.params, decoder), model.params, mesh):
+    if whole := unsplit(tuning.prepared_axes(model.params, decoder), model.params, mesh):
         log.info("%s", describe_unsplit(whole))
     if training.do_train:
         log.info("%s", tuning.describe(model.params, model.mask))

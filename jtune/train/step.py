@@ -13,7 +13,7 @@ import optax
 from jtune.models import CausalLM
 from jtune.train.loss import chunk_positions, sum_labelled, summed_nll
 from jtune.train.state import LossScale, TrainState
-from jtune.tuning import combine
+from jtune.tuning import combine, prepared_axes
 
 GROWTH_INTERVAL = 2000  # good steps before the float16 loss scale doubles
 
@@ -57,14 +57,16 @@ def make_loss_sum(model: CausalLM, *, label_capacity: int, batch_shards: int) ->
         hidden = model.apply(
             {"params": params}, batch["input_ids"], batch["positions"], batch["segment_ids"], rngs=rngs, method="hidden"
         )
+        head_params = {key: params[key] for key in model.head_keys}
         return sum_labelled(
             chunked,
-            {key: params[key] for key in model.head_keys},
+            head_params,
             hidden,
             batch["targets"],
             batch["loss_weights"],
             capacity=label_capacity,
             shards=batch_shards,
+            axes=prepared_axes(head_params, model.config),
             mesh=model.mesh,
         )
 
