@@ -7,6 +7,7 @@ The rules are LLaMA-Factory's, except:
   - stage pt with neat_packing: a row for each document, long ones in pieces of cutoff_len. There it is refused.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -23,7 +24,10 @@ from jtune.data.cache import fingerprint
 from jtune.data.chat_format import Pieces, Turn
 from jtune.data.pack import preprocessing_batches
 from jtune.data.templates import Template, token_ids, tokenise
+from jtune.data.tools import WHOLE
 from jtune.errors import DataError
+
+log = logging.getLogger("jtune")
 
 IGNORED = -100  # the label of a token that is not learned
 NOTHING_TO_LEARN = "nothing to learn (no token of an answer is left)"
@@ -239,7 +243,15 @@ def encode_conversations(
         raise DataError(f"template {template.name!r} learns eos where a prompt begins: train_on_prompt is not for it")
     rules = {"cutoff_len": cutoff_len, "mask_history": mask_history, "train_on_prompt": train_on_prompt}
     tools = pc.call_function("not_equal", [_column(table, "tools"), pa.scalar("")])
-    told_the_day = template.day if pc.call_function("any", [tools]).as_py() else None
+    has_tools = bool(pc.call_function("any", [tools]).as_py())
+    told_the_day = template.day if has_tools else None
+    if has_tools and template.tool_format in WHOLE:
+        log.warning(
+            "template %s: calls are written as LLaMA-Factory writes them, which is not how the model is told to write "
+            "them: a part is missing. `tool_format: %s` writes them whole",
+            template.name,
+            WHOLE[template.tool_format],
+        )
     return table.map(
         partial(_encode_batch, template=template, **rules),
         batched=True,

@@ -102,6 +102,60 @@ PHI = ChatFormat(
     replace_eos=True,
 )
 
+VICUNA = ChatFormat(
+    user=("USER: {{content}} ASSISTANT:",),
+    default_system=(
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions."
+    ),
+)
+INTERN2 = replace(
+    CHATML,
+    prefix=(BOS,),
+    default_system=(
+        "You are an AI assistant whose name is InternLM (书生·浦语).\n- InternLM (书生·浦语) is a "
+        "conversational language model that is developed by Shanghai AI Laboratory (上海人工智能实验室). It is "
+        "designed to be helpful, honest, and harmless.\n- InternLM (书生·浦语) can understand and communicate "
+        "fluently in the language chosen by the user such as English and 中文."
+    ),
+)
+LFM2 = replace(
+    QWEN,
+    observation=(
+        (
+            "<|im_start|>tool\n<|tool_response_start|>{{content}}<|tool_response_end|><|im_end|>\n<|im_start|>assis"
+            "tant\n"
+        ),
+    ),
+    tool_format="lfm2",
+    default_system="You are a helpful AI assistant.",
+    tool_call=("<|tool_call_start|>", "<|tool_call_end|>"),
+)
+MOONLIGHT = replace(
+    CHATML,
+    user=("<|im_user|>user<|im_middle|>{{content}}<|im_end|><|im_assistant|>assistant<|im_middle|>",),
+    assistant=("{{content}}<|im_end|>",),
+    system=("<|im_system|>system<|im_middle|>{{content}}<|im_end|>",),
+    default_system="You are a helpful assistant provided by Moonshot-AI.",
+    replace_eos=True,
+)
+QWEN_HELPFUL = replace(QWEN, default_system="You are a helpful assistant.")
+QWEN3 = replace(QWEN, thinking=True)
+GEMMA4 = ChatFormat(
+    user=("<|turn>user\n{{content}}<turn|>\n<|turn>model\n",),
+    assistant=("{{content}}<turn|>\n",),
+    system=("<|turn>system\n<|think|>{{content}}<turn|>\n",),
+    observation=("<|turn>tool\n{{content}}<turn|>\n<|turn>model\n",),
+    function=("<|tool>{{content}}<tool|>",),
+    prefix=(BOS,),
+    tool_format="gemma4",
+    default_system="You are a helpful assistant.",
+    stop_words=("<turn|>",),
+    thought=("<|channel>thought\n", "<channel|>"),
+    replace_eos=True,
+    thinking=True,
+)
+
 TABLE = {
     "aeva": replace(
         GLM4_THINKING,
@@ -283,32 +337,12 @@ TABLE = {
         system=("<unk>{{content}}",),
         efficient_eos=True,
     ),
-    "intern2": replace(
-        CHATML,
-        prefix=(BOS,),
-        default_system=(
-            "You are an AI assistant whose name is InternLM (书生·浦语).\n- InternLM (书生·浦语) is a "
-            "conversational language model that is developed by Shanghai AI Laboratory (上海人工智能实验室). It is "
-            "designed to be helpful, honest, and harmless.\n- InternLM (书生·浦语) can understand and communicate "
-            "fluently in the language chosen by the user such as English and 中文."
-        ),
-    ),
-    "lfm2": replace(
-        QWEN,
-        observation=(
-            (
-                "<|im_start|>tool\n<|tool_response_start|>{{content}}<|tool_response_end|><|im_end|>\n<|im_start|>assis"
-                "tant\n"
-            ),
-        ),
-        tool_format="lfm2",
-        default_system="You are a helpful AI assistant.",
-        tool_call=("<|tool_call_start|>", "<|tool_call_end|>"),
-    ),
+    "intern2": INTERN2,
+    "lfm2": LFM2,
     "llama2": LLAMA2,
     "llama2_zh": replace(LLAMA2, default_system="You are a helpful assistant. 你是一个乐于助人的助手。"),
     "llama3": LLAMA3,
-    "mimo": replace(QWEN, default_system="You are a helpful assistant.", thinking=True),
+    "mimo": replace(QWEN_HELPFUL, thinking=True),
     "mimo_v2": replace(
         QWEN,
         default_system="You are MiMo, a helpful AI assistant engineered by Xiaomi.",
@@ -348,14 +382,7 @@ TABLE = {
     "ministral3": MINISTRAL,
     "mistral": MISTRAL,
     "mistral_small": replace(MINISTRAL, system=("[SYSTEM_PROMPT]{{content}}[/SYSTEM_PROMPT]",), system_in_user=False),
-    "moonlight": replace(
-        CHATML,
-        user=("<|im_user|>user<|im_middle|>{{content}}<|im_end|><|im_assistant|>assistant<|im_middle|>",),
-        assistant=("{{content}}<|im_end|>",),
-        system=("<|im_system|>system<|im_middle|>{{content}}<|im_end|>",),
-        default_system="You are a helpful assistant provided by Moonshot-AI.",
-        replace_eos=True,
-    ),
+    "moonlight": MOONLIGHT,
     "olmo": ChatFormat(user=("<|user|>\n{{content}}<|assistant|>\n",), prefix=(EOS,)),
     "openchat": replace(DEEPSEEK3, user=("GPT4 Correct User: {{content}}", EOS, "GPT4 Correct Assistant:")),
     "openchat-3.6": replace(
@@ -386,7 +413,7 @@ TABLE = {
     ),
     "phi_small": PHI,
     "qwen": replace(QWEN, default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
-    "qwen3": replace(QWEN, thinking=True),
+    "qwen3": QWEN3,
     "qwen3_5": replace(QWEN, tool_format="qwen3_5", thinking=True),
     "qwen3_5_nothink": replace(QWEN, tool_format="qwen3_5"),
     "qwen3_6": replace(QWEN, tool_format="qwen3_5", thinking=True),
@@ -430,13 +457,7 @@ TABLE = {
         system=("<_system>{{content}}",),
         default_system="你是中国电信星辰语义大模型，英文名是TeleChat，你是由中电信人工智能科技有限公司和中国电信人工智能研究院（TeleAI）研发的人工智能助手。",
     ),
-    "vicuna": ChatFormat(
-        user=("USER: {{content}} ASSISTANT:",),
-        default_system=(
-            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the user's questions."
-        ),
-    ),
+    "vicuna": VICUNA,
     "xuanyuan": ChatFormat(
         user=("Human: {{content}} Assistant:",),
         default_system=(
@@ -462,49 +483,101 @@ TABLE = {
         system=("<|system|>\n{{content}}", EOS),
         default_system="You are Zephyr, a helpful assistant.",
     ),
+    # Of models that also see or hear: what these are given as text.
+    "dots_ocr": ChatFormat(
+        user=("<|user|>{{content}}<|endofuser|><|assistant|>",),
+        assistant=("{{content}}<|endofassistant|>",),
+        system=("<|system|>{{content}}<|endofsystem|>\n",),
+        stop_words=("<|endofassistant|>",),
+        efficient_eos=True,
+    ),
+    "ernie_vl": ChatFormat(
+        user=("User: {{content}}",),
+        assistant=("\nAssistant: {{content}}<|end_of_sentence|>",),
+        system=("{{content}}\n",),
+        stop_words=("<|end_of_sentence|>",),
+        replace_eos=True,
+        thinking=True,
+    ),
+    "gemma4": GEMMA4,
+    "gemma4n": GEMMA4,
+    "glm4_5v": replace(GLM4_THINKING, tool_format="glm4_moe", stop_words=(*GLM4.stop_words, "</answer>")),
+    "glm4v": replace(GLM4_THINKING, stop_words=(*GLM4.stop_words, "</answer>")),
+    "glm_ocr": GLM4,
+    "granite3_vision": replace(
+        VICUNA, user=("<|user|>\n{{content}}\n<|assistant|>\n",), system=("<|system|>\n{{content}}\n",)
+    ),
+    "intern_s1": replace(INTERN2, default_system=""),
+    "intern_vl": replace(
+        INTERN2,
+        default_system=(
+            "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+        ),
+    ),
+    "keye_vl": QWEN3,
+    "kimi_vl": replace(
+        MOONLIGHT,
+        default_system="You are a helpful assistant",
+        thought=("◁think▷", "◁/think▷"),
+        replace_eos=False,
+        thinking=True,
+    ),
+    "lfm2_vl": replace(LFM2, default_system="You are a helpful multimodal assistant by Liquid AI."),
+    "llama4": replace(
+        LLAMA3,
+        user=("<|header_start|>user<|header_end|>\n\n{{content}}<|eot|><|header_start|>assistant<|header_end|>\n\n",),
+        assistant=("{{content}}<|eot|>",),
+        system=("<|header_start|>system<|header_end|>\n\n{{content}}<|eot|>",),
+        observation=(
+            "<|header_start|>ipython<|header_end|>\n\n{{content}}<|eot|><|header_start|>assistant<|header_end|>\n\n",
+        ),
+        stop_words=("<|eot|>", "<|eom|>"),
+    ),
+    "llava": VICUNA,
+    "llava_next": VICUNA,
+    "llava_next_llama3": LLAMA3,
+    "llava_next_mistral": MISTRAL,
+    "llava_next_qwen": QWEN_HELPFUL,
+    "llava_next_video": VICUNA,
+    "llava_next_video_mistral": MISTRAL,
+    "llava_next_video_yi": CHATML,
+    "llava_next_yi": CHATML,
+    "mimo_vl": replace(QWEN3, default_system="You are MiMo, an AI assistant developed by Xiaomi."),
+    "minicpm_o": replace(
+        CHATML,
+        default_system=("You are a helpful assistant. You can accept audio and text input and output voice and text."),
+    ),
+    "minicpm_v": replace(CHATML, default_system="You are a helpful assistant."),
+    "minicpm_v_4_6": replace(CHATML, default_system="You are a helpful assistant."),
+    "mllama": LLAMA3,
+    "paligemma": replace(DEEPSEEK3, user=("{{content}}\n",), system_in_user=True),
+    "paligemma_chat": replace(GEMMA, system=("{{content}}",)),
+    "pixtral": MINISTRAL,
+    "qwen2_audio": replace(CHATML, default_system="You are a helpful assistant.", replace_eos=True),
+    "qwen2_omni": QWEN_HELPFUL,
+    "qwen2_vl": QWEN_HELPFUL,
+    "qwen3_omni": QWEN3,
+    "qwen3_omni_nothink": QWEN,
+    "qwen3_vl": QWEN3,
+    "qwen3_vl_nothink": QWEN,
+    "video_llava": VICUNA,
+    "yi_vl": ChatFormat(
+        user=("### Human: {{content}}\n### Assistant:",),
+        assistant=("{{content}}\n",),
+        default_system=(
+            "This is a chat between an inquisitive human and an AI assistant. Assume the role of the AI assistant. "
+            "Read all the images carefully, and respond to the human's questions with informative, helpful, detailed "
+            "and polite answers. 这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。仔细阅"
+            "读所有的图像，并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。\n\n"
+        ),
+        stop_words=("###",),
+        efficient_eos=True,
+    ),
+    "youtu_vl": ChatFormat(
+        user=("<|begin_of_text|>user\n{{content}}<|end_of_text|>\n<|begin_of_text|>assistant\n",),
+        assistant=("{{content}}<|end_of_text|>\n",),
+        system=("<|begin_of_text|>system\n{{content}}<|end_of_text|>\n",),
+        default_system="You are a helpful assistant.",
+        stop_words=("<|end_of_text|>",),
+    ),
 }
-
-# LLaMA-Factory's formats for models that see or hear; jtune trains on text.
-MULTIMODAL = (
-    "dots_ocr",
-    "ernie_vl",
-    "gemma4",
-    "gemma4n",
-    "glm4_5v",
-    "glm4v",
-    "glm_ocr",
-    "granite3_vision",
-    "intern_s1",
-    "intern_vl",
-    "keye_vl",
-    "kimi_vl",
-    "lfm2_vl",
-    "llama4",
-    "llava",
-    "llava_next",
-    "llava_next_llama3",
-    "llava_next_mistral",
-    "llava_next_qwen",
-    "llava_next_video",
-    "llava_next_video_mistral",
-    "llava_next_video_yi",
-    "llava_next_yi",
-    "mimo_vl",
-    "minicpm_o",
-    "minicpm_v",
-    "minicpm_v_4_6",
-    "mllama",
-    "paligemma",
-    "paligemma_chat",
-    "pixtral",
-    "qwen2_audio",
-    "qwen2_omni",
-    "qwen2_vl",
-    "qwen3_omni",
-    "qwen3_omni_nothink",
-    "qwen3_vl",
-    "qwen3_vl_nothink",
-    "video_llava",
-    "yi_vl",
-    "youtu_vl",
-)

@@ -25,7 +25,7 @@ from typing import Any
 from jtune.data import chat_template
 from jtune.data.cache import tokenizer_key
 from jtune.data.chat_format import CONTENT, EOS, ChatFormat, Pieces, Special, Token, Turn, render
-from jtune.data.template_table import MULTIMODAL, TABLE
+from jtune.data.template_table import TABLE
 from jtune.data.tokenizer import fix_special_tokens
 from jtune.data.tools import FORMATS
 from jtune.errors import ConfigError, DataError
@@ -41,6 +41,7 @@ class Template:
       render: (messages, system, tools, *, discard_history) -> the pieces of each turn.
       eos_id, efficient_eos, preserve_thinking: what encoding needs to know (see `ChatFormat`).
       stop_ids: tokens that end an answer.
+      tool_format: how tools and calls are written; None: in the tokenizer's own way.
       key: changes with whatever the ids depend on, but for `day`, which only rows with tools may depend on.
     """
 
@@ -53,6 +54,7 @@ class Template:
     efficient_eos: bool = False
     preserve_thinking: bool = False
     day: Date | None = None
+    tool_format: str | None = None
 
     def encode(
         self, messages: Sequence[Mapping[str, str]], system: str | None = None, tools: str | None = None
@@ -121,7 +123,13 @@ def get_template(
     fix_special_tokens(tokenizer, form.stop_words, replace_eos=form.replace_eos)
     day = date or Date.today()  # one day for the whole run, also over midnight
     template = _bind(name, tokenizer, partial(render, replace(form, day=day)), form.stop_words, repr(form))
-    return replace(template, efficient_eos=form.efficient_eos, preserve_thinking=form.preserve_thinking, day=day)
+    return replace(
+        template,
+        efficient_eos=form.efficient_eos,
+        preserve_thinking=form.preserve_thinking,
+        day=day,
+        tool_format=form.tool_format,
+    )
 
 
 def chat_format(name: str) -> ChatFormat:
@@ -132,8 +140,6 @@ def chat_format(name: str) -> ChatFormat:
     """
     if name in TABLE:
         return TABLE[name]
-    if name in MULTIMODAL:
-        raise ConfigError(f"template {name!r} is for images, sound or video; jtune trains on text")
     raise ConfigError(f"template {name!r} is unknown: {_near(name, TABLE)}")
 
 

@@ -2,13 +2,15 @@
 """How each family of models is told of its tools, and how it writes a call.
 
 `describe` is what follows the system message, `call` what stands in a function message. The words are those the models
-were trained on. LLaMA-Factory writes the calls of three formats in another way than it tells the model to; here they
-are as told: glm4_moe closes <tool_call>, minimax2 stands in <minimax:tool_call>, seed_oss closes <function=name>.
+were trained on. LLaMA-Factory writes the calls of three formats in another way than it tells the model to: glm4_moe
+does not close <tool_call>, minimax2 leaves out <minimax:tool_call>, seed_oss does not close <function=name>. So do
+these here, and whoever uses them is told of `tool_format: glm4_moe_whole` and so on, where calls are as told.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import partial
 from typing import Any, NamedTuple
 
 from jtune.data.align import FaultyRow
@@ -16,6 +18,9 @@ from jtune.data.align import FaultyRow
 Call = tuple[str, Any]  # name, arguments
 
 load = json.loads
+
+# Formats whose calls are not as the model is told to write them -> those that are.
+WHOLE = {name: f"{name}_whole" for name in ("glm4_moe", "minimax2", "seed_oss")}
 
 
 def describe(tool_format: str, text: str, today: date) -> str:
@@ -178,14 +183,14 @@ def _describe_glm4_moe(tools: Sequence[Any], today: date) -> str:
     )
 
 
-def _call_glm4_moe(calls: Sequence[Call]) -> str:
+def _call_glm4_moe(calls: Sequence[Call], end: str = "") -> str:
     return "\n".join(
         f"\n<tool_call>{name}"
         + "".join(
             f"\n<arg_key>{key}</arg_key>\n<arg_value>{text_or_json(value)}</arg_value>"
             for key, value in arguments.items()
         )
-        + "\n</tool_call>"
+        + end
         for name, arguments in calls
     )
 
@@ -263,13 +268,16 @@ def _describe_minimax2(tools: Sequence[Any], today: date) -> str:
 
 
 def _call_minimax2(calls: Sequence[Call]) -> str:
-    invocations = (
+    return "\n".join(
         f'<invoke name="{name}">'
         + "".join(f'\n<parameter name="{key}">{text_or_json(value)}</parameter>' for key, value in arguments.items())
         + "\n</invoke>"
         for name, arguments in calls
     )
-    return "<minimax:tool_call>\n" + "\n".join(invocations) + "\n</minimax:tool_call>"
+
+
+def _call_minimax2_whole(calls: Sequence[Call]) -> str:
+    return f"<minimax:tool_call>\n{_call_minimax2(calls)}\n</minimax:tool_call>"
 
 
 def _describe_seed_oss(tools: Sequence[Any], today: date) -> str:
@@ -284,9 +292,9 @@ def _describe_seed_oss(tools: Sequence[Any], today: date) -> str:
     )
 
 
-def _call_seed_oss(calls: Sequence[Call]) -> str:
+def _call_seed_oss(calls: Sequence[Call], end: str = "") -> str:
     return "\n".join(
-        f"\n<seed:tool_call>\n<function={name}>"
+        f"\n<seed:tool_call>\n<function={name}{end}"
         + "".join(f"\n<parameter={key}>{text_or_json(value)}</parameter>" for key, value in arguments.items())
         + "\n</function>\n</seed:tool_call>"
         for name, arguments in calls
@@ -305,18 +313,74 @@ def _call_lfm2(calls: Sequence[Call]) -> str:
     return f"<|tool_call_start|>[{', '.join(written)}]<|tool_call_end|>"
 
 
+_QUOTE = '<|"|>'
+
+
+def _describe_gemma4(tools: Sequence[Any], today: date) -> str:
+    quoted = lambda text: f"{_QUOTE}{text}{_QUOTE}"
+
+    def parameter(schema: Mapping[str, Any]) -> str:
+        parts = [f"description:{quoted(schema['description'])}"] if schema.get("description") else []
+        parts += [f"type:{quoted(str(schema['type']).upper())}"] if schema.get("type") else []
+        return ",".join(parts)
+
+    def declaration(tool: Mapping[str, Any]) -> str:
+        fields = [f"description:{quoted(tool.get('description', ''))}"]
+        if parameters := tool.get("parameters"):
+            parts = []
+            if properties := parameters.get("properties"):
+                items = (f"{name}:{{{parameter(schema)}}}" for name, schema in properties.items())
+                parts.append(f"properties:{{{','.join(items)}}}")
+            if required := parameters.get("required"):
+                parts.append(f"required:[{','.join(map(quoted, required))}]")
+            if kind := parameters.get("type"):
+                parts.append(f"type:{quoted(str(kind).upper())}")
+            fields.append(f"parameters:{{{','.join(parts)}}}")
+        if response := tool.get("response"):
+            parts = [f"description:{quoted(response['description'])}"] if response.get("description") else []
+            kind = str(response.get("type", "")).upper()
+            parts += [f"type:{quoted(kind)}"] if kind == "OBJECT" else []
+            fields.append(f"response:{{{','.join(parts)}}}")
+        return f"declaration:{tool['name']}{{{','.join(fields)}}}"
+
+    return "\n".join(declaration(bare(tool)) for tool in tools)
+
+
+def _call_gemma4(calls: Sequence[Call]) -> str:
+    def written(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return "{" + items(value) + "}"
+        if isinstance(value, list):
+            return "[" + ",".join(map(written, value)) + "]"
+        return f"{_QUOTE}{value}{_QUOTE}" if isinstance(value, str) else dump(value)
+
+    def items(values: Mapping[str, Any]) -> str:
+        return ",".join(f"{key}:{written(values[key])}" for key in sorted(values))
+
+    def inside(arguments: Any) -> str:
+        if isinstance(arguments, Mapping):
+            return items(arguments)
+        return arguments if isinstance(arguments, str) else written(arguments)
+
+    return "".join(f"<|tool_call>call:{name}{{{inside(arguments)}}}<tool_call|>" for name, arguments in calls)
+
+
 FORMATS = {
     "default": ToolFormat(_describe_default, _call_default),
+    "gemma4": ToolFormat(_describe_gemma4, _call_gemma4),
     "glm4": ToolFormat(_describe_glm4, _call_glm4),
     "glm4_moe": ToolFormat(_describe_glm4_moe, _call_glm4_moe),
+    "glm4_moe_whole": ToolFormat(_describe_glm4_moe, partial(_call_glm4_moe, end="\n</tool_call>")),
     "lfm2": ToolFormat(_describe_lfm2, _call_lfm2),
     "ling": ToolFormat(_describe_ling, _call_qwen),
     "llama3": ToolFormat(_describe_llama3, _call_llama3),
     "minimax1": ToolFormat(_describe_minimax1, _call_minimax1),
     "minimax2": ToolFormat(_describe_minimax2, _call_minimax2),
+    "minimax2_whole": ToolFormat(_describe_minimax2, _call_minimax2_whole),
     "mistral": ToolFormat(_describe_mistral, _call_mistral),
     "phi4_mini": ToolFormat(_describe_default, _call_default),
     "qwen": ToolFormat(_describe_qwen, _call_qwen),
     "qwen3_5": ToolFormat(_describe_qwen3_5, _call_qwen3_5),
     "seed_oss": ToolFormat(_describe_seed_oss, _call_seed_oss),
+    "seed_oss_whole": ToolFormat(_describe_seed_oss, partial(_call_seed_oss, end=">")),
 }

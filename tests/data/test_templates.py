@@ -1,6 +1,7 @@
 """Chats are written as LLaMA-Factory 0.9.5 writes them: llamafactory_templates.json holds what it made of three."""
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,7 @@ from jtune.errors import ConfigError
 from jtune.quickstart.make_model import make_tokenizer
 
 RECORDED = json.loads(Path(__file__).with_name("llamafactory_templates.json").read_text())
-# There the calls of these are not written as their models are told to write them (see jtune/data/tools.py).
-OTHER_CALLS = {"aeva", "glm4_7", "glm4_moe", "minimax2", "seed_oss"}
+DAY = date(2026, 11, 24)  # on which they were recorded
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +35,8 @@ def messages(pairs):
 
 @pytest.mark.parametrize("name", RECORDED["templates"])
 def test_chats_are_written_as_llamafactory_writes_them(name, tokenizer):
-    template = get_template(name, tokenizer)
+    template = get_template(name, tokenizer, date=DAY)
     for kind, expected in RECORDED["templates"][name].items():
-        if name in OTHER_CALLS and kind == "tools":
-            continue
         chat = RECORDED["conversations"][kind]
         turns = template.encode(messages(chat["messages"]), chat["system"] or None, chat["tools"] or None)
         assert [[tokenizer.decode(prompt), tokenizer.decode(answer)] for prompt, answer in turns] == expected, kind
@@ -67,8 +65,6 @@ def test_stop_words_become_special_and_may_replace_eos(tokenizer):
 def test_a_template_of_another_name_is_an_error_with_the_nearest(tokenizer):
     with pytest.raises(ConfigError, match="did you mean llama3"):
         get_template("lama3", tokenizer)
-    with pytest.raises(ConfigError, match="images"):
-        get_template("qwen2_vl", tokenizer)
     with pytest.raises(ConfigError, match="tool_format 'qwenn'"):
         get_template("llama3", tokenizer, tool_format="qwenn")
 
