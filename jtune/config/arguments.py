@@ -90,6 +90,10 @@ class DataArguments:
     eval_dataset: Names = arg((), "evaluation sets, a list of names in dataset_info.json")
     dataset_dir: str = arg("data", "the folder that holds dataset_info.json")
     cutoff_len: int = arg(2048, "tokens in a row at most; a packed row has exactly as many", at_least(2))
+    overlong: Literal["truncate", "drop", "split", "error"] = arg(
+        "truncate", "rows longer than cutoff_len: cut, left out, made several rows (stages sft, pt), or an error"
+    )
+    max_dropped: int | float = arg(0.5, "the run stops if more rows are left out: a share, or a number", at_least(0))
     train_on_prompt: bool = arg(False, "count the loss on prompts too (stage sft)")
     mask_history: bool = arg(False, "count the loss on the last answer of a conversation only (stage sft)")
     mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = arg(

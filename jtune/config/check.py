@@ -138,7 +138,7 @@ def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
         for name in ("adapter_name_or_path", "additional_target", "use_rslora", "create_new_adapter"):
             if getattr(v, name):
                 yield (name, "finetuning_type"), f"{name} is only for finetuning_type: lora, not {v.finetuning_type}"
-    if command in TRAINING and v.stage not in ("pt", "sft"):
+    if command in TRAINING and command != "data" and v.stage not in ("pt", "sft"):
         message = f"stage: {v.stage}: preference training is not built yet; jtune trains stages pt and sft"
         yield ("stage",), message
 
@@ -150,6 +150,13 @@ def _data(v: SimpleNamespace) -> Iterator[Rule]:
         for name in ("train_on_prompt", "mask_history"):
             if getattr(v, name):
                 yield (name, "stage"), f"{name} is only for stage sft: in stage pt there are no prompts"
+        if v.overlong != "truncate" and (v.packing is None or v.packing):
+            message = (
+                f"overlong: {v.overlong} is not for packed text, which is cut every cutoff_len: set packing: false"
+            )
+            yield ("overlong", "packing"), message
+    if v.overlong == "split" and v.stage in ("rm", "dpo", "kto"):
+        yield ("overlong", "stage"), f"overlong: split is not for stage {v.stage}: choose truncate, drop or error"
     if v.val_size and v.eval_dataset:
         message = "val_size holds rows out of dataset, but eval_dataset is given too: choose one"
         yield ("val_size", "eval_dataset"), message

@@ -6,7 +6,7 @@
 """
 
 from jtune.data.batches import BatchPlan, EvalBatch, EvalPlan, eval_batches, plan_batches
-from jtune.data.encode import Encoded, check_vocabulary
+from jtune.data.encoded import Encoded, check_vocabulary
 from jtune.data.pipeline import Splits, load_datasets
 from jtune.data.report import Report
 from jtune.data.templates import Template, get_template

@@ -1,6 +1,6 @@
 """Rows of any format as conversations of one form.
 
-    alpaca, sharegpt, openai ── align ── {messages, system, tools, fault, row}
+    alpaca, sharegpt, openai ── align ── {messages, system, tools, rejected, desirable, fault, row}
 
 `messages` alternates question (user or observation) and answer (assistant or function) and ends with an answer; in
 stage pt the first one is the text. A row that cannot be learned from keeps its place, with the reason in `fault`: it is
@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 
 from jtune.data.cache import fingerprint
-from jtune.data.load import place_of
+from jtune.data.load import places
 from jtune.data.registry import Columns, Entry, Tags
 from jtune.errors import DataError
 
@@ -29,6 +29,8 @@ ALIGNED = datasets.Features(
         "messages": datasets.List({"role": TEXT, "content": TEXT}),
         "system": TEXT,
         "tools": TEXT,  # JSON: a list of functions
+        "rejected": {"role": TEXT, "content": TEXT},  # in sets of pairs, the answer that is worse than the last one
+        "desirable": datasets.Value("bool"),  # in sets of feedback, whether the last answer is
         "fault": TEXT,  # why the row is left out; "" if it is not
         "dataset": datasets.Value("int32"),  # index of the entry
         "row": datasets.Value("int64"),  # in the file, from 0
@@ -44,6 +46,8 @@ class Conversation(NamedTuple):
     messages: list[dict[str, str]]
     system: str = ""
     tools: str = ""
+    rejected: dict[str, str] | None = None
+    desirable: bool | None = None
 
 
 class FaultyRow(DataError):
@@ -81,18 +85,19 @@ def align(
         new_fingerprint=fingerprint(table, "align", args, rows),
         desc=f"Aligning {entry.name}",
     )
-    _refuse_missing(aligned, entry)
+    _refuse_missing(aligned, entry, index)
     return aligned
 
 
-def _refuse_missing(aligned: datasets.Dataset, entry: Entry) -> None:
+def _refuse_missing(aligned: datasets.Dataset, entry: Entry, index: int) -> None:
     faults = np.array(aligned["fault"][:], dtype=object)
     lacking = np.flatnonzero([fault.startswith(MISSING) for fault in faults])
     if len(lacking):
         column = str(faults[lacking[0]]).removeprefix(MISSING)
         others = f" ({len(lacking)} rows have none)" if len(lacking) > 1 else ""
+        [where] = places({index: entry}, aligned.select(lacking[:1]))
         raise DataError(
-            f"{place_of(entry, aligned[int(lacking[0])]['row'])}: nothing in column {column!r}{others}. Fill it in, "
+            f"{where}: nothing in column {column!r}{others}. Fill it in, "
             "take the row out, or name the right column in dataset_info.json"
         )
 
@@ -111,7 +116,14 @@ def align_row(row: Mapping[Any, Any], entry: Entry, stage: str = "sft") -> Conve
     columns = entry.columns
     if columns.system and not system:
         system = _text(row.get(columns.system), columns.system)
-    return Conversation(messages, system, _tools(row.get(columns.tools) if columns.tools else None))
+    tools = _tools(row.get(columns.tools) if columns.tools else None)
+    if entry.ranking:
+        chosen, rejected = _answers(row, entry)
+        return Conversation([*messages, chosen], system, tools, rejected)
+    desirable = row.get(columns.kto_tag) if columns.kto_tag else None
+    if columns.kto_tag and not isinstance(desirable, bool):
+        raise FaultyRow(f"{columns.kto_tag} is neither true nor false")
+    return Conversation(messages, system, tools, desirable=desirable)
 
 
 def _align_batch(
@@ -131,7 +143,7 @@ def _align_batch(
             conversation = align_row(dict(zip(names, values)), entry, stage)
         except FaultyRow as error:
             fault = str(error)
-        for key, value in zip(("messages", "system", "tools", "fault"), (*conversation, fault)):
+        for key, value in (conversation._asdict() | {"fault": fault}).items():
             out[key].append(value)
     out["dataset"] = [index] * len(indices)
     out["row"] = list(indices) if rows is None else rows[indices].tolist()
@@ -154,7 +166,7 @@ def _alpaca(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[dict
         raise FaultyRow(f"{MISSING}{asked[0]}")
     parts = [_text(row.get(column), column) for column in asked]
     messages.append({"role": "user", "content": "\n".join(filter(None, parts))})
-    if stage == "pt":
+    if stage == "pt" or entry.ranking:
         return messages, ""
     answer = row.get(columns.response)
     if answer is None:
@@ -181,7 +193,9 @@ def _conversation(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[lis
     for turn, message in enumerate(messages):
         if message["role"] not in (QUESTION_ROLES, ANSWER_ROLES)[turn % 2]:
             raise FaultyRow(f"role out of turn ({message['role']} as {'an answer' if turn % 2 else 'a question'})")
-    if len(messages) % 2 or not messages:
+    if entry.ranking and len(messages) % 2 == 0:
+        raise FaultyRow("the conversation does not end with a question, which chosen and rejected answer")
+    if not entry.ranking and (len(messages) % 2 or not messages):
         raise FaultyRow("the conversation does not end with an answer")
     return messages, system
 
@@ -229,6 +243,28 @@ def _role(turn: Mapping[Any, Any], tags: Tags, roles: Mapping[str | None, str]) 
     if tag is None or tag not in roles:
         raise FaultyRow(f"unknown role {tag!r} (known are {', '.join(filter(None, roles))})")
     return roles[tag]
+
+
+# ---------------------------------------------------------------------- pairs
+
+
+def _answers(row: Mapping[Any, Any], entry: Entry) -> list[dict[str, str]]:
+    """The chosen answer and the rejected one: texts in alpaca's form, messages in the others."""
+    answers = []
+    for column in (entry.columns.chosen, entry.columns.rejected):
+        value = row.get(column)
+        if value is None:
+            raise FaultyRow(f"{MISSING}{column}")
+        if entry.formatting == "alpaca":
+            answers.append(_message("assistant", value, column))
+            continue
+        if not isinstance(value, Mapping):
+            raise FaultyRow(f"{column} is not a message, with {entry.tags.role_tag} and {entry.tags.content_tag}")
+        role = _role(value, entry.tags, _roles(entry.tags))
+        if role not in ANSWER_ROLES:
+            raise FaultyRow(f"role out of turn ({role} as {column})")
+        answers.append(_message(role, value.get(entry.tags.content_tag), column))
+    return answers
 
 
 # ---------------------------------------------------------------------- values

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from jtune.data.encoded import IGNORED
 from jtune.data.layout import Shape, choose_shapes, costs, place, rows_needed, rung
 from jtune.data.order import Epochs, plan_epochs
 from jtune.data.pack import Packs, pack
 from jtune.errors import DataError
-
-IGNORED = -100  # a label that does not count
 
 # Rows that are planned at a time: a few tens of megabytes of temporary arrays.
 PLANNED_ENTRIES = 2**20

@@ -91,6 +91,7 @@ def render(
     tools: str | None = None,
     *,
     discard_history: bool = False,
+    last_only: bool = False,
 ) -> list[Turn]:
     """The pieces of each turn: a question and what stands around it, an answer and what ends it.
 
@@ -98,6 +99,7 @@ def render(
       messages: `{role, content}`, question and answer in turn; roles user, assistant, function, observation.
       tools: JSON, a list of functions.
       discard_history: take the thoughts out of all answers but the last.
+      last_only: earlier answers are given, not learned: they are left as they are, but for `discard_history`.
 
     Raises:
       FaultyRow: the messages are no conversation, or tools or calls are not the JSON they should be.
@@ -108,7 +110,8 @@ def render(
     texts = [message["content"] for message in messages]
     if form.thinking:
         for i in range(1, len(messages), 2):
-            if form.enable_thinking is False or (discard_history and i != last):
+            earlier = i != last
+            if (form.enable_thinking is False and not (earlier and last_only)) or (discard_history and earlier):
                 texts[i] = _without_thought(texts[i], form.thought)
 
     pieces = [_message(form, message["role"], text) for message, text in zip(messages, texts)]
@@ -118,7 +121,9 @@ def render(
     if form.thinking:
         for k, turn in enumerate(turns):
             answer = texts[2 * k + 1]
-            if any(word.strip() in answer for word in form.thought) or (discard_history and k != len(turns) - 1):
+            if any(word.strip() in answer for word in form.thought) or (
+                (discard_history or last_only) and turn is not turns[-1]
+            ):
                 continue
             empty = form.empty_thought or "".join(form.thought)
             if form.enable_thinking:

@@ -38,10 +38,11 @@ def render(
     tools: str | None = None,
     *,
     discard_history: bool = False,
+    last_only: bool = False,
     default_system: str = "",
     options: Mapping[str, Any],
 ) -> list[Turn]:
-    """As `chat_format.render`, by the tokenizer's chat template. `discard_history` is the template's own business.
+    """As `chat_format.render`, by the tokenizer's chat template: what becomes of thoughts is its own business.
 
     Raises:
       FaultyRow: the template refuses the conversation, or a beginning of it is not rendered as in the whole.

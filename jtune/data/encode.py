@@ -10,7 +10,7 @@ The rules are LLaMA-Factory's, except:
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -21,146 +21,37 @@ import pyarrow.compute as pc
 
 from jtune.data.align import FaultyRow
 from jtune.data.cache import fingerprint
-from jtune.data.chat_format import Pieces, Turn
-from jtune.data.pack import preprocessing_batches
+from jtune.data.chat_format import Pieces
+from jtune.data.encoded import IGNORED
 from jtune.data.templates import Template, token_ids, tokenise
 from jtune.data.tools import WHOLE
 from jtune.errors import DataError
 
 log = logging.getLogger("jtune")
 
-IGNORED = -100  # the label of a token that is not learned
 NOTHING_TO_LEARN = "nothing to learn (no token of an answer is left)"
 IDS = datasets.List(datasets.Value("int32"))
-ENCODED = datasets.Features(
+ORIGIN = {
+    "cut": datasets.Value("bool"),
+    "fault": datasets.Value("string"),
+    "dataset": datasets.Value("int32"),
+    "row": datasets.Value("int64"),
+}
+CONVERSATIONS = datasets.Features({"input_ids": IDS, "labels": IDS, **ORIGIN})
+PAIRS = datasets.Features(
+    {"chosen_input_ids": IDS, "chosen_labels": IDS, "rejected_input_ids": IDS, "rejected_labels": IDS, **ORIGIN}
+)
+FEEDBACK = datasets.Features(
     {
         "input_ids": IDS,
         "labels": IDS,
-        "cut": datasets.Value("bool"),
-        "fault": datasets.Value("string"),
-        "dataset": datasets.Value("int32"),
-        "row": datasets.Value("int64"),
+        "kl_input_ids": IDS,
+        "kl_labels": IDS,
+        "kto_tags": datasets.Value("bool"),
+        **ORIGIN,
     }
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """Encoded examples, memory-mapped: `len(encoded)`, `encoded[i]`.
-
-    Attributes:
-      table: what `encode_conversations` or `encode_documents` made; without labels, all tokens are learned.
-      kept: rows of `table` that are examples, int64; None: all.
-    """
-
-    table: datasets.Dataset
-    kept: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.table) if self.kept is None else len(self.kept)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """`input_ids` and `labels`, int32 `[length]`, read-only views of the file."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        row = index % len(self) if self.kept is None else int(self.kept[index])
-        ids = self._ids[row]
-        return {"input_ids": ids, "labels": ids if self._labels is None else self._labels[row]}
-
-    @property
-    def rows(self) -> datasets.Dataset:
-        """The examples as a table with the columns input_ids and, but for stage pt, labels."""
-        columns = [name for name in ("input_ids", "labels") if name in self.table.column_names]
-        table = self.table.select_columns(columns)
-        return table if self.kept is None else table.select(self.kept)
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example, int32 `[n]`."""
-        return self._of_kept(self._ids.lengths)
-
-    @cached_property
-    def labelled(self) -> np.ndarray:
-        """Targets of each example, int32 `[n]`: places t with labels[t + 1] != -100. The first token is no target."""
-        if self._labels is None:
-            return np.maximum(self.lengths - 1, 0)
-        return self._of_kept(self._labels.count_after_first(IGNORED))
-
-    @cached_property
-    def first_labelled(self) -> np.ndarray:
-        """int32 `[n]`: 1 where the first token has a label; nothing predicts it, yet HF's Trainer counts it."""
-        if self._labels is None:
-            return (self.lengths > 0).astype(np.int32)
-        return self._of_kept(self._labels.first_is_not(IGNORED))
-
-    def preprocessing_batches(self, batch_size: int, processes: int | None) -> np.ndarray:
-        """Which batch of rows each example was encoded in, int64 `[n]` (see jtune.data.pack)."""
-        return self._of_kept(preprocessing_batches(len(self.table), batch_size, processes))
-
-    def _of_kept(self, per_row: np.ndarray) -> np.ndarray:
-        return per_row if self.kept is None else per_row[self.kept]
-
-    @cached_property
-    def _ids(self) -> "Lists":
-        return Lists(self.table, "input_ids")
-
-    @cached_property
-    def _labels(self) -> "Lists | None":
-        return Lists(self.table, "labels") if "labels" in self.table.column_names else None
-
-
-class Lists:
-    """A column of int32 lists as numpy views of the Arrow buffers: nothing is copied, no Python list is made."""
-
-    def __init__(self, table: datasets.Dataset, name: str):
-        chunks = [c for c in table.data.column(name).chunks if len(c)]
-        self.offsets = [chunk.offsets.to_numpy() for chunk in chunks]
-        self.values = [chunk.values.to_numpy() for chunk in chunks]
-        self.starts = np.concatenate([[0], np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64)])
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        chunk = int(np.searchsorted(self.starts, row, side="right")) - 1
-        start, end = self.offsets[chunk][row - self.starts[chunk] :][:2]
-        return self.values[chunk][start:end]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.concatenate([np.zeros(0, np.int32), *(np.diff(offsets) for offsets in self.offsets)]).astype(np.int32)
-
-    def max(self) -> int:
-        return max((int(v[o[0] : o[-1]].max()) for v, o in zip(self.values, self.offsets) if o[-1] > o[0]), default=-1)
-
-    def count_after_first(self, ignored: int) -> np.ndarray:
-        """How many values of each list, but for its first, are not `ignored`, int32."""
-        counts = [np.zeros(0, np.int32)]
-        for values, offsets in zip(self.values, self.offsets):
-            first, last = offsets[0], offsets[-1]
-            counted = values[first:last] != ignored
-            before = np.concatenate([[0], np.cumsum(counted, dtype=np.int32)])
-            starts, ends = offsets[:-1] - first, offsets[1:] - first
-            counts.append(before[ends] - before[np.minimum(starts + 1, ends)])
-        return np.concatenate(counts).astype(np.int32)
-
-    def first_is_not(self, ignored: int) -> np.ndarray:
-        """1 for each list whose first value is not `ignored`, int32; 0 for the others and for empty lists."""
-        found = [np.zeros(0, np.int32)]
-        for values, offsets in zip(self.values, self.offsets):
-            starts, filled = offsets[:-1], np.diff(offsets) > 0
-            first = np.zeros(len(starts), bool)
-            first[filled] = values[starts[filled]] != ignored
-            found.append(first.astype(np.int32))
-        return np.concatenate(found)
-
-
-def check_vocabulary(encoded: Encoded, vocab_size: int) -> None:
-    """Raise a DataError if an id is outside a vocabulary of `vocab_size`: the model has no embedding for it."""
-    highest = encoded._ids.max()
-    if highest >= vocab_size:
-        raise DataError(
-            f"token id {highest} is outside the model's vocabulary of {vocab_size}: the tokenizer has more tokens than "
-            "the model. Is it the model's tokenizer, and `template` the model's template (another one's special tokens "
-            "are added to the vocabulary)?"
-        )
+DOCUMENTS = datasets.Features({"input_ids": IDS, "cut": datasets.Value("bool")})
 
 
 # ---------------------------------------------------------------------- stage sft
@@ -223,25 +114,41 @@ def label_turns(
     return ([*ids, eos_id], [*labels, eos_id], cut) if efficient_eos else (ids, labels, cut)
 
 
-def encode_conversations(
+@dataclass(frozen=True)
+class Rules:
+    """How rows become ids.
+
+    Attributes:
+      overlong: what becomes of a row of more than `cutoff_len` tokens. "truncate": it is cut, as in LLaMA-Factory;
+        "drop": it is left out; "split": a conversation becomes several, each beginning with a question.
+    """
+
+    cutoff_len: int
+    mask_history: bool = False
+    train_on_prompt: bool = False
+    overlong: str = "truncate"
+
+
+def encode_rows(
     table: datasets.Dataset,
     template: Template,
+    stage: str,
+    rules: Rules,
     *,
-    cutoff_len: int,
-    mask_history: bool = False,
-    train_on_prompt: bool = False,
     batch_size: int = 1000,
     num_proc: int | None = None,
     overwrite_cache: bool = False,
 ) -> datasets.Dataset:
     """Ids and labels of aligned rows: a row for each, empty where `fault` says why it is left out.
 
+    Args:
+      stage: "sft": the columns of `CONVERSATIONS`; "rm" or "dpo": of `PAIRS`; "kto": of `FEEDBACK`.
+
     Raises:
       DataError: `train_on_prompt` with a template that cannot.
     """
-    if train_on_prompt and template.efficient_eos:
+    if rules.train_on_prompt and template.efficient_eos:
         raise DataError(f"template {template.name!r} learns eos where a prompt begins: train_on_prompt is not for it")
-    rules = {"cutoff_len": cutoff_len, "mask_history": mask_history, "train_on_prompt": train_on_prompt}
     tools = pc.call_function("not_equal", [_column(table, "tools"), pa.scalar("")])
     has_tools = bool(pc.call_function("any", [tools]).as_py())
     told_the_day = template.day if has_tools else None
@@ -252,60 +159,193 @@ def encode_conversations(
             template.name,
             WHOLE[template.tool_format],
         )
+    encode, features = {"sft": (_encode_conversations, CONVERSATIONS), "kto": (_encode_feedback, FEEDBACK)}.get(
+        stage, (_encode_pairs, PAIRS)
+    )
+    args: tuple[Any, ...] = (rules, template.key, told_the_day)
+    if stage == "kto":  # an answer is also set against the next question of its batch
+        args = (*args, batch_size, num_proc)
     return table.map(
-        partial(_encode_batch, template=template, **rules),
+        partial(encode, template=template, rules=rules),
         batched=True,
         batch_size=batch_size,
         remove_columns=table.column_names,
-        features=ENCODED,
+        features=features,
         num_proc=num_proc,
         load_from_cache_file=not overwrite_cache,
-        new_fingerprint=fingerprint(table, "sft", (rules, template.key, told_the_day)),
+        new_fingerprint=fingerprint(table, stage, args),
         desc="Encoding",
     )
 
 
-def _encode_batch(
-    batch: Mapping[str, Sequence[Any]],
-    *,
-    template: Template,
-    cutoff_len: int,
-    mask_history: bool,
-    train_on_prompt: bool,
-) -> dict[str, Any]:
-    n = len(batch["fault"])
-    faults = list(batch["fault"])
-    rendered: list[list[Turn]] = [[] for _ in range(n)]
-    discard = mask_history and not template.preserve_thinking
-    for i in range(n):
-        if faults[i]:
-            continue
-        try:
-            rendered[i] = template.render(
-                batch["messages"][i], batch["system"][i], batch["tools"][i], discard_history=discard
-            )
-        except FaultyRow as fault:
-            faults[i] = str(fault)
-    flat: list[Pieces] = [pieces for turns in rendered for turn in turns for pieces in turn]
+Aligned = Mapping[str, Sequence[Any]]  # a batch of aligned rows
+
+
+def _render(batch: Aligned, template: Template, answers: Sequence[Any] | None = None, **how: bool) -> list[Any]:
+    """What each row is rendered to, or why it cannot be: a list of turns, or the text of a fault.
+
+    Args:
+      answers: messages in the place of the rows' last ones.
+    """
+    rendered: list[Any] = []
+    for i, fault in enumerate(batch["fault"]):
+        messages = batch["messages"][i]
+        if not fault:
+            try:
+                chat = messages if answers is None else [*messages[:-1], answers[i]]
+                rendered.append(template.render(chat, batch["system"][i], batch["tools"][i], **how))
+                continue
+            except FaultyRow as error:
+                fault = str(error)
+        rendered.append(fault)
+    return rendered
+
+
+def _tokenised(rendered: Sequence[Any], template: Template) -> list[Any]:
+    """The ids of `_render`'s turns, `[(prompt, answer), ...]`, in one call; faults stay as they are."""
+    flat: list[Pieces] = [
+        pieces for turns in rendered if not isinstance(turns, str) for turn in turns for pieces in turn
+    ]
     ids = iter(tokenise(template.tokenizer, flat))
-    out: dict[str, Any] = {"input_ids": [], "labels": [], "cut": []}
-    for i in range(n):
-        tokens, labels, cut = [], [], False
-        if not faults[i]:
-            tokens, labels, cut = label_turns(
-                [(next(ids), next(ids)) for _ in rendered[i]],
-                cutoff_len=cutoff_len,
-                eos_id=template.eos_id,
-                efficient_eos=template.efficient_eos,
-                mask_history=mask_history,
-                train_on_prompt=train_on_prompt,
-            )
+    return [turns if isinstance(turns, str) else [(next(ids), next(ids)) for _ in turns] for turns in rendered]
+
+
+def _table(names: Sequence[str]) -> dict[str, list[Any]]:
+    return {name: [] for name in names}
+
+
+def _put(out: dict[str, list[Any]], batch: Aligned, i: int, fault: str, cut: bool, **values: Any) -> None:
+    """Add a row. Ids and labels that are not given are empty."""
+    for name in out:
+        if name in ("dataset", "row"):
+            out[name].append(batch[name][i])
+        elif name == "kto_tags":
+            out[name].append(bool(batch["desirable"][i]))
+        elif name not in ORIGIN:
+            out[name].append(np.array(values.get(name, ()), np.int32))
+    out["fault"].append(fault)
+    out["cut"].append(cut)
+
+
+def _encode_conversations(batch: Aligned, *, template: Template, rules: Rules) -> dict[str, Any]:
+    discard = rules.mask_history and not template.preserve_thinking
+    label = partial(
+        label_turns,
+        cutoff_len=rules.cutoff_len,
+        eos_id=template.eos_id,
+        efficient_eos=template.efficient_eos,
+        mask_history=rules.mask_history,
+        train_on_prompt=rules.train_on_prompt,
+    )
+    out = _table(list(CONVERSATIONS))
+    for i, turns in enumerate(_tokenised(_render(batch, template, discard_history=discard), template)):
+        if isinstance(turns, str):
+            _put(out, batch, i, turns, False)
+            continue
+        tokens, labels, cut = label(turns)
+        if cut and rules.overlong == "drop":
+            _put(out, batch, i, _overlong(rules), False)
+            continue
+        if cut and rules.overlong == "split":
+            parts = [label(part) for part in _split(batch, i, template, rules, discard)]
+        else:
+            parts = [(tokens, labels, cut)]
+        for tokens, labels, cut in parts:
             if all(label == IGNORED for label in labels[1:]):  # the first token is nothing's next one
-                tokens, labels, faults[i] = [], [], NOTHING_TO_LEARN
-        out["input_ids"].append(np.array(tokens, np.int32))
-        out["labels"].append(np.array(labels, np.int32))
-        out["cut"].append(cut)
-    return out | {"fault": faults, "dataset": batch["dataset"], "row": batch["row"]}
+                _put(out, batch, i, NOTHING_TO_LEARN, cut)
+            else:
+                _put(out, batch, i, "", cut, input_ids=tokens, labels=labels)
+    return out
+
+
+def _overlong(rules: Rules) -> str:
+    return f"longer than cutoff_len {rules.cutoff_len}"
+
+
+def _split(batch: Aligned, i: int, template: Template, rules: Rules, discard: bool) -> list[Any]:
+    """The turns of row i in pieces of at most `cutoff_len` tokens, each rendered as a conversation of its own.
+
+    A piece begins with a question of the user; one question and what answers it may still be too long.
+    """
+    messages, parts = batch["messages"][i], []
+    while messages:
+        turns = template.render(messages, batch["system"][i], batch["tools"][i], discard_history=discard)
+        [ids] = _tokenised([turns], template)
+        ends = [k for k in range(1, len(ids)) if messages[2 * k]["role"] == "user"] + [len(ids)]
+        sizes = np.cumsum([len(prompt) + len(answer) for prompt, answer in ids]) + template.efficient_eos
+        end = max((k for k in ends if sizes[k - 1] <= rules.cutoff_len), default=ends[0])
+        parts.append(ids[:end])
+        messages = messages[2 * end :]
+    return parts
+
+
+def _one_turn(turns: Sequence[tuple[list[int], list[int]]], template: Template) -> tuple[list[int], list[int]]:
+    """The last answer, and all before it as its prompt."""
+    prompt = [token for asked, answer in turns[:-1] for token in (*asked, *answer)] + list(turns[-1][0])
+    return prompt, [*turns[-1][1], template.eos_id] if template.efficient_eos else list(turns[-1][1])
+
+
+def _last_only(template: Template) -> dict[str, bool]:
+    return {"last_only": True, "discard_history": not template.preserve_thinking}
+
+
+def _encode_pairs(batch: Aligned, *, template: Template, rules: Rules) -> dict[str, Any]:
+    """Chosen and rejected answers after the prompt they share; both are cut where the longer one must be."""
+    how = _last_only(template)
+    chosen = _tokenised(_render(batch, template, **how), template)
+    rejected = _tokenised(_render(batch, template, batch["rejected"], **how), template)
+    out = _table(list(PAIRS))
+    for i, (better, worse) in enumerate(zip(chosen, rejected)):
+        if isinstance(better, str) or isinstance(worse, str):
+            _put(out, batch, i, better if isinstance(better, str) else worse, False)
+            continue
+        (prompt, answer), (_, other) = _one_turn(better, template), _one_turn(worse, template)
+        longest = max(len(answer), len(other))
+        source, target = infer_seqlen(len(prompt), longest, rules.cutoff_len)
+        cut = source < len(prompt) or target < longest
+        prompt, answer, other = prompt[:source], answer[:target], other[:target]
+        if cut and rules.overlong == "drop":
+            _put(out, batch, i, _overlong(rules), False)
+        elif not answer or not other:
+            _put(out, batch, i, NOTHING_TO_LEARN, cut)
+        else:
+            masked = [IGNORED] * len(prompt)
+            sides = {"chosen": answer, "rejected": other}
+            ids = {f"{side}_input_ids": prompt + tokens for side, tokens in sides.items()}
+            labels = {f"{side}_labels": masked + tokens for side, tokens in sides.items()}
+            _put(out, batch, i, "", cut, **ids, **labels)
+    return out
+
+
+def _encode_feedback(batch: Aligned, *, template: Template, rules: Rules) -> dict[str, Any]:
+    """Answers that are good or not, each with its prompt; and for KTO's estimate of the KL divergence, each prompt with
+    the answer of the row before it, in its batch (the first with that of the last).
+    """
+    how = _last_only(template)
+    kept = [i for i, fault in enumerate(batch["fault"]) if not fault]
+    before = {i: batch["messages"][kept[k - 1]][-1] for k, i in enumerate(kept)}
+    own = _tokenised(_render(batch, template, **how), template)
+    others = _tokenised(_render(batch, template, [before.get(i) for i in range(len(own))], **how), template)
+    out = _table(list(FEEDBACK))
+    for i, (turns, other) in enumerate(zip(own, others)):
+        if isinstance(turns, str) or isinstance(other, str):
+            _put(out, batch, i, turns if isinstance(turns, str) else other, False)
+            continue
+        values: dict[str, list[int]] = {}
+        cut = False
+        for prefix, pair in (("", turns), ("kl_", other)):
+            prompt, answer = _one_turn(pair, template)
+            source, target = infer_seqlen(len(prompt), len(answer), rules.cutoff_len)
+            cut |= not prefix and (source < len(prompt) or target < len(answer))
+            values[f"{prefix}input_ids"] = prompt[:source] + answer[:target]
+            values[f"{prefix}labels"] = [IGNORED] * source + answer[:target]
+        if cut and rules.overlong == "drop":
+            _put(out, batch, i, _overlong(rules), False)
+        elif all(label == IGNORED for label in values["labels"][1:]):
+            _put(out, batch, i, NOTHING_TO_LEARN, cut)
+        else:
+            _put(out, batch, i, "", cut, **values)
+    return out
 
 
 # ---------------------------------------------------------------------- stage pt
@@ -318,6 +358,7 @@ def encode_documents(
     cutoff_len: int,
     packing: bool = True,
     neat_packing: bool = False,
+    overlong: str = "truncate",
     batch_size: int = 1000,
     num_proc: int | None = None,
     overwrite_cache: bool = False,
@@ -325,17 +366,17 @@ def encode_documents(
     """Ids of the texts of aligned rows; every token is learned, so there is no column of labels.
 
     With `packing`, the texts of each batch of rows are joined by eos and cut every `cutoff_len` tokens, and what is
-    left at the end of a batch is dropped. Without, each text is cut to `cutoff_len`. With `neat_packing`, each text is
-    a row, or several.
+    left at the end of a batch is dropped. Without, each text is a row, and one of more than `cutoff_len` tokens becomes
+    what `overlong` says (see `Rules`); with `neat_packing` it is split.
     """
-    form = "documents" if neat_packing else "blocks" if packing else "truncated"
+    form = "split" if neat_packing else "blocks" if packing else overlong
     args = {"cutoff_len": cutoff_len, "form": form, "eos": document_end(template), "batch_size": batch_size}
     return table.map(
         partial(_encode_texts, tokenizer=template.tokenizer, **{k: args[k] for k in ("cutoff_len", "form", "eos")}),
         batched=True,
         batch_size=batch_size,
         remove_columns=table.column_names,
-        features=datasets.Features({"input_ids": IDS}),
+        features=DOCUMENTS,
         num_proc=num_proc,
         load_from_cache_file=not overwrite_cache,
         new_fingerprint=fingerprint(table, "pt", (args, template.key)),
@@ -356,15 +397,18 @@ def _encode_texts(
     if bos is not None and form != "blocks":
         texts = [tokenizer.bos_token + text for text in texts]
     documents = [np.array(ids, np.int32) for ids in token_ids(tokenizer, texts)]
-    if form == "truncated":
-        return {"input_ids": [ids[:cutoff_len] for ids in documents]}
-    if form == "documents":
-        return {"input_ids": [ids[i : i + cutoff_len] for ids in documents for i in range(0, len(ids), cutoff_len)]}
+    if form == "split":
+        pieces = [ids[i : i + cutoff_len] for ids in documents for i in range(0, len(ids), cutoff_len)]
+        return {"input_ids": pieces, "cut": [False] * len(pieces)}
+    if form != "blocks":
+        cut = [len(ids) > cutoff_len for ids in documents]
+        most = 0 if form == "drop" else cutoff_len
+        return {"input_ids": [ids[:most] if long else ids for ids, long in zip(documents, cut)], "cut": cut}
     joined = np.concatenate([np.zeros(0, np.int32), *documents])
     blocks = joined[: len(joined) // cutoff_len * cutoff_len].reshape(-1, cutoff_len)
     if bos is not None:
         blocks[:, 0] = bos  # in the place of a token, as LLaMA-Factory does
-    return {"input_ids": list(blocks)}
+    return {"input_ids": list(blocks), "cut": [False] * len(blocks)}
 
 
 def _column(table: datasets.Dataset, name: str) -> pa.ChunkedArray:

@@ -3,7 +3,7 @@
 import difflib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,41 @@ def data_files(entry: Entry) -> list[str]:
     return [str(path)]
 
 
-def place_of(entry: Entry, row: int) -> str:
-    """Where a row is, for messages; rows count from 1."""
-    return f"{Path(entry.path).name if entry.source == 'file' else entry.path} row {row + 1}"
+def places(entries: Sequence[Entry] | Mapping[int, Entry], rows: datasets.Dataset) -> tuple[str, ...]:
+    """Where aligned or encoded rows come from, for messages: "file:line" in JSON lines, else "file row 3", from 1."""
+    wanted: dict[int, list[int]] = {}
+    origins = list(zip(rows["dataset"][:], rows["row"][:]))
+    for dataset, row in origins:
+        wanted.setdefault(dataset, []).append(row)
+    found = {dataset: _places(entries[dataset], numbers) for dataset, numbers in wanted.items()}
+    return tuple(found[dataset][row] for dataset, row in origins)
+
+
+def _places(entry: Entry, rows: Sequence[int]) -> dict[int, str]:
+    name = Path(entry.path).name if entry.source == "file" else entry.path
+    found = {row: f"{name} row {row + 1}" for row in rows}
+    if entry.source != "file":
+        return found
+    left, first = sorted(set(rows), reverse=True), 0
+    for path in data_files(entry):
+        if os.path.splitext(path)[1].lower() not in (".json", ".jsonl") or _is_array(path):
+            break  # how many rows it has is not told by its lines
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not left:
+                    return found
+                if not line.strip():
+                    continue
+                if first == left[-1]:
+                    found[left.pop()] = f"{Path(path).name}:{number}"
+                first += 1
+    return found
+
+
+def _is_array(path: str) -> bool:
+    """Whether a JSON file is one array of rows, and not a row a line."""
+    with open(path, "rb") as file:
+        return next((byte for line in file for byte in line.split()), b"")[:1] == b"["
 
 
 def resolve_format(entry: Entry, found: list[str]) -> Entry:
@@ -100,6 +132,8 @@ def check_columns(entry: Entry, found: list[str], stage: str) -> None:
         needed |= {"response"} if stage != "pt" and not entry.ranking else set()
     else:
         needed.add("messages")
+    needed |= {"chosen", "rejected"} if entry.ranking else set()
+    needed |= {"kto_tag"} if stage == "kto" else set()
     for key in sorted(needed):
         column = getattr(columns, key)
         if column is None or column not in found:

@@ -12,8 +12,9 @@ import datasets
 import numpy as np
 
 from jtune.data.align import align
-from jtune.data.encode import NOTHING_TO_LEARN, Encoded, encode_conversations, encode_documents
-from jtune.data.load import check_columns, load_table, place_of, resolve_format
+from jtune.data.encode import NOTHING_TO_LEARN, Rules, encode_documents, encode_rows
+from jtune.data.encoded import Encoded
+from jtune.data.load import check_columns, load_table, places, resolve_format
 from jtune.data.mix import hold_out, merge, pick_rows
 from jtune.data.registry import Entry, find_datasets
 from jtune.data.report import EXAMPLES, Dropped, Report, SetReport, reasons
@@ -21,6 +22,8 @@ from jtune.data.templates import Template
 from jtune.errors import ConfigError, DataError
 
 log = logging.getLogger("jtune")
+
+STAGES = ("sft", "pt", "rm", "dpo", "kto")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def load_datasets(
 
     Args:
       data_args: with LLaMA-Factory's names (jtune.config.DataArguments).
-      stage: "sft" or "pt".
+      stage: "sft", "pt", "rm" or "dpo" (pairs of answers), "kto" (answers that are good or not).
       seed: of the draws of num_samples, of interleaving and of val_size.
       train, evaluate: which sets to encode. Which rows are held out does not depend on it.
       cache_dir, token: for downloads from the hub.
@@ -56,8 +59,8 @@ def load_datasets(
     Raises:
       DataError: a set is missing or damaged, or nothing is left of it.
     """
-    if stage not in ("sft", "pt"):
-        raise ConfigError(f"stage {stage!r}: jtune encodes sft and pt")
+    if stage not in STAGES:
+        raise ConfigError(f"stage {stage!r}: jtune encodes {', '.join(STAGES)}")
     if template.tokenizer is not tokenizer:
         raise ValueError("the template was made for another tokenizer")
     random = np.random.RandomState(seed)  # one stream for all sets, training sets first
@@ -124,9 +127,15 @@ def load_aligned(
 
 def check_stage(entry: Entry, stage: str) -> None:
     """Raise a DataError for sets that are not for `stage`."""
-    if entry.ranking or (entry.columns.kto_tag and stage == "sft"):
-        kind, stages = ("ranking", "dpo") if entry.ranking else ("kto_tag", "kto")
-        raise DataError(f"dataset {entry.name!r} holds preferences ({kind}): it is for stage {stages}, not {stage}")
+    kind = "ranking" if entry.ranking else "kto_tag" if entry.columns.kto_tag else ""
+    if kind and not (stage == "pt" and kind == "kto_tag"):
+        stages = ("rm", "dpo") if kind == "ranking" else ("kto",)
+        if stage not in stages:
+            holds = f"dataset {entry.name!r} holds preferences ({kind})"
+            raise DataError(f"{holds}: it is for stage {' and '.join(stages)}, not {stage}")
+    elif stage in ("rm", "dpo", "kto"):
+        wanted = '"columns": {"kto_tag": "..."}' if stage == "kto" else '"ranking": true'
+        raise DataError(f"dataset {entry.name!r} holds no preferences, and stage {stage} learns from them: {wanted}")
     media = [key for key in ("images", "videos", "audios") if getattr(entry.columns, key)]
     if media:
         raise DataError(f"dataset {entry.name!r} has {', '.join(media)}; jtune trains on text")
@@ -149,34 +158,59 @@ def encode_set(
         "num_proc": data_args.preprocessing_num_workers,
         "overwrite_cache": data_args.overwrite_cache,
     }
+    policy = data_args.overlong
+    encoding = "truncate" if policy == "error" else policy
     if stage == "pt":
         packing = data_args.packing is None or data_args.packing
-        made = encode_documents(table, template, packing=packing, neat_packing=data_args.neat_packing, **shared)
+        neat = data_args.neat_packing
+        made = encode_documents(table, template, packing=packing, neat_packing=neat, overlong=encoding, **shared)
         encoded = Encoded(made)
         short = np.flatnonzero(encoded.labelled == 0)
         if len(short):
             encoded = Encoded(made, np.flatnonzero(encoded.labelled))
-        dropped, cut, joined = _count_faults(table, entries), 0, True
+        dropped, joined = _count_faults(table, entries), packing or encoding == "split"
+        long = np.flatnonzero(made["cut"][:])
+        if encoding == "drop" and len(long):
+            where = places(entries, table.select(long[:EXAMPLES]))
+            dropped = (*dropped, Dropped(f"longer than cutoff_len {cutoff_len}", len(long), where))
+            long = long[:0]
+        origin = table
     else:
-        made = encode_conversations(
-            table, template, mask_history=data_args.mask_history, train_on_prompt=data_args.train_on_prompt, **shared
+        rules = Rules(cutoff_len, data_args.mask_history, data_args.train_on_prompt, encoding)
+        made = origin = encode_rows(
+            table, template, stage, rules, **{k: shared[k] for k in shared if k != "cutoff_len"}
         )
         dropped, joined = _count_faults(made, entries), False
         faulty = np.array(made["fault"][:], dtype=object) != ""
-        encoded = Encoded(made, np.flatnonzero(~faulty) if faulty.any() else None)
-        cut = int(np.sum(made["cut"][:]))
+        prefix = "chosen_" if stage in ("rm", "dpo") else ""
+        encoded = Encoded(made, np.flatnonzero(~faulty) if faulty.any() else None, prefix)
+        long = np.flatnonzero(made["cut"][:])
+    if policy == "error" and len(long):
+        found = Dropped(
+            f"longer than cutoff_len {cutoff_len}", len(long), places(entries, origin.select(long[:EXAMPLES]))
+        )
+        raise DataError(
+            f"{name}: {found}. Raise it, or say what is to become of them: overlong: truncate, drop or split"
+        )
+    parts = [encoded, encoded.rejected] if stage in ("rm", "dpo") else [encoded]
     report = SetReport(
         name=name,
         read=len(table),
         encoded=len(encoded),
-        tokens=int(encoded.lengths.sum(dtype=np.int64)),
-        trained=int(encoded.labelled.sum(dtype=np.int64)),
-        cut=cut,
+        tokens=sum(int(part.lengths.sum(dtype=np.int64)) for part in parts),
+        trained=sum(int(part.labelled.sum(dtype=np.int64)) for part in parts),
+        cut=len(long),
         dropped=dropped,
         joined=joined,
     )
     if len(encoded) == 0:
         raise DataError(_nothing_left(report, data_args.cutoff_len, stage))
+    most = data_args.max_dropped
+    if report.left_out > (most if most >= 1 else most * report.read):
+        raise DataError(
+            f"{name}: {report.left_out} of {report.read} rows are left out, and max_dropped is {most:g}: "
+            f"{reasons(dropped)}. `jtune data CASE.yaml --check` names them all"
+        )
     return encoded, report
 
 
@@ -206,10 +240,7 @@ def _count_faults(table: datasets.Dataset, entries: Sequence[Entry]) -> tuple[Dr
     dropped = []
     for reason in dict.fromkeys(faults[faults != ""]):
         where = np.flatnonzero(faults == reason)
-        places = tuple(
-            place_of(entries[row["dataset"]], row["row"]) for row in map(table.__getitem__, where[:EXAMPLES].tolist())
-        )
-        dropped.append(Dropped(reason, len(where), places))
+        dropped.append(Dropped(reason, len(where), places(entries, table.select(where[:EXAMPLES]))))
     return tuple(dropped)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from jtune.data.batches import plan_batches
-from jtune.data.encode import IGNORED, Encoded
+from jtune.data.encoded import IGNORED, Encoded
 from jtune.data.pipeline import load_datasets
 from jtune.data.templates import Template, get_template
 from jtune.data.tokenizer import load_tokenizer

@@ -32,8 +32,12 @@ class SetReport:
     joined: bool = False  # rows became blocks
 
     @property
+    def left_out(self) -> int:
+        return sum(d.count for d in self.dropped)
+
+    @property
     def kept(self) -> int:
-        return self.read - sum(d.count for d in self.dropped)
+        return self.read - self.left_out
 
     def sentence(self) -> str:
         """

@@ -8,19 +8,22 @@ import pytest
 
 from jtune.config import load_config
 from jtune.data.align import ALIGNED
-from jtune.data.encode import Encoded, check_vocabulary, encode_conversations, encode_documents
+from jtune.data.encode import Rules, encode_documents, encode_rows
+from jtune.data.encoded import Encoded, check_vocabulary
 from jtune.data.preview import json_rows, marked, run
 from jtune.errors import DataError
 
 CHAT = [("user", "What is 1 + 1?"), ("assistant", "It is 2."), ("user", "And 2 + 2?"), ("assistant", "It is 4.")]
 
 
-def table(*chats, tools=""):
+def table(*chats, tools="", rejected=None):
     made = [
         {
             "messages": [{"role": role, "content": content} for role, content in chat],
             "system": "",
             "tools": tools,
+            "rejected": rejected and {"role": "assistant", "content": rejected},
+            "desirable": None,
             "fault": "",
             "dataset": 0,
             "row": row,
@@ -32,7 +35,7 @@ def table(*chats, tools=""):
 
 def encode(template, *chats, **options):
     rules = {"cutoff_len": 1000, "mask_history": False, "train_on_prompt": False} | options
-    return Encoded(encode_conversations(table(*chats), template, **rules))
+    return Encoded(encode_rows(table(*chats), template, "sft", Rules(**rules)))
 
 
 def learned(template, row):
@@ -86,7 +89,7 @@ def test_documents_are_joined_by_eos_and_cut_into_blocks(template):
 def test_rows_are_encoded_once(template, monkeypatch, tmp_path):
     table(CHAT).save_to_disk(tmp_path)
     rules = {"cutoff_len": 1000, "mask_history": False, "train_on_prompt": False}
-    again = lambda: Encoded(encode_conversations(datasets.load_from_disk(tmp_path), template, **rules))
+    again = lambda: Encoded(encode_rows(datasets.load_from_disk(tmp_path), template, "sft", Rules(**rules)))
     first = again()
     monkeypatch.setattr("jtune.data.encode.tokenise", lambda *_: pytest.fail("encoded again"))
     np.testing.assert_array_equal(again()[0]["input_ids"], first[0]["input_ids"])

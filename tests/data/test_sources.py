@@ -140,11 +140,13 @@ def test_rows_that_cannot_be_learned_from_are_counted_and_named(template, tmp_pa
         [turn("human", "a")],
     ]
     write(tmp_path, "a.json", [{"conversations": c} for c in conversations], {"formatting": "sharegpt"})
-    report = load(tmp_path, "a", template=template).report.sets[0]
+    report = load(tmp_path, "a", template=template, max_dropped=3).report.sets[0]
     assert (report.read, report.encoded) == (4, 1)
     said = report.sentence()
     for word in ("role out of turn", "unknown role 'robot'", "does not end with an answer", "a.json row 2"):
         assert word in said
+    with pytest.raises(DataError, match="3 of 4 rows are left out, and max_dropped is 0.5: 1 role out of turn"):
+        load(tmp_path, "a", template=template)
 
 
 # ---------------------------------------------------------------------- mixing and splitting
