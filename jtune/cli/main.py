@@ -175,15 +175,15 @@ def _train(argv: list[str]) -> int:
 
 
 def _data(argv: list[str]) -> int:
-    as_json = _switch(argv, "--json")
+    as_json, check = _switch(argv, "--json"), _switch(argv, "--check")
+    html = _option(argv, "--html")
     rows = _option(argv, "--rows", "3")
     if rows is None or not rows.isdecimal():
         raise ConfigError(f"--rows takes a whole number, not {rows!r}")
     config = _load(argv, "data")
     from jtune.data import preview
 
-    preview.run(config, rows=int(rows), as_json=as_json)
-    return 0
+    return preview.check(config) if check else preview.run(config, rows=int(rows), as_json=as_json, html=html)
 
 
 def _plan(argv: list[str]) -> int:
@@ -242,7 +242,9 @@ def _version(argv: list[str]) -> int:
 
 COMMANDS = {
     "train": Command(_train, "fine-tune (do_train), evaluate (do_eval): everything the YAML says; --simulate 2x4"),
-    "data": Command(_data, "show what the model is fed, trained-on tokens marked; --rows N, --json"),
+    "data": Command(
+        _data, "show what the model is fed, trained-on tokens marked; --rows N, --html FILE, --json, --check"
+    ),
     "plan": Command(_plan, "what a run takes, before it runs: memory, time; --topology v5p:4x4x4, --fit, --json"),
     "inspect": Command(_inspect, "show the parameter tree: shapes, dtypes, bytes, sharding, what trains"),
     "export": Command(_export, "merge the adapter and write a Hugging Face checkpoint"),

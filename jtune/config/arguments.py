@@ -101,6 +101,7 @@ class DataArguments:
         "concat: one set after the other; interleave_*: drawn by interleave_probs until one, or all, are used up",
     )
     interleave_probs: tuple[float, ...] = arg((), "one probability for each set, with mix_strategy interleave_*")
+    tokenized_path: str | None = arg(None, "a folder for the encoded sets: written if it is empty, else read")
     overwrite_cache: bool = arg(False, "encode again even if it was done before")
     preprocessing_batch_size: int = arg(1000, "rows encoded at a time", at_least(1))
     preprocessing_num_workers: int | None = arg(None, "processes that encode", at_least(1))

@@ -160,7 +160,6 @@ GROUPS: tuple[Group, ...] = (
     # ---------------------------------------------------------------- data
     _refused("streaming is not built yet: leave it out; rows are kept on disk, not in memory", streaming=False),
     _ignored("it belongs to streaming", buffer_size=16384),
-    _refused("encoded rows are kept in the cache of `datasets` by themselves: leave it out", tokenized_path=None),
     _refused_in_training("padding never counts: leave it out", ignore_pad_token_for_loss=True),
     _refused_in_training(
         "rows are laid out with little padding by themselves (packing: true leaves almost none): leave it out",

@@ -5,7 +5,7 @@
 `load_datasets` goes the way from names to encoded sets; each step can be called alone (see pipeline.py).
 """
 
-from jtune.data.batches import BatchPlan, EvalBatch, EvalPlan, eval_batches, plan_batches
+from jtune.data.batches import BatchPlan, EvalBatch, EvalPlan, eval_batches, packing_windows, plan_batches
 from jtune.data.encoded import Encoded, check_vocabulary
 from jtune.data.pipeline import Splits, load_datasets
 from jtune.data.report import Report
@@ -25,5 +25,6 @@ __all__ = [
     "get_template",
     "load_datasets",
     "load_tokenizer",
+    "packing_windows",
     "plan_batches",
 ]

@@ -15,8 +15,11 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from jtune.data.cache import fingerprint
+from jtune.data.encoded import arrow_column
 from jtune.data.load import places
 from jtune.data.registry import Columns, Entry, Tags
 from jtune.errors import DataError
@@ -89,15 +92,21 @@ def align(
     return aligned
 
 
+def is_faulty(table: datasets.Dataset) -> np.ndarray:
+    """Which rows are left out, bool `[rows]`."""
+    return pc.call_function("not_equal", [arrow_column(table, "fault"), pa.scalar("")]).to_numpy()
+
+
 def _refuse_missing(aligned: datasets.Dataset, entry: Entry, index: int) -> None:
-    faults = np.array(aligned["fault"][:], dtype=object)
-    lacking = np.flatnonzero([fault.startswith(MISSING) for fault in faults])
+    faulty = np.flatnonzero(is_faulty(aligned))
+    faults = aligned.select(faulty)["fault"][:]
+    lacking = faulty[np.array([fault.startswith(MISSING) for fault in faults], bool)]
     if len(lacking):
-        column = str(faults[lacking[0]]).removeprefix(MISSING)
+        name = aligned[int(lacking[0])]["fault"].removeprefix(MISSING)
         others = f" ({len(lacking)} rows have none)" if len(lacking) > 1 else ""
         [where] = places({index: entry}, aligned.select(lacking[:1]))
         raise DataError(
-            f"{where}: nothing in column {column!r}{others}. Fill it in, "
+            f"{where}: nothing in column {name!r}{others}. Fill it in, "
             "take the row out, or name the right column in dataset_info.json"
         )
 
@@ -157,6 +166,8 @@ def _alpaca(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[dict
     columns: Columns = entry.columns
     messages = []
     history = row.get(columns.history) if columns.history else None
+    if history is not None and not isinstance(history, list):
+        raise FaultyRow(f"{columns.history} is not a list of [question, answer]")
     for turn in history or []:
         if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
             raise FaultyRow(f"{columns.history} is not a list of [question, answer]")
@@ -186,6 +197,8 @@ def _conversation(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[lis
         raise FaultyRow(f"{MISSING}{column}")
     if not turns:
         raise FaultyRow("an empty conversation")
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise FaultyRow(f"{column} is not a list of messages")
     system = ""
     if tags.system_tag and turns[0].get(tags.role_tag) == tags.system_tag:
         system, turns = _text(turns[0].get(tags.content_tag), "the system message"), turns[1:]
@@ -223,6 +236,10 @@ def _openai_messages(turns: Sequence[Mapping[Any, Any]], tags: Tags) -> list[dic
             messages, results = [*messages, {"role": "observation", "content": joined}], []
         calls = turn.get("tool_calls") if role in ANSWER_ROLES else None
         if calls:
+            if not isinstance(calls, list) or not all(
+                isinstance(call, Mapping) and "function" in call for call in calls
+            ):
+                raise FaultyRow("tool_calls is not a list of {function: {name, arguments}}")
             role, content = "function", json.dumps([_present(call["function"]) for call in calls], ensure_ascii=False)
         messages.append(_message(role, content, "a message"))
     return messages

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jtune.data.encoded import IGNORED
+from jtune.data.encoded import IGNORED, Encoded
 from jtune.data.layout import Shape, choose_shapes, costs, place, rows_needed, rung
 from jtune.data.order import Epochs, plan_epochs
 from jtune.data.pack import Packs, pack
@@ -124,6 +124,20 @@ class BatchPlan:
         _check_capacity(arrays["loss_weights"], shape.accum * shards, capacity, f"update {step}")
         divisor = np.asarray(self.divisor(step), np.float32)
         return {key: x.reshape(shape) for key, x in arrays.items()} | {"divisor": divisor}
+
+
+def packing_windows(encoded: Encoded, data: Any, stage: str) -> np.ndarray | None:
+    """Which examples may share a packed row, for `plan_batches` and `eval_batches`; None: all that are near.
+
+    With neat_packing, those that LLaMA-Factory encodes, and packs, in one batch: the losses are the same. With packing
+    alone it lets examples see each other, so that its losses differ anyway; rows are filled better then.
+
+    Args:
+      data: with LLaMA-Factory's names (jtune.config.DataArguments).
+    """
+    if stage == "pt" or not data.neat_packing:
+        return None
+    return encoded.preprocessing_batches(data.preprocessing_batch_size, data.preprocessing_num_workers)
 
 
 def plan_batches(

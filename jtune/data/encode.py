@@ -149,7 +149,8 @@ def encode_rows(
     """
     if rules.train_on_prompt and template.efficient_eos:
         raise DataError(f"template {template.name!r} learns eos where a prompt begins: train_on_prompt is not for it")
-    tools = pc.call_function("not_equal", [_column(table, "tools"), pa.scalar("")])
+    # Of the whole file, also where `table` is some of its rows: the column is not copied.
+    tools = pc.call_function("not_equal", [table.data.column("tools"), pa.scalar("")])
     has_tools = bool(pc.call_function("any", [tools]).as_py())
     told_the_day = template.day if has_tools else None
     if has_tools and template.tool_format in WHOLE:
@@ -409,8 +410,3 @@ def _encode_texts(
     if bos is not None:
         blocks[:, 0] = bos  # in the place of a token, as LLaMA-Factory does
     return {"input_ids": list(blocks), "cut": [False] * len(blocks)}
-
-
-def _column(table: datasets.Dataset, name: str) -> pa.ChunkedArray:
-    """A column of the rows of `table`, in their order."""
-    return table.select_columns([name]).with_format("arrow")[:][name]

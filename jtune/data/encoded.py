@@ -5,6 +5,7 @@ from functools import cached_property
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 from jtune.data.pack import preprocessing_batches
 from jtune.errors import DataError
@@ -40,7 +41,7 @@ class Encoded:
     @property
     def rows(self) -> datasets.Dataset:
         """The examples as a table of ids and labels: `input_ids` and `labels`, of pairs `chosen_input_ids` ..."""
-        names = [name for name in self.table.column_names if name.endswith(("input_ids", "labels"))]
+        names = [name for name in self.table.column_names if name.endswith(("input_ids", "labels", "kto_tags"))]
         table = self.table.select_columns(names)
         return table if self.kept is None else table.select(self.kept)
 
@@ -83,6 +84,11 @@ class Encoded:
     def _labels(self) -> "Lists | None":
         name = f"{self.prefix}labels"
         return Lists(self.table, name) if name in self.table.column_names else None
+
+
+def arrow_column(table: datasets.Dataset, name: str) -> pa.ChunkedArray:
+    """A column of the rows of `table`, in their order."""
+    return table.select_columns([name]).with_format("arrow")[:][name]
 
 
 class Lists:

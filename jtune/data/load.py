@@ -172,6 +172,17 @@ def _deepest(error: BaseException) -> str:
 # ---------------------------------------------------------------------- what is wrong with a file
 
 
+def not_utf8(entry: Entry, error: UnicodeDecodeError) -> DataError:
+    """What to say of text that is not UTF-8; readers pass it on, and it shows when a row is looked at."""
+    if entry.source == "file":
+        try:
+            for path in data_files(entry):
+                _check_utf8(path)
+        except DataError as found:
+            return found
+    return DataError(f"dataset {entry.name!r} ({entry.path}): not UTF-8: {error}")
+
+
 def _diagnose(files: list[str], entry: Entry) -> None:
     """Raise a DataError with file and line for the faults that have one; return if none is found."""
     if all(os.path.getsize(f) == 0 for f in files):
@@ -216,7 +227,7 @@ def _parsed(path: str) -> Iterator[tuple[str, Any]]:
             if not line.strip():
                 continue
             try:
-                yield f"{path}:{number}", json.loads(line)
+                yield f"{path}:{number}", json.loads(line.rstrip("\r\n"))
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}:{number}: not JSON: {error.msg}: {line.strip()[:SHOWN]}") from error
 

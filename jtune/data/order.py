@@ -8,6 +8,7 @@ resuming is a seek.
 """
 
 import math
+from array import array
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +18,7 @@ from jtune.errors import DataError
 
 # From here on torch draws 64 bits for each swap: another stream, which nobody has needed yet.
 TORCH_RANDPERM_LIMIT = (2**32 - 1) // 20
+SWAPS = 2**20  # that are Python numbers at a time
 
 
 def permutation(n: int, seed: int) -> np.ndarray:
@@ -35,10 +37,11 @@ def permutation(n: int, seed: int) -> np.ndarray:
     draws = np.random.RandomState(seed & 0xFFFFFFFF).randint(0, 2**32, size=max(n - 1, 0), dtype=np.uint32)
     place = np.arange(n - 1, dtype=np.uint32)
     partner = place + draws % (np.uint32(n) - place)
-    order = list(range(n))
-    for i, j in enumerate(partner.tolist()):  # each swap needs the ones before it
-        order[i], order[j] = order[j], order[i]
-    return np.array(order, np.int32)
+    order = array("i", range(n))
+    for begin in range(0, n - 1, SWAPS):  # each swap needs the ones before it
+        for i, j in enumerate(partner[begin : begin + SWAPS].tolist(), begin):
+            order[i], order[j] = order[j], order[i]
+    return np.frombuffer(order, np.int32).copy()
 
 
 @lru_cache(maxsize=4)

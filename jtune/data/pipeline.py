@@ -6,15 +6,17 @@ find_datasets ── load_table ── pick_rows ── align ── merge ─�
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 
-from jtune.data.align import align
+from jtune.data import saved
+from jtune.data.align import align, is_faulty
 from jtune.data.encode import NOTHING_TO_LEARN, Rules, encode_documents, encode_rows
-from jtune.data.encoded import Encoded
-from jtune.data.load import check_columns, load_table, places, resolve_format
+from jtune.data.encoded import Encoded, arrow_column
+from jtune.data.load import check_columns, load_table, not_utf8, places, resolve_format
 from jtune.data.mix import hold_out, merge, pick_rows
 from jtune.data.registry import Entry, find_datasets
 from jtune.data.report import EXAMPLES, Dropped, Report, SetReport, reasons
@@ -46,6 +48,7 @@ def load_datasets(
     evaluate: bool,
     cache_dir: str | None = None,
     token: str | None = None,
+    most_examples: int = EXAMPLES,
 ) -> Splits:
     """Read, mix, split and encode the sets that `data_args` names; what was left out is logged, once, in a sentence.
 
@@ -55,49 +58,60 @@ def load_datasets(
       seed: of the draws of num_samples, of interleaving and of val_size.
       train, evaluate: which sets to encode. Which rows are held out does not depend on it.
       cache_dir, token: for downloads from the hub.
+      most_examples: rows of which the report says where they are, of each reason for which rows are left out.
 
     Raises:
-      DataError: a set is missing or damaged, or nothing is left of it.
+      DataError: a set is missing or damaged, or more is left out of it than `max_dropped` allows.
     """
     if stage not in STAGES:
         raise ConfigError(f"stage {stage!r}: jtune encodes {', '.join(STAGES)}")
     if template.tokenizer is not tokenizer:
         raise ValueError("the template was made for another tokenizer")
-    random = np.random.RandomState(seed)  # one stream for all sets, training sets first
-    load = {"stage": stage, "random": random, "cache_dir": cache_dir, "token": token}
-    aligned: dict[str, datasets.Dataset] = {}
-    entries: dict[str, list[Entry]] = {}
-    held_out = evaluate and data_args.val_size > 1e-6
-
-    if data_args.dataset and (train or evaluate):
-        found, tables = _load_all(data_args.dataset, data_args, **load)
-        train_table, eval_table = hold_out(_merge(tables, data_args, seed), data_args.val_size, seed)
-        entries["train"] = entries["eval"] = found
-        if train:
-            aligned["train"] = train_table
-        if held_out and eval_table is not None:
-            aligned["eval"] = eval_table
-    elif train:
-        raise DataError("nothing to train on: `dataset` names no set")
-    if data_args.eval_dataset and evaluate:
-        found, tables = _load_all(data_args.eval_dataset, data_args, **load)
-        if data_args.eval_on_each_dataset:
-            for i, name in enumerate(data_args.eval_dataset):
-                aligned[f"eval_{name}"], entries[f"eval_{name}"] = tables[i], found
-        else:
-            aligned["eval"], entries["eval"] = _merge(tables, data_args, seed), found
-
-    encoded: dict[str, Encoded] = {}
-    reports = []
-    for name, table in aligned.items():
-        encoded[name], report = encode_set(name, table, entries[name], data_args, stage, template)
-        (log.warning if report.dropped else log.info)("%s", report.sentence())
-        reports.append(report)
+    folder = Path(data_args.tokenized_path) if data_args.tokenized_path else None
+    settings = saved.settings_of(data_args, stage, seed, template, evaluate=evaluate) if folder else {}
+    sets = saved.load(folder, settings) if folder else None
+    if sets is None:
+        load = {"cache_dir": cache_dir, "token": token}
+        sets = {}
+        for name, (table, entries) in _aligned_sets(data_args, stage, seed, train, evaluate, **load).items():
+            sets[name] = encode_set(name, table, entries, data_args, stage, template, most_examples)
+            report = sets[name][1]
+            (log.warning if report.dropped else log.info)("%s", report.sentence())
+        if folder:
+            saved.save(folder, sets, settings)
+            log.info("encoded sets written to %s", folder)
+    else:
+        log.info("encoded sets read from %s\n%s", folder, "\n".join(report.sentence() for _, report in sets.values()))
+    encoded = {name: rows for name, (rows, _) in sets.items()}
     return Splits(
         train=encoded.pop("train", None),
         eval={name.removeprefix("eval").removeprefix("_"): rows for name, rows in encoded.items()},
-        report=Report(tuple(reports)),
+        report=Report(tuple(report for _, report in sets.values())),
     )
+
+
+def _aligned_sets(
+    data_args: Any, stage: str, seed: int, train: bool, evaluate: bool, **load: Any
+) -> dict[str, tuple[datasets.Dataset, list[Entry]]]:
+    """The rows of each set, and the entries that they come from: "train", "eval", "eval_<name>"."""
+    load |= {"stage": stage, "random": np.random.RandomState(seed)}  # one stream for all sets, training sets first
+    sets: dict[str, tuple[datasets.Dataset, list[Entry]]] = {}
+    if data_args.dataset and (train or evaluate):
+        entries, tables = _load_all(data_args.dataset, data_args, **load)
+        rows, held_out = hold_out(_merge(tables, data_args, seed), data_args.val_size, seed)
+        if train:
+            sets["train"] = rows, entries
+        if evaluate and held_out is not None:
+            sets["eval"] = held_out, entries
+    elif train:
+        raise DataError("nothing to train on: `dataset` names no set")
+    if data_args.eval_dataset and evaluate:
+        entries, tables = _load_all(data_args.eval_dataset, data_args, **load)
+        if data_args.eval_on_each_dataset:
+            sets |= {f"eval_{name}": (table, entries) for name, table in zip(data_args.eval_dataset, tables)}
+        else:
+            sets["eval"] = _merge(tables, data_args, seed), entries
+    return sets
 
 
 def load_aligned(
@@ -120,9 +134,11 @@ def load_aligned(
     rows = pick_rows(len(table), entry.num_samples, max_samples, random)
     if rows is not None:
         table = table.select(rows)
-    return entry, align(
-        table, entry, stage=stage, rows=rows, index=index, num_proc=num_proc, overwrite_cache=overwrite_cache
-    )
+    options: dict[str, Any] = {"num_proc": num_proc, "overwrite_cache": overwrite_cache}
+    try:
+        return entry, align(table, entry, stage=stage, rows=rows, index=index, **options)
+    except UnicodeDecodeError as error:
+        raise not_utf8(entry, error) from error
 
 
 def check_stage(entry: Entry, stage: str) -> None:
@@ -142,7 +158,13 @@ def check_stage(entry: Entry, stage: str) -> None:
 
 
 def encode_set(
-    name: str, table: datasets.Dataset, entries: Sequence[Entry], data_args: Any, stage: str, template: Template
+    name: str,
+    table: datasets.Dataset,
+    entries: Sequence[Entry],
+    data_args: Any,
+    stage: str,
+    template: Template,
+    most_examples: int = EXAMPLES,
 ) -> tuple[Encoded, SetReport]:
     """Encode aligned rows and count what is left out.
 
@@ -168,10 +190,10 @@ def encode_set(
         short = np.flatnonzero(encoded.labelled == 0)
         if len(short):
             encoded = Encoded(made, np.flatnonzero(encoded.labelled))
-        dropped, joined = _count_faults(table, entries), packing or encoding == "split"
-        long = np.flatnonzero(made["cut"][:])
+        dropped, joined = _count_faults(table, entries, most_examples), packing or encoding == "split"
+        long = np.flatnonzero(arrow_column(made, "cut").to_numpy())
         if encoding == "drop" and len(long):
-            where = places(entries, table.select(long[:EXAMPLES]))
+            where = places(entries, table.select(long[:most_examples]))
             dropped = (*dropped, Dropped(f"longer than cutoff_len {cutoff_len}", len(long), where))
             long = long[:0]
         origin = table
@@ -180,11 +202,11 @@ def encode_set(
         made = origin = encode_rows(
             table, template, stage, rules, **{k: shared[k] for k in shared if k != "cutoff_len"}
         )
-        dropped, joined = _count_faults(made, entries), False
-        faulty = np.array(made["fault"][:], dtype=object) != ""
+        dropped, joined = _count_faults(made, entries, most_examples), False
+        faulty = is_faulty(made)
         prefix = "chosen_" if stage in ("rm", "dpo") else ""
         encoded = Encoded(made, np.flatnonzero(~faulty) if faulty.any() else None, prefix)
-        long = np.flatnonzero(made["cut"][:])
+        long = np.flatnonzero(arrow_column(made, "cut").to_numpy())
     if policy == "error" and len(long):
         found = Dropped(
             f"longer than cutoff_len {cutoff_len}", len(long), places(entries, origin.select(long[:EXAMPLES]))
@@ -206,11 +228,8 @@ def encode_set(
     if len(encoded) == 0:
         raise DataError(_nothing_left(report, data_args.cutoff_len, stage))
     most = data_args.max_dropped
-    if report.left_out > (most if most >= 1 else most * report.read):
-        raise DataError(
-            f"{name}: {report.left_out} of {report.read} rows are left out, and max_dropped is {most:g}: "
-            f"{reasons(dropped)}. `jtune data CASE.yaml --check` names them all"
-        )
+    if report.exceeds(most):
+        raise DataError(f"{report.too_many(most)}: {reasons(dropped)}. `jtune data CASE.yaml --check` names them all")
     return encoded, report
 
 
@@ -235,12 +254,13 @@ def _merge(tables: Sequence[datasets.Dataset], data_args: Any, seed: int) -> dat
     return merge(tables, data_args.mix_strategy, data_args.interleave_probs, seed)
 
 
-def _count_faults(table: datasets.Dataset, entries: Sequence[Entry]) -> tuple[Dropped, ...]:
-    faults = np.array(table["fault"][:], dtype=object)
+def _count_faults(table: datasets.Dataset, entries: Sequence[Entry], most_examples: int) -> tuple[Dropped, ...]:
+    rows = np.flatnonzero(is_faulty(table))
+    faults = np.array(table.select(rows)["fault"][:], dtype=object)
     dropped = []
-    for reason in dict.fromkeys(faults[faults != ""]):
-        where = np.flatnonzero(faults == reason)
-        dropped.append(Dropped(reason, len(where), places(entries, table.select(where[:EXAMPLES]))))
+    for reason in dict.fromkeys(faults):
+        where = rows[faults == reason]
+        dropped.append(Dropped(reason, len(where), places(entries, table.select(where[:most_examples]))))
     return tuple(dropped)
 
 

@@ -1,20 +1,25 @@
-"""What the model is fed: `jtune data CASE.yaml`, for people and, with --json, for programs."""
+"""What the model is fed, and what is left out: `jtune data CASE.yaml`, for people and, with --json, for programs."""
 
+import io
 import json
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 from rich.console import Console
+from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-from jtune.data.batches import plan_batches
+from jtune.data.batches import packing_windows, plan_batches
 from jtune.data.encoded import IGNORED, Encoded
-from jtune.data.pipeline import load_datasets
+from jtune.data.pipeline import Splits, load_datasets
+from jtune.data.report import EXAMPLES
 from jtune.data.templates import Template, get_template
 from jtune.data.tokenizer import load_tokenizer
 from jtune.errors import DataError
@@ -25,8 +30,11 @@ BINS = 12  # of the histogram of lengths
 BAR = 40  # characters of its longest bar
 
 
-def run(config: Any, rows: int = 3, as_json: bool = False, out: TextIO | None = None) -> int:
+def run(config: Any, rows: int = 3, as_json: bool = False, html: str | None = None, out: TextIO | None = None) -> int:
     """Encode the training set of `config` (a jtune.config.Config) and show its first `rows` rows.
+
+    Args:
+      html: a file to write what is shown to, instead.
 
     Returns:
       0, the exit status.
@@ -36,26 +44,69 @@ def run(config: Any, rows: int = 3, as_json: bool = False, out: TextIO | None = 
     """
     out = out or sys.stdout
     with _log_to_stderr(as_json):
-        template, encoded = encode_training_set(config)
+        template, splits = encode_sets(config)
+    encoded = splits.train
+    if encoded is None:
+        raise DataError("`dataset` names no set: there is nothing to show")
     if as_json:
         for line in json_rows(encoded, rows):
             print(line, file=out)
         return 0
-    console = Console(file=out, highlight=False)
+    if html is None:
+        show(config, encoded, template, rows, Console(file=out, highlight=False))
+        return 0
+    console = Console(file=io.StringIO(), record=True, force_terminal=True, width=120, highlight=False)
+    show(config, encoded, template, rows, console)
+    Path(html).write_text(console.export_html(theme=MONOKAI), encoding="utf-8")
+    print(f"written to {html}", file=out)
+    return 0
+
+
+def show(config: Any, encoded: Encoded, template: Template, rows: int, console: Console) -> None:
+    """The first rows, with what is learned marked, and the numbers of all."""
     for i in range(min(rows, len(encoded))):
-        console.print(Text(f"row {i + 1} of {len(encoded)}: {encoded.lengths[i]} tokens", style="bold"))
-        console.print(marked(encoded[i], template.tokenizer, styled=console.is_terminal))
-        console.print()
+        for name, side in sides(encoded).items():
+            title = f"row {i + 1} of {len(encoded)}{name and f', {name}'}: {side.lengths[i]} tokens"
+            console.print(Text(title, style="bold"))
+            console.print(marked(side[i], template.tokenizer, styled=console.is_terminal))
+            console.print()
     if console.is_terminal:
         console.print(Text("trained on", style=TRAINED) + Text("  not trained on", style=GIVEN))
     else:
         console.print(Text(f"{BRACKETS[0]}trained on{BRACKETS[1]}  not trained on"))
     console.print(Text(statistics(config, encoded)))
-    return 0
 
 
-def encode_training_set(config: Any) -> tuple[Template, Encoded]:
-    """The template of `config` and its training set, encoded."""
+def sides(encoded: Encoded) -> dict[str, Encoded]:
+    """Of pairs, the chosen and the rejected side; else the examples themselves, without a name."""
+    return {"chosen": encoded, "rejected": encoded.rejected} if encoded.prefix else {"": encoded}
+
+
+def check(config: Any, out: TextIO | None = None) -> int:
+    """Read and encode all sets of `config`, and name every row that is left out, with its place and the reason.
+
+    Returns:
+      0, or 3 where more is left out than `max_dropped` allows.
+
+    Raises:
+      JtuneError: what stops the run whatever the limit is.
+    """
+    out = out or sys.stdout
+    unlimited = replace(config, data=replace(config.data, max_dropped=sys.maxsize))
+    _, splits = encode_sets(unlimited, evaluate=True, most_examples=sys.maxsize)
+    status = 0
+    for report in splits.report.sets:
+        for dropped in report.dropped:
+            for place in dropped.examples:
+                print(f"{place}: {dropped.reason}", file=out)
+        if report.exceeds(config.data.max_dropped):
+            print(report.too_many(config.data.max_dropped), file=out)
+            status = DataError.exit_code
+    return status
+
+
+def encode_sets(config: Any, *, evaluate: bool = False, most_examples: int = EXAMPLES) -> tuple[Template, Splits]:
+    """The template of `config` and its sets, encoded."""
     data, model = config.data, config.model
     template = get_template(
         data.template,
@@ -65,28 +116,27 @@ def encode_training_set(config: Any) -> tuple[Template, Encoded]:
         enable_thinking=data.enable_thinking,
         preserve_thinking=data.preserve_thinking,
     )
-    splits = load_datasets(
+    return template, load_datasets(
         data,
         config.finetuning.stage,
         config.training.seed,
         template.tokenizer,
         template,
-        train=True,
-        evaluate=False,
+        train=bool(data.dataset),
+        # What is kept in tokenized_path is for training, too.
+        evaluate=evaluate or bool(data.tokenized_path and config.training.do_eval),
         cache_dir=model.cache_dir,
         token=model.hf_hub_token,
+        most_examples=most_examples,
     )
-    if splits.train is None:
-        raise DataError("`dataset` names no set: there is nothing to show")
-    return template, splits.train
 
 
 def json_rows(encoded: Encoded, rows: int) -> Iterator[str]:
-    """The first `rows` rows, as encoded before packing: input_ids and labels; in stage pt, input_ids."""
-    for i in range(min(rows, len(encoded))):
-        row = encoded[i]
-        keys = ("input_ids", "labels") if "labels" in encoded.table.column_names else ("input_ids",)
-        yield json.dumps({key: row[key].tolist() for key in keys})
+    """The first `rows` rows, as encoded before packing: input_ids and labels; in stage pt, input_ids; in stages of
+    preferences, what LLaMA-Factory has there (chosen_input_ids ..., kto_tags).
+    """
+    for row in encoded.rows.select(range(min(rows, len(encoded)))):
+        yield json.dumps(row)
 
 
 TRAINED, GIVEN = "bold green", "dim"
@@ -108,14 +158,17 @@ def marked(row: dict[str, np.ndarray], tokenizer: Any, *, styled: bool = True) -
 
 def statistics(config: Any, encoded: Encoded) -> str:
     """Tokens, lengths, and what an epoch is on one device."""
-    tokens = int(encoded.lengths.sum(dtype=np.int64))
-    learned = int(encoded.labelled.sum(dtype=np.int64))
+    lengths = np.concatenate([side.lengths for side in sides(encoded).values()])
+    tokens = int(lengths.sum(dtype=np.int64))
+    learned = sum(int(side.labelled.sum(dtype=np.int64)) for side in sides(encoded).values())
     lines = [
         f"{len(encoded)} rows, {tokens} tokens, {learned} of them trained on ({learned / tokens:.1%})",
-        f"tokens in a row: mean {encoded.lengths.mean():.0f}, median {np.median(encoded.lengths):.0f}, "
-        f"longest {encoded.lengths.max()}",
-        *histogram(encoded.lengths),
+        f"tokens in {'an answer and its prompt' if encoded.prefix else 'a row'}: mean {lengths.mean():.0f}, median "
+        f"{np.median(lengths):.0f}, longest {lengths.max()}",
+        *histogram(lengths),
     ]
+    if config.finetuning.stage not in ("sft", "pt"):
+        return "\n".join(lines)
     data, training = config.data, config.training
     plan = plan_batches(
         encoded,
@@ -129,7 +182,7 @@ def statistics(config: Any, encoded: Encoded) -> str:
         shuffle=not config.finetuning.disable_shuffling,
         num_epochs=training.num_train_epochs,
         max_steps=training.max_steps,
-        windows=encoded.preprocessing_batches(data.preprocessing_batch_size, data.preprocessing_num_workers),
+        windows=packing_windows(encoded, data, config.finetuning.stage),
     )
     shapes = ", ".join("x".join(map(str, shape)) for shape in plan.shapes)
     lines.append(

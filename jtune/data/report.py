@@ -11,11 +11,11 @@ REASONS = 6  # reasons that are named in a sentence
 class Dropped:
     reason: str
     count: int
-    examples: tuple[str, ...]  # the first places, "file row 17"
+    examples: tuple[str, ...]  # places, "file:18" or "file row 17"
 
     def __str__(self) -> str:
-        more = ", ..." if self.count > len(self.examples) else ""
-        return f"{self.count} {self.reason} ({', '.join(self.examples)}{more})"
+        more = ", ..." if self.count > EXAMPLES else ""
+        return f"{self.count} {self.reason} ({', '.join(self.examples[:EXAMPLES])}{more})"
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,13 @@ class SetReport:
     @property
     def left_out(self) -> int:
         return sum(d.count for d in self.dropped)
+
+    def exceeds(self, most: float) -> bool:
+        """Whether more than `most` of the rows are left out: a number of rows, or below 1 a share of them."""
+        return self.left_out > (most if most >= 1 else most * self.read)
+
+    def too_many(self, most: float) -> str:
+        return f"{self.name}: {self.left_out} of {self.read} rows are left out, and max_dropped is {most:g}"
 
     @property
     def kept(self) -> int:

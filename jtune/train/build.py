@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jtune import tuning
 from jtune.config import DataArguments, FinetuningArguments, ModelArguments, TrainingArguments
-from jtune.data import BatchPlan, Encoded, EvalPlan, eval_batches
+from jtune.data import BatchPlan, Encoded, EvalPlan, eval_batches, packing_windows
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft
 from jtune.models import CausalLM, DecoderConfig, abstract_params, attention, init_params, logical_axes
@@ -364,7 +364,7 @@ def make_evaluation(
             batch_shards=shards,
             packing=packing,
             cutoff_len=data.cutoff_len,
-            windows=encoded.preprocessing_batches(data.preprocessing_batch_size, data.preprocessing_num_workers),
+            windows=packing_windows(encoded, data, stage),
         )
         check_row_length(mesh, plan.shape[1])
         step = make_eval_step(module, label_capacity=plan.label_capacity, batch_shards=shards, slots=plan.slots)

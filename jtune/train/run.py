@@ -25,6 +25,7 @@ from jtune.data import (
     get_template,
     load_datasets,
     load_tokenizer,
+    packing_windows,
     plan_batches,
 )
 from jtune.errors import Preempted
@@ -340,7 +341,7 @@ def plan_updates(config: Config, encoded: Encoded, shards: int) -> BatchPlan:
         num_epochs=training.num_train_epochs,
         max_steps=training.max_steps,
         drop_last=training.dataloader_drop_last,
-        windows=encoded.preprocessing_batches(data.preprocessing_batch_size, data.preprocessing_num_workers),
+        windows=packing_windows(encoded, data, config.finetuning.stage),
     )
 
 

@@ -145,7 +145,7 @@ def test_rows_that_cannot_be_learned_from_are_counted_and_named(template, tmp_pa
     said = report.sentence()
     for word in ("role out of turn", "unknown role 'robot'", "does not end with an answer", "a.json row 2"):
         assert word in said
-    with pytest.raises(DataError, match="3 of 4 rows are left out, and max_dropped is 0.5: 1 role out of turn"):
+    with pytest.raises(DataError, match="3 of 4 rows are left out, and max_dropped is 0\\.5: 1 role out of turn"):
         load(tmp_path, "a", template=template)
 
 

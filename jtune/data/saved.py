@@ -1,0 +1,74 @@
+"""Encoded sets in a folder, `tokenized_path`: made once, where the rows are, and read wherever the run is."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from jtune.data.encoded import Encoded
+from jtune.data.report import Dropped, SetReport
+from jtune.data.templates import Template
+from jtune.errors import DataError
+
+INDEX = "jtune_data.json"  # written last: a folder without it is not complete
+# Arguments that say how it is done, not what comes out.
+NO_MATTER = ("overwrite_cache", "tokenized_path", "preprocessing_num_workers", "max_dropped", "dataset_dir")
+
+
+def settings_of(data_args: Any, stage: str, seed: int, template: Template, *, evaluate: bool) -> dict[str, Any]:
+    """What encoded sets depend on, as JSON has it."""
+    given = {key: value for key, value in asdict(data_args).items() if key not in NO_MATTER}
+    made = given | {"stage": stage, "seed": seed, "tokenizer and template": template.key, "evaluation sets": evaluate}
+    return json.loads(json.dumps(made, default=str))
+
+
+def save(folder: Path, sets: Mapping[str, tuple[Encoded, SetReport]], settings: Mapping[str, Any]) -> None:
+    """Write the sets and what they were made with."""
+    index: dict[str, Any] = {"settings": settings, "sets": {}}
+    for name, (encoded, report) in sets.items():
+        encoded.table.save_to_disk(folder / name)
+        if encoded.kept is not None:
+            np.save(folder / f"{name}.npy", encoded.kept)
+        index["sets"][name] = {"prefix": encoded.prefix, "all": encoded.kept is None, "report": asdict(report)}
+    (folder / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def load(folder: Path, settings: Mapping[str, Any]) -> dict[str, tuple[Encoded, SetReport]] | None:
+    """The sets in `folder`; None if it holds none.
+
+    Raises:
+      DataError: it holds something else, or they were made with other settings.
+    """
+    path = folder / INDEX
+    if not path.exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise DataError(
+                f"tokenized_path {folder} holds something, but no {INDEX}: it was not written by jtune, or not to its "
+                "end. Give another folder, or empty it"
+            )
+        return None
+    index = json.loads(path.read_text(encoding="utf-8"))
+    then = index["settings"]
+    differing = [
+        key if "template" in key else f"{key} ({json.dumps(then.get(key))} then, {json.dumps(settings.get(key))} now)"
+        for key in sorted({*then, *settings})
+        if then.get(key) != settings.get(key)
+    ]
+    if differing:
+        raise DataError(
+            f"tokenized_path {folder} was made with other settings: {', '.join(differing)}. Set them back, or give "
+            "another folder"
+        )
+    sets = {}
+    for name, about in index["sets"].items():
+        kept = None if about["all"] else np.load(folder / f"{name}.npy", allow_pickle=False)
+        dropped = tuple(Dropped(d["reason"], d["count"], tuple(d["examples"])) for d in about["report"]["dropped"])
+        report = SetReport(**(about["report"] | {"dropped": dropped}))
+        table = datasets.load_from_disk(str(folder / name))
+        assert isinstance(table, datasets.Dataset)
+        sets[name] = Encoded(table, kept, about["prefix"]), report
+    return sets

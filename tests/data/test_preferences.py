@@ -1,0 +1,115 @@
+"""Pairs of answers, and answers that are good or not: aligned and encoded for stages rm, dpo and kto."""
+
+import pytest
+from test_sources import load, write
+
+from jtune.data import get_template
+from jtune.errors import DataError
+
+ALPACA = [{"instruction": "Say a.", "input": "Now.", "chosen": "A!", "rejected": "B, I think."}] * 3
+SHAREGPT = [
+    {
+        "conversations": [{"from": "human", "value": "Say a.\nNow."}],
+        "chosen": {"from": "gpt", "value": "A!"},
+        "rejected": {"from": "gpt", "value": "B, I think."},
+    }
+] * 3
+OPENAI = [
+    {
+        "messages": [{"role": "user", "content": "Say a.\nNow."}],
+        "chosen": {"role": "assistant", "content": "A!"},
+        "rejected": {"role": "assistant", "content": "B, I think."},
+    }
+] * 3
+SIDES = {"chosen": "chosen", "rejected": "rejected"}
+
+
+def decode(template, ids):
+    return template.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo"])
+@pytest.mark.parametrize(("form", "rows"), [("alpaca", ALPACA), ("sharegpt", SHAREGPT), ("openai", OPENAI)])
+def test_pairs_of_every_form_share_their_prompt(form, rows, stage, template, tmp_path):
+    columns = SIDES | ({"prompt": "instruction", "query": "input"} if form == "alpaca" else {})
+    write(tmp_path, "a.json", rows, {"formatting": form, "ranking": True, "columns": columns})
+    chosen = load(tmp_path, "a", template=template, stage=stage).train
+    for side, answer in ((chosen, "A!"), (chosen.rejected, "B, I think.")):
+        row = side[1]
+        learned = row["labels"] != -100
+        assert decode(template, row["input_ids"][learned]) == f"{answer}<|im_end|>\n"
+        assert decode(template, row["input_ids"][~learned]).endswith("Say a.\nNow.<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_longer_answer_says_how_much_is_cut(template, tmp_path):
+    write(tmp_path, "a.json", ALPACA, {"ranking": True, "columns": SIDES | {"prompt": "instruction"}})
+    chosen = load(tmp_path, "a", template=template, stage="dpo", cutoff_len=12).train
+    prompts = [side[0]["input_ids"][side[0]["labels"] == -100].tolist() for side in (chosen, chosen.rejected)]
+    assert prompts[0] == prompts[1]
+    assert chosen.rejected.lengths[0] == 12
+    assert chosen.lengths[0] < 12
+
+
+def test_feedback_comes_with_the_answer_of_the_row_before(template, tmp_path):
+    rows = [{"instruction": f"Q{i}", "output": f"A{i}", "good": i % 2 == 0} for i in range(3)]
+    write(tmp_path, "a.json", rows, {"columns": {"prompt": "instruction", "response": "output", "kto_tag": "good"}})
+    made = load(tmp_path, "a", template=template, stage="kto").train.rows
+    assert made["kto_tags"][:] == [True, False, True]
+    for i, row in enumerate(made):
+        assert [label for label in row["labels"] if label != -100] == template.tokenizer(f"A{i}<|im_end|>\n")[
+            "input_ids"
+        ]
+        assert f"Q{i}" in decode(template, row["kl_input_ids"])
+        assert f"A{(i - 1) % 3}" in decode(template, row["kl_input_ids"])
+
+
+def test_thoughts_of_earlier_answers_are_taken_out_and_none_is_added(template, tmp_path):
+    turn = lambda role, text: {"from": role, "value": text}
+    rows = [
+        {
+            "conversations": [turn("human", "a"), turn("gpt", "<think>\nhm\n</think>\n\nb"), turn("human", "c")],
+            "chosen": turn("gpt", "d"),
+            "rejected": turn("gpt", "e"),
+        }
+    ]
+    write(tmp_path, "a.json", rows, {"formatting": "sharegpt", "ranking": True, "columns": SIDES})
+    thinking = get_template("qwen3", template.tokenizer)
+    row = load(tmp_path, "a", template=thinking, stage="dpo").train[0]
+    text = decode(template, row["input_ids"])
+    assert "hm" not in text
+    assert text.count("<think>") == 1
+    assert decode(template, row["input_ids"][row["labels"] != -100]).startswith("<think>\n\n</think>\n\nd")
+
+
+@pytest.mark.parametrize(
+    ("stage", "info", "message"),
+    [
+        (
+            "sft",
+            {"ranking": True, "columns": SIDES},
+            "holds preferences (ranking): it is for stage rm and dpo, not sft",
+        ),
+        (
+            "kto",
+            {"ranking": True, "columns": SIDES},
+            "holds preferences (ranking): it is for stage rm and dpo, not kto",
+        ),
+        ("dpo", {}, """holds no preferences, and stage dpo learns from them: "ranking": true"""),
+        ("dpo", {"ranking": True}, "no column 'chosen' for the chosen"),
+        ("sft", {"columns": {"kto_tag": "good"}}, "holds preferences (kto_tag): it is for stage kto, not sft"),
+        ("kto", {"columns": {"kto_tag": "good"}}, "3 chosen is neither true nor false"),
+    ],
+)
+def test_a_set_for_another_stage_is_refused(stage, info, message, template, tmp_path):
+    if message.startswith("3"):
+        info = {"columns": {"kto_tag": "chosen"}}
+    rows = [row | {"output": "A", "good": True} for row in ALPACA]
+    write(
+        tmp_path,
+        "a.json",
+        rows if message.startswith("3") or stage != "dpo" else [{"instruction": "a", "output": "b"}],
+        info,
+    )
+    with pytest.raises(DataError) as error:
+        load(tmp_path, "a", template=template, stage=stage)
+    assert message in str(error.value)
