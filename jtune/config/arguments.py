@@ -103,6 +103,9 @@ class DataArguments:
     interleave_probs: tuple[float, ...] = arg((), "one probability for each set, with mix_strategy interleave_*")
     tokenized_path: str | None = arg(None, "a folder for the encoded sets: written if it is empty, else read")
     overwrite_cache: bool = arg(False, "encode again even if it was done before")
+    tokenizer_backend: Literal["huggingface", "gigatoken"] = arg(
+        "huggingface", "what tokenises; gigatoken gives the same ids, sooner (pip install 'jtune[fast]')"
+    )
     preprocessing_batch_size: int = arg(1000, "rows encoded at a time", at_least(1))
     preprocessing_num_workers: int | None = arg(None, "processes that encode", at_least(1))
     max_samples: int | None = arg(None, "the first so many rows of each set", at_least(1))

@@ -23,7 +23,7 @@ from jtune.data.align import FaultyRow
 from jtune.data.cache import fingerprint
 from jtune.data.chat_format import Pieces
 from jtune.data.encoded import IGNORED
-from jtune.data.templates import Template, token_ids, tokenise
+from jtune.data.templates import Template
 from jtune.data.tools import WHOLE
 from jtune.errors import DataError
 
@@ -207,7 +207,7 @@ def _tokenised(rendered: Sequence[Any], template: Template) -> list[Any]:
     flat: list[Pieces] = [
         pieces for turns in rendered if not isinstance(turns, str) for turn in turns for pieces in turn
     ]
-    ids = iter(tokenise(template.tokenizer, flat))
+    ids = iter(template.tokenise(flat))
     return [turns if isinstance(turns, str) else [(next(ids), next(ids)) for _ in turns] for turns in rendered]
 
 
@@ -223,12 +223,32 @@ def _put(out: dict[str, list[Any]], batch: Aligned, i: int, fault: str, cut: boo
         elif name == "kto_tags":
             out[name].append(bool(batch["desirable"][i]))
         elif name not in ORIGIN:
-            out[name].append(np.array(values.get(name, ()), np.int32))
+            out[name].append(values.get(name, ()))
     out["fault"].append(fault)
     out["cut"].append(cut)
 
 
-def _encode_conversations(batch: Aligned, *, template: Template, rules: Rules) -> dict[str, Any]:
+def _arrow(rows: Mapping[str, list[Any]], features: datasets.Features) -> pa.Table:
+    """Rows as a table. Lists of ids are joined first: Arrow takes one array much sooner than many lists."""
+    columns = []
+    for name, feature in features.items():
+        if feature is not IDS:
+            columns.append(pa.array(rows[name], feature.pa_type))
+            continue
+        offsets = np.cumsum([0, *map(len, rows[name])], dtype=np.int32)
+        values: list[int] = []
+        for row in rows[name]:
+            values += row
+        columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.array(values, np.int32))))
+    return pa.Table.from_arrays(columns, schema=features.arrow_schema)
+
+
+def _learns(labels: list[int]) -> bool:
+    """Whether a token other than the first has a label: nothing comes before the first one that could predict it."""
+    return len(labels) - labels.count(IGNORED) > (labels[:1] != [IGNORED])
+
+
+def _encode_conversations(batch: Aligned, *, template: Template, rules: Rules) -> pa.Table:
     discard = rules.mask_history and not template.preserve_thinking
     label = partial(
         label_turns,
@@ -252,11 +272,11 @@ def _encode_conversations(batch: Aligned, *, template: Template, rules: Rules) -
         else:
             parts = [(tokens, labels, cut)]
         for tokens, labels, cut in parts:
-            if all(label == IGNORED for label in labels[1:]):  # the first token is nothing's next one
+            if not _learns(labels):
                 _put(out, batch, i, NOTHING_TO_LEARN, cut)
             else:
                 _put(out, batch, i, "", cut, input_ids=tokens, labels=labels)
-    return out
+    return _arrow(out, CONVERSATIONS)
 
 
 def _overlong(rules: Rules) -> str:
@@ -290,7 +310,7 @@ def _last_only(template: Template) -> dict[str, bool]:
     return {"last_only": True, "discard_history": not template.preserve_thinking}
 
 
-def _encode_pairs(batch: Aligned, *, template: Template, rules: Rules) -> dict[str, Any]:
+def _encode_pairs(batch: Aligned, *, template: Template, rules: Rules) -> pa.Table:
     """Chosen and rejected answers after the prompt they share; both are cut where the longer one must be."""
     how = _last_only(template)
     chosen = _tokenised(_render(batch, template, **how), template)
@@ -315,10 +335,10 @@ def _encode_pairs(batch: Aligned, *, template: Template, rules: Rules) -> dict[s
             ids = {f"{side}_input_ids": prompt + tokens for side, tokens in sides.items()}
             labels = {f"{side}_labels": masked + tokens for side, tokens in sides.items()}
             _put(out, batch, i, "", cut, **ids, **labels)
-    return out
+    return _arrow(out, PAIRS)
 
 
-def _encode_feedback(batch: Aligned, *, template: Template, rules: Rules) -> dict[str, Any]:
+def _encode_feedback(batch: Aligned, *, template: Template, rules: Rules) -> pa.Table:
     """Answers that are good or not, each with its prompt; and for KTO's estimate of the KL divergence, each prompt with
     the answer of the row before it, in its batch (the first with that of the last).
     """
@@ -342,11 +362,11 @@ def _encode_feedback(batch: Aligned, *, template: Template, rules: Rules) -> dic
             values[f"{prefix}labels"] = [IGNORED] * source + answer[:target]
         if cut and rules.overlong == "drop":
             _put(out, batch, i, _overlong(rules), False)
-        elif all(label == IGNORED for label in values["labels"][1:]):
+        elif not _learns(values["labels"]):
             _put(out, batch, i, NOTHING_TO_LEARN, cut)
         else:
             _put(out, batch, i, "", cut, **values)
-    return out
+    return _arrow(out, FEEDBACK)
 
 
 # ---------------------------------------------------------------------- stage pt
@@ -373,7 +393,7 @@ def encode_documents(
     form = "split" if neat_packing else "blocks" if packing else overlong
     args = {"cutoff_len": cutoff_len, "form": form, "eos": document_end(template), "batch_size": batch_size}
     return table.map(
-        partial(_encode_texts, tokenizer=template.tokenizer, **{k: args[k] for k in ("cutoff_len", "form", "eos")}),
+        partial(_encode_texts, template=template, **{k: args[k] for k in ("cutoff_len", "form", "eos")}),
         batched=True,
         batch_size=batch_size,
         remove_columns=table.column_names,
@@ -391,13 +411,14 @@ def document_end(template: Template) -> str:
 
 
 def _encode_texts(
-    batch: Mapping[str, Sequence[Any]], *, tokenizer: Any, cutoff_len: int, form: str, eos: str
+    batch: Aligned, *, template: Template, cutoff_len: int, form: str, eos: str
 ) -> dict[str, list[np.ndarray]]:
+    tokenizer = template.tokenizer
     texts = [messages[0]["content"] + eos for messages, fault in zip(batch["messages"], batch["fault"]) if not fault]
     bos = tokenizer.bos_token_id if getattr(tokenizer, "add_bos_token", False) else None
     if bos is not None and form != "blocks":
         texts = [tokenizer.bos_token + text for text in texts]
-    documents = [np.array(ids, np.int32) for ids in token_ids(tokenizer, texts)]
+    documents = [np.array(ids, np.int32) for ids in template.token_ids(texts)]
     if form == "split":
         pieces = [ids[i : i + cutoff_len] for ids in documents for i in range(0, len(ids), cutoff_len)]
         return {"input_ids": pieces, "cut": [False] * len(pieces)}

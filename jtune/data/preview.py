@@ -115,6 +115,7 @@ def encode_sets(config: Any, *, evaluate: bool = False, most_examples: int = EXA
         default_system=data.default_system,
         enable_thinking=data.enable_thinking,
         preserve_thinking=data.preserve_thinking,
+        backend=data.tokenizer_backend,
     )
     return template, load_datasets(
         data,

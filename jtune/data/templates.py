@@ -19,12 +19,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date as Date
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from jtune.data import chat_template
 from jtune.data.cache import tokenizer_key
 from jtune.data.chat_format import CONTENT, EOS, ChatFormat, Pieces, Special, Token, Turn, render
+from jtune.data.ids import TokenIds, gigatoken_ids, token_ids
 from jtune.data.template_table import TABLE
 from jtune.data.tokenizer import fix_special_tokens
 from jtune.data.tools import FORMATS
@@ -42,6 +43,7 @@ class Template:
       eos_id, efficient_eos, preserve_thinking: what encoding needs to know (see `ChatFormat`).
       stop_ids: tokens that end an answer.
       tool_format: how tools and calls are written; None: in the tokenizer's own way.
+      backend: what tokenises: "huggingface", or "gigatoken" (see ids.py).
       key: changes with whatever the ids depend on, but for `day`, which only rows with tools may depend on.
     """
 
@@ -55,6 +57,7 @@ class Template:
     preserve_thinking: bool = False
     day: Date | None = None
     tool_format: str | None = None
+    backend: str = "huggingface"
 
     def encode(
         self, messages: Sequence[Mapping[str, str]], system: str | None = None, tools: str | None = None
@@ -69,8 +72,51 @@ class Template:
           DataError: the messages are no conversation, or tools or calls are not JSON.
         """
         turns = self.render(messages, system, tools)
-        ids = tokenise(self.tokenizer, [pieces for turn in turns for pieces in turn])
+        ids = self.tokenise([pieces for turn in turns for pieces in turn])
         return list(zip(ids[::2], ids[1::2]))
+
+    def tokenise(self, sequences: Sequence[Pieces]) -> list[list[int]]:
+        """The ids of each sequence of pieces: every string is tokenised on its own, no special tokens are added.
+
+        Strings are tokenised in one call, and each only once: what stands around messages is the same in all rows.
+        """
+        texts = list({piece: None for pieces in sequences for piece in pieces if isinstance(piece, str) and piece})
+        encoded = self.token_ids(texts)
+        ids_of: dict[Any, list[int]] = dict(zip(texts, encoded))
+        ids_of |= {
+            "": [],
+            Special.BOS: [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id],
+            Special.EOS: [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id],
+        }
+
+        def ids(piece: str | Special | Token) -> list[int]:
+            if not isinstance(piece, Token):
+                return ids_of[piece]
+            token = self.tokenizer.convert_tokens_to_ids(piece.name)
+            if token is None:
+                raise DataError(
+                    f"the template needs {piece.name}, which the tokenizer lacks: is it the model's template?"
+                )
+            return [token]
+
+        joined: list[list[int]] = []
+        for pieces in sequences:
+            joined.append([])
+            for piece in pieces:
+                joined[-1] += ids(piece)  # whole lists: no token is touched by itself
+        return joined
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, no special tokens added."""
+        return (self._fast or partial(token_ids, self.tokenizer))(texts)
+
+    @cached_property
+    def _fast(self) -> TokenIds | None:
+        return gigatoken_ids(self.tokenizer) if self.backend == "gigatoken" else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process makes its own gigatoken."""
+        return {name: value for name, value in self.__dict__.items() if name != "_fast"}
 
 
 def get_template(
@@ -82,6 +128,7 @@ def get_template(
     enable_thinking: bool | None = True,
     preserve_thinking: bool = False,
     date: Date | None = None,
+    backend: str = "huggingface",
 ) -> Template:
     """The template `name`, or the tokenizer's own for None. Adds to `tokenizer` the special tokens that it needs.
 
@@ -94,6 +141,7 @@ def get_template(
         what the template puts around them, but for eos.
       default_system: system message of rows that have none; "" for none.
       enable_thinking, preserve_thinking: see `ChatFormat`; only for templates of thinking models.
+      backend: see `Template`.
 
     Raises:
       ConfigError: an unknown name.
@@ -109,7 +157,8 @@ def get_template(
         options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         own = partial(chat_template.render, tokenizer, default_system=default_system or "", options=options)
         chat_template.check(tokenizer, own)
-        return _bind(None, tokenizer, own, (), f"{tokenizer.chat_template!r} {default_system!r} {options}")
+        bound = _bind(None, tokenizer, own, (), f"{tokenizer.chat_template!r} {default_system!r} {options} {backend}")
+        return replace(bound, backend=backend)
 
     form = chat_format(name)
     if tool_format is not None:
@@ -122,9 +171,10 @@ def get_template(
         form = replace(form, enable_thinking=enable_thinking, preserve_thinking=preserve_thinking)
     fix_special_tokens(tokenizer, form.stop_words, replace_eos=form.replace_eos)
     day = date or Date.today()  # one day for the whole run, also over midnight
-    template = _bind(name, tokenizer, partial(render, replace(form, day=day)), form.stop_words, repr(form))
+    template = _bind(name, tokenizer, partial(render, replace(form, day=day)), form.stop_words, f"{form} {backend}")
     return replace(
         template,
+        backend=backend,
         efficient_eos=form.efficient_eos,
         preserve_thinking=form.preserve_thinking,
         day=day,
@@ -141,38 +191,6 @@ def chat_format(name: str) -> ChatFormat:
     if name in TABLE:
         return TABLE[name]
     raise ConfigError(f"template {name!r} is unknown: {_near(name, TABLE)}")
-
-
-def tokenise(tokenizer: Any, sequences: Sequence[Pieces]) -> list[list[int]]:
-    """The ids of each sequence of pieces: every string is tokenised on its own, no special tokens are added.
-
-    Strings are tokenised in one call, and each only once: what stands around messages is the same in all rows.
-    """
-    texts = list({piece: None for pieces in sequences for piece in pieces if isinstance(piece, str) and piece})
-    encoded = token_ids(tokenizer, texts)
-    ids_of: dict[Any, list[int]] = dict(zip(texts, encoded))
-    ids_of |= {
-        "": [],
-        Special.BOS: [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id],
-        Special.EOS: [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
-    }
-
-    def ids(piece: str | Special | Token) -> list[int]:
-        if not isinstance(piece, Token):
-            return ids_of[piece]
-        token = tokenizer.convert_tokens_to_ids(piece.name)
-        if token is None:
-            raise DataError(f"the template needs {piece.name}, which the tokenizer lacks: is it the model's template?")
-        return [token]
-
-    return [[token for piece in pieces for token in ids(piece)] for pieces in sequences]
-
-
-def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text, no special tokens added."""
-    if not texts:
-        return []
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def _bind(name: str | None, tokenizer: Any, render: Callable, stop_words: Sequence[str], key: str) -> Template:

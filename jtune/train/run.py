@@ -307,6 +307,7 @@ def load_data(config: Config, tokenizer: Any, vocab_size: int, first: bool = Tru
         default_system=data.default_system,
         enable_thinking=data.enable_thinking,
         preserve_thinking=data.preserve_thinking,
+        backend=data.tokenizer_backend,
     )
     splits = load_datasets(
         data,

@@ -26,10 +26,11 @@ def watch(peak: list[float]) -> None:
 
 def main(words: list[str]) -> None:
     from jtune.config import load_config
-    from jtune.data import packing_windows, plan_batches
+    from jtune.data import load_tokenizer, packing_windows, plan_batches
     from jtune.data.preview import encode_sets
 
     config = load_config(words, command="data")
+    load_tokenizer(config.model.model_name_or_path)  # imports what it needs
     imported = anonymous_mib()
     peak = [imported]
     threading.Thread(target=watch, args=(peak,), daemon=True).start()

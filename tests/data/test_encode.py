@@ -91,7 +91,7 @@ def test_rows_are_encoded_once(template, monkeypatch, tmp_path):
     rules = {"cutoff_len": 1000, "mask_history": False, "train_on_prompt": False}
     again = lambda: Encoded(encode_rows(datasets.load_from_disk(tmp_path), template, "sft", Rules(**rules)))
     first = again()
-    monkeypatch.setattr("jtune.data.encode.tokenise", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr("jtune.data.templates.Template.tokenise", lambda *_: pytest.fail("encoded again"))
     np.testing.assert_array_equal(again()[0]["input_ids"], first[0]["input_ids"])
 
 

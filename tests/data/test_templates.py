@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from small import rows
+from tokenizers.pre_tokenizers import ByteLevel
 
 from jtune.data import get_template
 from jtune.errors import ConfigError
@@ -40,6 +41,19 @@ def test_chats_are_written_as_llamafactory_writes_them(name, tokenizer):
         chat = RECORDED["conversations"][kind]
         turns = template.encode(messages(chat["messages"]), chat["system"] or None, chat["tools"] or None)
         assert [[tokenizer.decode(prompt), tokenizer.decode(answer)] for prompt, answer in turns] == expected, kind
+
+
+def test_gigatoken_gives_the_same_ids_or_is_not_used(tokenizer, caplog):
+    pytest.importorskip("gigatoken")
+    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)  # one that gigatoken knows
+    chat = messages([("user", "naïve 你好\n\n"), ("assistant", " <|im_end|> 12345 e\u0301")])
+    plain, fast = (get_template("qwen", tokenizer, backend=name) for name in ("huggingface", "gigatoken"))
+    assert fast.encode(chat) == plain.encode(chat)
+    assert fast._fast is not None
+    assert not caplog.messages
+    tokenizer.split_special_tokens = True  # which gigatoken does not know
+    assert get_template("qwen", tokenizer, backend="gigatoken")._fast is None
+    assert "gives other ids" in caplog.text
 
 
 def test_the_tokenizers_own_chat_template_is_the_default(tokenizer):
