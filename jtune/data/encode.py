@@ -306,7 +306,7 @@ def _one_turn(turns: Sequence[tuple[list[int], list[int]]], template: Template) 
     return prompt, [*turns[-1][1], template.eos_id] if template.efficient_eos else list(turns[-1][1])
 
 
-def _last_only(template: Template) -> dict[str, bool]:
+def _last_only(template: Template) -> dict[str, Any]:
     return {"last_only": True, "discard_history": not template.preserve_thinking}
 
 
@@ -412,7 +412,7 @@ def document_end(template: Template) -> str:
 
 def _encode_texts(
     batch: Aligned, *, template: Template, cutoff_len: int, form: str, eos: str
-) -> dict[str, list[np.ndarray]]:
+) -> dict[str, list[Any]]:
     tokenizer = template.tokenizer
     texts = [messages[0]["content"] + eos for messages, fault in zip(batch["messages"], batch["fault"]) if not fault]
     bos = tokenizer.bos_token_id if getattr(tokenizer, "add_bos_token", False) else None
