@@ -93,6 +93,28 @@ def check(tokenizer: Any, own: Callable[..., list[Turn]]) -> None:
     )
 
 
+def first_turn(tokenizer: Any, options: Mapping[str, Any]) -> str | None:
+    """A question and its answer as the tokenizer's chat template writes them; None if there is none, or it refuses."""
+    if not exists(tokenizer):
+        return None
+    try:
+        [turn] = render(tokenizer, PROBE[:2], options=options)
+    except FaultyRow:
+        return None
+    return "".join(map(str, turn.prompt + turn.response)).strip()
+
+
+def difference(tokenizer: Any, own: str, form: ChatFormat) -> str | None:
+    """Where a format first writes `first_turn` in another way than `own`; None where it does not."""
+    [turn] = render_format(form, PROBE[:2])
+    named = _spoken(tokenizer, turn.prompt + turn.response).strip()
+    if named == own:
+        return None
+    at = next((i for i, (a, b) in enumerate(zip(named, own)) if a != b), min(len(named), len(own)))
+    shown = lambda text: repr(text[max(0, at - 15) : at + 35])
+    return f"{shown(named)}, and the model's own {shown(own)}"
+
+
 def same_text(tokenizer: Any, own: Callable[..., list[Turn]]) -> list[str]:
     """Names of the formats that render one question and answer, thoughts apart, as the chat template does."""
     from jtune.data.template_table import TABLE

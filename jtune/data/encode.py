@@ -410,9 +410,7 @@ def document_end(template: Template) -> str:
     return "<|end_of_text|>" if template.name == "llama3" else template.tokenizer.eos_token
 
 
-def _encode_texts(
-    batch: Aligned, *, template: Template, cutoff_len: int, form: str, eos: str
-) -> dict[str, list[Any]]:
+def _encode_texts(batch: Aligned, *, template: Template, cutoff_len: int, form: str, eos: str) -> dict[str, list[Any]]:
     tokenizer = template.tokenizer
     texts = [messages[0]["content"] + eos for messages, fault in zip(batch["messages"], batch["fault"]) if not fault]
     bos = tokenizer.bos_token_id if getattr(tokenizer, "add_bos_token", False) else None

@@ -235,7 +235,8 @@ def encode_set(
 
 def _load_all(names: Sequence[str], data_args: Any, **load: Any) -> tuple[list[Entry], list[datasets.Dataset]]:
     entries, tables = [], []
-    for index, entry in enumerate(find_datasets(names, data_args.dataset_dir)):
+    found = find_datasets(names, data_args.dataset_dir, allow_outside=data_args.allow_outside_dataset_dir)
+    for index, entry in enumerate(found):
         log.info("reading dataset %s", entry.name)
         entry, table = load_aligned(
             entry,

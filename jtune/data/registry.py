@@ -78,12 +78,15 @@ class Entry:
     tags: Tags = field(default_factory=Tags)
 
 
-def find_datasets(names: Sequence[str], dataset_dir: str | Mapping[str, Any]) -> list[Entry]:
+def find_datasets(
+    names: Sequence[str], dataset_dir: str | Mapping[str, Any], *, allow_outside: bool = False
+) -> list[Entry]:
     """Look up each name: in dataset_info.json, else as a file or folder, else as a hub id.
 
     Args:
       dataset_dir: a folder; "ONLINE" (every name is a hub id); "REMOTE:repo" (that repository's dataset_info.json); or
         the content of a dataset_info.json.
+      allow_outside: a `file_name` may lie outside the folder.
 
     Raises:
       DataError: a name means nothing, or its entry is faulty.
@@ -93,10 +96,17 @@ def find_datasets(names: Sequence[str], dataset_dir: str | Mapping[str, Any]) ->
     if dataset_dir == "ONLINE":
         return [Entry(name, "hub", name) for name in names]
     info, where, folder = _read_info(dataset_dir)
-    return [_find(name, info, where, folder) for name in names]
+    return [_find(name, info, where, folder, allow_outside) for name in names]
 
 
-def entry_of(name: str, info: Mapping[str, Any], *, where: str = INFO, folder: Path = Path("data")) -> Entry:
+def entry_of(
+    name: str,
+    info: Mapping[str, Any],
+    *,
+    where: str = INFO,
+    folder: Path = Path("data"),
+    allow_outside: bool = False,
+) -> Entry:
     """The entry `name` of a dataset_info.json as an `Entry`.
 
     >>> entry_of("a", {"a": {"file_name": "a.json", "columns": {"prompt": "q", "response": "a"}}}).columns.prompt
@@ -107,7 +117,7 @@ def entry_of(name: str, info: Mapping[str, Any], *, where: str = INFO, folder: P
     if not isinstance(row, Mapping):
         raise DataError(f"{about}: expected an object with file_name or hf_hub_url, found {json.dumps(row)[:80]}")
     _check_keys(row, _KEYS, about)
-    source, path = _source(row, about, folder)
+    source, path = _source(row, about, folder, allow_outside)
     formatting = row.get("formatting", "alpaca")
     if formatting not in FORMATTINGS:
         raise DataError(f"{about}: formatting {formatting!r} is not one of {', '.join(FORMATTINGS)}")
@@ -174,9 +184,9 @@ def _read_info(dataset_dir: str | Mapping[str, Any]) -> tuple[Mapping[str, Any],
     return info, str(path), folder
 
 
-def _find(name: str, info: Mapping[str, Any], where: str, folder: Path) -> Entry:
+def _find(name: str, info: Mapping[str, Any], where: str, folder: Path, allow_outside: bool) -> Entry:
     if name in info:
-        return entry_of(name, info, where=where, folder=folder)
+        return entry_of(name, info, where=where, folder=folder, allow_outside=allow_outside)
     for path in (folder / name, Path(name)):
         if path.exists():
             return Entry(name, "file", str(path), formatting=None)
@@ -192,7 +202,7 @@ def _find(name: str, info: Mapping[str, Any], where: str, folder: Path) -> Entry
     raise DataError(f"dataset {name!r} is neither in {where} nor a file or folder. {hint}")
 
 
-def _source(row: Mapping[str, Any], about: str, folder: Path) -> tuple[str, str]:
+def _source(row: Mapping[str, Any], about: str, folder: Path, allow_outside: bool) -> tuple[str, str]:
     """Where the rows are; a hub comes before a script, a URL, a file, as in LLaMA-Factory."""
     if "hf_hub_url" in row:
         return "hub", row["hf_hub_url"]
@@ -210,10 +220,11 @@ def _source(row: Mapping[str, Any], about: str, folder: Path) -> tuple[str, str]
         raise DataError(f"{about}: no file_name and no hf_hub_url: one of them says where the rows are")
     given = row["file_name"]
     # By the words of the path, not by where links lead: links inside the folder were put there by its owner.
-    if os.path.isabs(given) or os.path.normpath(given).split(os.sep)[0] == "..":
+    outside = os.path.isabs(given) or os.path.normpath(given).split(os.sep)[0] == ".."
+    if outside and not allow_outside:
         raise DataError(
-            f"{about}: file_name {given!r} lies outside {folder}. Move the file there, link to it from there, or name "
-            "its path in `dataset:`"
+            f"{about}: file_name {given!r} lies outside {folder}. Move the file there, link to it from there, name its "
+            "path in `dataset:`, or set allow_outside_dataset_dir: true"
         )
     return "file", str(folder / given)
 

@@ -169,7 +169,10 @@ def get_template(
         form = replace(form, default_system=default_system)
     if form.thinking:
         form = replace(form, enable_thinking=enable_thinking, preserve_thinking=preserve_thinking)
+    own = chat_template.first_turn(tokenizer, {} if enable_thinking is None else {"enable_thinking": enable_thinking})
     fix_special_tokens(tokenizer, form.stop_words, replace_eos=form.replace_eos)
+    if own is not None and (difference := chat_template.difference(tokenizer, own, form)):
+        log.info("template %s is not the model's own chat template: it writes %s", name, difference)
     day = date or Date.today()  # one day for the whole run, also over midnight
     template = _bind(name, tokenizer, partial(render, replace(form, day=day)), form.stop_words, f"{form} {backend}")
     return replace(

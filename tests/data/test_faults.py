@@ -105,6 +105,17 @@ def test_a_column_that_is_not_there(template, tmp_path):
     assert len(load(tmp_path, "a", template=template).train) == 1
 
 
+def test_a_file_outside_the_folder_is_only_read_when_that_is_allowed(template, tmp_path):
+    (tmp_path / "data").mkdir()
+    lines(tmp_path, "a.jsonl", GOOD)
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"a": {"file_name": "../a.jsonl"}}))
+    assert said(template, tmp_path / "data") == (
+        f"{tmp_path}/data/dataset_info.json, entry 'a': file_name '../a.jsonl' lies outside {tmp_path}/data. Move the "
+        "file there, link to it from there, name its path in `dataset:`, or set allow_outside_dataset_dir: true"
+    )
+    assert len(load(tmp_path / "data", "a", template=template, allow_outside_dataset_dir=True).train) == 1
+
+
 def test_rows_that_are_too_long(template, tmp_path):
     turns = [chat("human", "gpt", "human", "gpt", "human", "gpt"), chat("human", "gpt")]
     write(tmp_path, "a.jsonl", turns, {"formatting": "sharegpt"})

@@ -67,6 +67,22 @@ def test_the_tokenizers_own_chat_template_is_the_default(tokenizer):
     assert text == [("<user>1<|eot_id|><assistant>", "2<|eot_id|>"), ("<user>3<|eot_id|><assistant>", "4<|eot_id|>")]
 
 
+def test_a_named_template_that_is_not_the_models_own_is_told(tokenizer, caplog):
+    chatml = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.chat_template = chatml
+    with caplog.at_level("INFO", logger="jtune"):
+        get_template("chatml", tokenizer)
+        assert "model's own" not in caplog.text
+        get_template("phi", tokenizer)
+    assert caplog.messages[-1] == (
+        "template phi is not the model's own chat template: it writes '<|user|>\\nWhat is 1 + 1?<|end|>\\n<|assi', and "
+        "the model's own '<|im_start|>user\\nWhat is 1 + 1?<|im_e'"
+    )
+
+
 def test_stop_words_become_special_and_may_replace_eos(tokenizer):
     template = get_template("qwen", tokenizer)
     assert tokenizer.eos_token == "<|im_end|>"
