@@ -5,14 +5,16 @@ Assistants speak in capitals and nobody else does, so that a wrong mask shows.
 
 import datasets
 import numpy as np
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import pytest
 
 from jtune.data.align import ALIGNED, FaultyRow, align_row
 from jtune.data.encode import Rules, encode_rows
 from jtune.data.encoded import IGNORED, Encoded
 from jtune.data.pack import pack
 from jtune.data.registry import OPENAI_TAGS, Columns, Entry
+
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
 
 LOW = st.text("ab {}:[]\n<|>", max_size=12) | st.sampled_from(
     ["{{content}}", "<|im_end|>\n", "<|im_start|>assistant\n"]
@@ -86,8 +88,8 @@ def aligned(rows, entry):
     return datasets.Dataset.from_list(made, features=ALIGNED)
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
-@given(data=st.data())
+@hypothesis.settings(max_examples=120, deadline=None, derandomize=True)
+@hypothesis.given(data=st.data())
 def test_a_row_is_learned_from_or_left_out_and_only_answers_are_learned(data, template):
     kind = data.draw(st.sampled_from(sorted(ROWS)))
     rows = data.draw(st.lists(ROWS[kind], min_size=1, max_size=4))
