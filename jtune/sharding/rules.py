@@ -52,8 +52,8 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
 def only(where: P, axes: Collection[str]) -> P:
     """What `where` says of the mesh axes `axes`.
 
-    >>> only(P(("fsdp", "expert"), "tensor"), ("fsdp",))
-    PartitionSpec('fsdp', None)
+    >>> only(P(("fsdp", "expert"), "tensor"), ("fsdp",)) == P("fsdp", None)
+    True
     """
     parts = [tuple(axis for axis in named(part) if axis in axes) for part in where]
     return P(*(part[0] if len(part) == 1 else part or None for part in parts))

@@ -87,7 +87,8 @@ def test_merging_keeps_the_dtype_of_the_base_and_computes_in_float32():
     node = params["layers"]["self_attn"]["q_proj"]["kernel"]
     exact = np.float32(node.base) + node.scale * (np.asarray(node.a) @ np.asarray(node.b))
     assert kernel.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(kernel, jnp.asarray(exact).astype(jnp.bfloat16))
+    # Rounded once: half of the last place, and a little for the order of a sum in float32, which is a processor's own.
+    np.testing.assert_allclose(np.float32(kernel), exact, rtol=2**-8 * 1.01)
 
 
 def test_split_gives_the_base_and_the_adapters_alone():
