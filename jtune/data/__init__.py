@@ -9,7 +9,7 @@ from jtune.data.batches import BatchPlan, EvalBatch, EvalPlan, eval_batches, pac
 from jtune.data.encoded import Encoded, check_vocabulary
 from jtune.data.pipeline import Splits, load_datasets
 from jtune.data.report import Report
-from jtune.data.templates import Template, get_template
+from jtune.data.templates import Template, get_template, template_of
 from jtune.data.tokenizer import load_tokenizer
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "load_tokenizer",
     "packing_windows",
     "plan_batches",
+    "template_of",
 ]

@@ -166,11 +166,10 @@ def _alpaca(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[dict
     columns: Columns = entry.columns
     messages = []
     history = row.get(columns.history) if columns.history else None
-    if history is not None and not isinstance(history, list):
+    is_turn = lambda turn: isinstance(turn, Sequence) and not isinstance(turn, str) and len(turn) == 2
+    if history is not None and not (isinstance(history, list) and all(map(is_turn, history))):
         raise FaultyRow(f"{columns.history} is not a list of [question, answer]")
     for turn in history or []:
-        if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
-            raise FaultyRow(f"{columns.history} is not a list of [question, answer]")
         messages += [_message("user", turn[0], columns.history), _message("assistant", turn[1], columns.history)]
     asked = [column for column in (columns.prompt, columns.query) if column]
     if all(row.get(column) is None for column in asked):

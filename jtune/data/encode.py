@@ -265,7 +265,7 @@ def _encode_conversations(batch: Aligned, *, template: Template, rules: Rules) -
             continue
         tokens, labels, cut = label(turns)
         if cut and rules.overlong == "drop":
-            _put(out, batch, i, _overlong(rules), False)
+            _put(out, batch, i, too_long(rules.cutoff_len), False)
             continue
         if cut and rules.overlong == "split":
             parts = [label(part) for part in _split(batch, i, template, rules, discard)]
@@ -279,8 +279,8 @@ def _encode_conversations(batch: Aligned, *, template: Template, rules: Rules) -
     return _arrow(out, CONVERSATIONS)
 
 
-def _overlong(rules: Rules) -> str:
-    return f"longer than cutoff_len {rules.cutoff_len}"
+def too_long(cutoff_len: int) -> str:
+    return f"longer than cutoff_len {cutoff_len}"
 
 
 def _split(batch: Aligned, i: int, template: Template, rules: Rules, discard: bool) -> list[Any]:
@@ -326,7 +326,7 @@ def _encode_pairs(batch: Aligned, *, template: Template, rules: Rules) -> pa.Tab
         cut = source < len(prompt) or target < longest
         prompt, answer, other = prompt[:source], answer[:target], other[:target]
         if cut and rules.overlong == "drop":
-            _put(out, batch, i, _overlong(rules), False)
+            _put(out, batch, i, too_long(rules.cutoff_len), False)
         elif not answer or not other:
             _put(out, batch, i, NOTHING_TO_LEARN, cut)
         else:
@@ -361,7 +361,7 @@ def _encode_feedback(batch: Aligned, *, template: Template, rules: Rules) -> pa.
             values[f"{prefix}input_ids"] = prompt[:source] + answer[:target]
             values[f"{prefix}labels"] = [IGNORED] * source + answer[:target]
         if cut and rules.overlong == "drop":
-            _put(out, batch, i, _overlong(rules), False)
+            _put(out, batch, i, too_long(rules.cutoff_len), False)
         elif not _learns(values["labels"]):
             _put(out, batch, i, NOTHING_TO_LEARN, cut)
         else:

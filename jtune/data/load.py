@@ -210,11 +210,7 @@ def _check_utf8(path: str) -> None:
 def _parsed(path: str) -> Iterator[tuple[str, Any]]:
     """The rows of a JSON array or of JSON lines, each with its place. Raises DataError at the first that is none."""
     with open(path, encoding="utf-8") as file:
-        start = file.read(1).strip()
-        while start == "" and (more := file.read(1)):
-            start = more.strip()
-        file.seek(0)
-        if start == "[":
+        if _is_array(path):
             text = file.read()
             try:
                 rows = json.loads(text)

@@ -14,7 +14,7 @@ import numpy as np
 
 from jtune.data import saved
 from jtune.data.align import align, is_faulty
-from jtune.data.encode import NOTHING_TO_LEARN, Rules, encode_documents, encode_rows
+from jtune.data.encode import NOTHING_TO_LEARN, Rules, encode_documents, encode_rows, too_long
 from jtune.data.encoded import Encoded, arrow_column
 from jtune.data.load import check_columns, load_table, not_utf8, places, resolve_format
 from jtune.data.mix import hold_out, merge, pick_rows
@@ -193,8 +193,10 @@ def encode_set(
         dropped, joined = _count_faults(table, entries, most_examples), packing or encoding == "split"
         long = np.flatnonzero(arrow_column(made, "cut").to_numpy())
         if encoding == "drop" and len(long):
-            where = places(entries, table.select(long[:most_examples]))
-            dropped = (*dropped, Dropped(f"longer than cutoff_len {cutoff_len}", len(long), where))
+            dropped = (
+                *dropped,
+                Dropped(too_long(cutoff_len), len(long), places(entries, table.select(long[:most_examples]))),
+            )
             long = long[:0]
         origin = table
     else:
@@ -208,9 +210,7 @@ def encode_set(
         encoded = Encoded(made, np.flatnonzero(~faulty) if faulty.any() else None, prefix)
         long = np.flatnonzero(arrow_column(made, "cut").to_numpy())
     if policy == "error" and len(long):
-        found = Dropped(
-            f"longer than cutoff_len {cutoff_len}", len(long), places(entries, origin.select(long[:EXAMPLES]))
-        )
+        found = Dropped(too_long(cutoff_len), len(long), places(entries, origin.select(long[:EXAMPLES])))
         raise DataError(
             f"{name}: {found}. Raise it, or say what is to become of them: overlong: truncate, drop or split"
         )

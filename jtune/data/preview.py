@@ -20,7 +20,7 @@ from jtune.data.batches import packing_windows, plan_batches
 from jtune.data.encoded import IGNORED, Encoded
 from jtune.data.pipeline import Splits, load_datasets
 from jtune.data.report import EXAMPLES
-from jtune.data.templates import Template, get_template
+from jtune.data.templates import Template, template_of
 from jtune.data.tokenizer import load_tokenizer
 from jtune.errors import DataError
 
@@ -108,15 +108,8 @@ def check(config: Any, out: TextIO | None = None) -> int:
 def encode_sets(config: Any, *, evaluate: bool = False, most_examples: int = EXAMPLES) -> tuple[Template, Splits]:
     """The template of `config` and its sets, encoded."""
     data, model = config.data, config.model
-    template = get_template(
-        data.template,
-        load_tokenizer(model.model_name_or_path, split_special_tokens=model.split_special_tokens, **model.hub),
-        tool_format=data.tool_format,
-        default_system=data.default_system,
-        enable_thinking=data.enable_thinking,
-        preserve_thinking=data.preserve_thinking,
-        backend=data.tokenizer_backend,
-    )
+    tokenizer = load_tokenizer(model.model_name_or_path, split_special_tokens=model.split_special_tokens, **model.hub)
+    template = template_of(data, tokenizer)
     return template, load_datasets(
         data,
         config.finetuning.stage,

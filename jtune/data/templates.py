@@ -185,6 +185,23 @@ def get_template(
     )
 
 
+def template_of(data_args: Any, tokenizer: Any) -> Template:
+    """`get_template` of the arguments of a run.
+
+    Args:
+      data_args: with LLaMA-Factory's names (jtune.config.DataArguments).
+    """
+    return get_template(
+        data_args.template,
+        tokenizer,
+        tool_format=data_args.tool_format,
+        default_system=data_args.default_system,
+        enable_thinking=data_args.enable_thinking,
+        preserve_thinking=data_args.preserve_thinking,
+        backend=data_args.tokenizer_backend,
+    )
+
+
 def chat_format(name: str) -> ChatFormat:
     """The format `name` of the table.
 

@@ -22,11 +22,11 @@ from jtune.data import (
     Encoded,
     Splits,
     check_vocabulary,
-    get_template,
     load_datasets,
     load_tokenizer,
     packing_windows,
     plan_batches,
+    template_of,
 )
 from jtune.errors import Preempted
 from jtune.inspect import show
@@ -300,15 +300,7 @@ def load_data(config: Config, tokenizer: Any, vocab_size: int, first: bool = Tru
       first: False where another process has just encoded them into the same cache: `overwrite_cache` has been done.
     """
     data = config.data if first else dataclasses.replace(config.data, overwrite_cache=False)
-    template = get_template(
-        data.template,
-        tokenizer,
-        tool_format=data.tool_format,
-        default_system=data.default_system,
-        enable_thinking=data.enable_thinking,
-        preserve_thinking=data.preserve_thinking,
-        backend=data.tokenizer_backend,
-    )
+    template = template_of(data, tokenizer)
     splits = load_datasets(
         data,
         config.finetuning.stage,
