@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jtune.models import CausalLM
+from jtune.models.decoder import hidden_states
 from jtune.train.loss import chunk_positions, sum_labelled, summed_nll
 from jtune.train.state import LossScale, TrainState
 from jtune.tuning import combine, prepared_axes
@@ -53,10 +54,9 @@ def make_loss_sum(model: CausalLM, *, label_capacity: int, batch_shards: int) ->
 
     def loss_sum(trainable, frozen, batch: Batch, dropout_key):
         params = combine(trainable, frozen)
-        rngs = None if dropout_key is None else {"dropout": dropout_key}
-        hidden = model.apply(
-            {"params": params}, batch["input_ids"], batch["positions"], batch["segment_ids"], rngs=rngs, method="hidden"
-        )
+        hidden = hidden_states(
+            model, params, batch["input_ids"], batch["positions"], batch["segment_ids"], dropout_key=dropout_key
+        ).x
         head_params = {key: params[key] for key in model.head_keys}
         return sum_labelled(
             chunked,
