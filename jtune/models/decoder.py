@@ -79,9 +79,10 @@ class CausalLM(nn.Module):
     unrolled: bool = False
 
     @property
-    def head_keys(self) -> tuple[str, str]:
+    def head_keys(self) -> tuple[str, ...]:
         """The subtrees of the parameters that `head` needs."""
-        return ("norm", "embed_tokens" if self.config.tie_word_embeddings else "lm_head")
+        table = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        return ("norm", table) if self.config.norm_scale else (table,)
 
     def setup(self):
         c = self.config
