@@ -92,7 +92,7 @@ def load_adapter(
     """Put a PEFT adapter onto `params`: kernels become LoRA nodes, modules saved whole replace those of the base.
 
     Args:
-      params: plain arrays, layers in one stack.
+      params: arrays, or nodes of adapters that were read before; layers in one stack.
       path: a folder, or a hub id (`hub`: options of `jtune.interop.hf.fetch`).
       subfolder: where the adapter is in it.
 
@@ -104,22 +104,25 @@ def load_adapter(
     """
     adapter = _open(hf.fetch(path, **hub) / (subfolder or ""))
 
-    def place(key_path: Any, leaf: jax.Array) -> Any:
+    def place(key_path: Any, leaf: Any) -> Any:
         keys = tuple(key.key for key in key_path)
-        leaf = _read_whole(adapter, keys, leaf, config)
+        kernel = jax.tree.leaves(leaf)[0]  # under the nodes
+        whole = _read_whole(adapter, keys, kernel, config)
+        leaf = leaf if whole is kernel else whole
         pair = _read_pair(adapter, keys, config) if keys[-1] == "kernel" else None
         if pair is None:
             return leaf
-        expected = (*leaf.shape[:-1], pair.a.shape[-1]), (*leaf.shape[:-2], pair.a.shape[-1], leaf.shape[-1])
+        shape = kernel.shape
+        expected = (*shape[:-1], pair.a.shape[-1]), (*shape[:-2], pair.a.shape[-1], shape[-1])
         if (pair.a.shape, pair.b.shape) != expected:
             raise DataError(
                 f"{adapter.folder / WEIGHTS}: the adapter of {'.'.join(keys[:-1])} is {pair.a.shape} x {pair.b.shape}, "
                 f"this model needs {expected[0]} x {expected[1]}: is it for another model?"
             )
         dropout = float(adapter.options.get("lora_dropout") or 0.0)
-        return LoRA(leaf, _beside(leaf, pair.a), _beside(leaf, pair.b), pair.scale, dropout)
+        return LoRA(leaf, _beside(kernel, pair.a), _beside(kernel, pair.b), pair.scale, dropout)
 
-    loaded = jax.tree_util.tree_map_with_path(place, params)
+    loaded = jax.tree_util.tree_map_with_path(place, params, is_leaf=is_node)
     left = sorted(adapter.stored.keys() - adapter.used)
     if left:
         shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
