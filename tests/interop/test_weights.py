@@ -94,16 +94,6 @@ def test_nothing_is_read_twice_replicas_or_not(sizes, size, written, monkeypatch
     assert sum(x.nbytes for x in taken) == sum(x.nbytes for x in jax.tree.leaves(params))
 
 
-def test_no_page_of_a_file_is_kept(written, monkeypatch):
-    """On CPUs an array may be a view of what it was made from; a parameter must not be one of a file."""
-    params = read(written)
-    before = jax.tree.map(np.array, params)
-    with (written / "model.safetensors").open("r+b") as file:
-        file.seek(4096)
-        file.write(b"\x55" * (written / "model.safetensors").stat().st_size)
-    assert_same(params, before)
-
-
 # ---------------------------------------------------------------------- float8
 
 
@@ -247,10 +237,11 @@ def test_an_index_that_says_what_files_do_not_hold(sharded):
 def test_of_two_tensors_with_one_name_the_index_says_which(sharded):
     folder, params = sharded
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    for file in sorted(set(index.values())):
-        if file != index["model.norm.weight"]:
-            tensors = load_file(folder / file)
-            save_file(tensors | {"model.norm.weight": np.zeros(32, np.float32)}, folder / file)
+    name = next(name for name, file in index.items() if "-00001-of" in file)
+    last = sorted(folder.glob("*.safetensors"))[-1]
+    tensors = load_file(last)
+    right = load_file(folder / index[name])[name]
+    save_file(tensors | {name: right + 1}, last)
     assert_same(read(folder), params)
 
 
