@@ -2,31 +2,54 @@
 
 import json
 import logging
+import math
 import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jtune.errors import DataError
+from jtune.interop.weights import (
+    BLOCK,
+    DTYPES,
+    FLOAT8,
+    SCALES,
+    Stored,
+    grouped,
+    map_files,
+    open_weights,
+    read_part,
+    scale_fault,
+    write_weights,
+)
 from jtune.models import DecoderConfig, abstract_params
 from jtune.models.families import file_names
 from jtune.models.names import Tensor, located, tensors
 from jtune.sharding import hosts, spread
+from jtune.tuning.lora import is_node
 
 log = logging.getLogger("jtune")
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 # What a decoder of ours does not use, though some files hold it: buffers that follow from the config.
-UNUSED = ("rotary_emb.inv_freq", "attn.masked_bias", ".attn.bias", ".attention.bias", ".attention.masked_bias")
-DTYPES = {"BF16": jnp.bfloat16, "F16": jnp.float16, "F32": jnp.float32}
+# Or say how others round activations to float8.
+UNUSED = (
+    "rotary_emb.inv_freq",
+    "attn.masked_bias",
+    ".attn.bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".activation_scale",
+    ".input_scale",
+)
+PIECE_BYTES = 2**28  # of a leaf, read at a time; or one layer of it, where that is more
 
 
 def fetch(
@@ -65,18 +88,46 @@ def fetch(
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The content of config.json.
+    """The content of config.json, without `quantization_config`: how weights are stored shows in their files.
 
     Raises:
-      DataError: there is none, or it is not JSON.
+      DataError: there is none, it is not JSON, or its weights are quantised in a way that is not read.
     """
     path = Path(folder) / "config.json"
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file: is {folder} the folder of a Hugging Face model?") from error
     except (ValueError, OSError) as error:
         raise DataError(f"{path}: {error}") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: expected a JSON object")
+    check_quantization(path, config.pop("quantization_config", None) or {})
+    return config
+
+
+def check_quantization(path: Path, options: Mapping[str, Any]) -> None:
+    """Refuse what `load_params` does not turn back into numbers: all but float8 (e4m3), one scale a tensor or a block.
+
+    Args:
+      path: of the config.json, for the message.
+      options: its `quantization_config`.
+    """
+    if not options:
+        return
+    method, block, kind = (options.get(key) for key in ("quant_method", "weight_block_size", "fmt"))
+    if method != "fp8":
+        wrong = f"the weights are quantised (quant_method {method})"
+    elif block not in (None, [BLOCK, BLOCK]):
+        wrong = f"the weights are float8 with a scale for each {block}"
+    elif kind not in (None, "e4m3"):
+        wrong = f"the weights are float8 of kind {kind}"
+    else:
+        return
+    raise DataError(
+        f"{path}: {wrong}; jtune reads bfloat16, float16, float32, and quant_method fp8: e4m3 with a scale for each "
+        f"tensor or for each {BLOCK}x{BLOCK}. Most models have a release that is not quantised"
+    )
 
 
 def stored_dtype(source: Mapping[str, Any]) -> jnp.dtype:
@@ -87,10 +138,10 @@ def stored_dtype(source: Mapping[str, Any]) -> jnp.dtype:
 def load_params(
     folder: str | Path, config: DecoderConfig, *, dtype: Any = None, shardings: Any = None
 ) -> dict[str, Any]:
-    """The parameters, each part read by the device that holds it.
+    """The parameters, each part read by the process whose devices hold it, a piece of `PIECE_BYTES` at a time.
 
     Args:
-      dtype: of all leaves; default: what is stored.
+      dtype: of all leaves; default: what is stored, and bfloat16 for what is stored in float8.
       shardings: tree like the parameters; default: the first device.
 
     Raises:
@@ -101,102 +152,119 @@ def load_params(
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: here, abstract)
-    with ExitStack() as stack:
-        stored = open_weights(folder, stack)
-        wanted = [(list(tensors(keys, config, layers)), leaf.shape) for keys, leaf, layers in located(abstract)]
-        _check_tensors(folder, stored, wanted, config)
-        arrays = [
-            _read_leaf(stored, parts, shape, sharding, dtype)
-            for (parts, shape), sharding in zip(wanted, jax.tree.leaves(shardings), strict=True)
-        ]
+    stored = open_weights(folder)
+    wanted = [(list(tensors(keys, config, layers)), leaf.shape) for keys, leaf, layers in located(abstract)]
+    _check_tensors(folder, stored, wanted, config)
+    arrays = [
+        _read_leaf(stored, parts, shape, sharding, dtype)
+        for (parts, shape), sharding in zip(wanted, jax.tree.leaves(shardings), strict=True)
+    ]
     return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
 
 
-def open_weights(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Every tensor of a checkpoint, one file or sharded, as a slice that is read when it is indexed."""
-    if (folder / INDEX).exists():
-        try:
-            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise DataError(f"{folder / INDEX}: not an index of safetensors files: {error}") from error
-        strange = [file for file in files if Path(file).name != file]
-        if strange:
-            raise DataError(f"{folder / INDEX}: names {strange[0]!r}, which is not a file of this folder")
-    elif (folder / WEIGHTS).exists():
-        files = [WEIGHTS]
-    else:
-        others = sorted(p.name for p in folder.glob("*.bin"))
-        hint = f" {others[0]} is a pickle, which can run code: convert it to safetensors first." if others else ""
-        raise DataError(f"{folder}: there is neither {WEIGHTS} nor {INDEX}.{hint}")
-    return {name: found for file in files for name, found in _open(folder / file, stack)}
+def _check_tensors(folder: Path, stored: Mapping[str, Stored], wanted: list[Any], config: DecoderConfig) -> None:
+    """Compare names and shapes of all tensors before any of them is read; say everything that is wrong.
 
-
-def _open(path: Path, stack: ExitStack) -> Iterator[tuple[str, Any]]:
-    try:
-        file = stack.enter_context(safe_open(path, "np"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: the index names this file, but it is not there") from error
-    except SafetensorError as error:
-        raise DataError(f"{path}: not a complete safetensors file: {error}") from error
-    for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
-        yield name, file.get_slice(name)
-
-
-def _check_tensors(
-    folder: Path, stored: Mapping[str, Any], wanted: list[tuple[list[Tensor], tuple[int, ...]]], config: DecoderConfig
-) -> None:
-    """Compare names and shapes of all tensors before any of them is read; say everything that is wrong."""
-    faults, known = [], set()
+    Args:
+      wanted: of each leaf its tensors and its shape.
+    """
+    faults: dict[str, list[str]] = {}  # what is wrong -> tensors
+    known: set[str] = set()
     for parts, shape in wanted:
         for part in parts:
-            known.add(part.name)
-            expected = list(shape[len(part.index) :])
-            expected = _swapped(expected) if part.transposed else expected
-            if part.name not in stored:
-                faults.append(f"{part.name} is missing (expected shape {expected})")
-            elif stored[part.name].get_shape() != expected:
-                faults.append(f"{part.name} has shape {stored[part.name].get_shape()}, config.json says {expected}")
-            elif stored[part.name].get_dtype() not in DTYPES:
-                faults.append(f"{part.name} is {stored[part.name].get_dtype()}; expected one of {', '.join(DTYPES)}")
+            expected = shape[len(part.index) :]
+            fault = _fault(stored, part.name, _swapped(expected) if part.transposed else expected)
+            if fault:
+                faults.setdefault(fault, []).append(part.name)
+            known |= {part.name, *(part.name + suffix for suffix in SCALES)}
     if config.tie_word_embeddings:
         known.add(f"{file_names(config).words.get('lm_head', 'lm_head')}.weight")  # some writers repeat the embedding
+    nowhere = f"has no place in this model (model_type {config.family})"
     for name in sorted(stored.keys() - known):
         if not name.endswith(UNUSED):
-            faults.append(f"{name} has no place in this model (model_type {config.family})")
+            faults.setdefault(nowhere, []).append(name)
     if faults:
-        more = f"\n  ... and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise DataError(
-            f"{folder}: these weights are not the model of config.json:\n  " + "\n  ".join(faults[:8]) + more
-        )
+        lines = [f"{name} {fault}" for fault, names in faults.items() for name in grouped(names)]
+        raise DataError(f"{folder}: these weights are not the model of config.json:\n  " + "\n  ".join(lines))
 
 
-def _swapped(x: Any) -> Any:
+def _swapped(x: tuple[Any, ...]) -> tuple[Any, ...]:
     """A shape or an index with its last two dimensions swapped."""
-    return type(x)([*x[:-2], x[-1], x[-2]])
+    return (*x[:-2], x[-1], x[-2])
 
 
-def _read_leaf(stored: Mapping[str, Any], parts: list[Tensor], shape: tuple[int, ...], sharding, dtype) -> jax.Array:
-    """One leaf; each device's part is put together from slices of the tensors it needs, and from nothing else."""
+def _fault(stored: Mapping[str, Stored], name: str, expected: tuple[int, ...]) -> str | None:
+    """What is wrong with one tensor, if anything is."""
+    if name not in stored:
+        return f"is missing (expected shape {list(expected)})"
+    _, _, shape, dtype = stored[name]
+    if shape != expected:
+        return f"has shape {list(shape)}, config.json says {list(expected)}"
+    if dtype not in DTYPES:
+        return f"is {dtype}; expected one of {', '.join(DTYPES)}"
+    return scale_fault(stored, name) if dtype == FLOAT8 else None
+
+
+def _read_leaf(stored: Mapping[str, Stored], parts: list[Tensor], shape: tuple[int, ...], sharding, dtype) -> jax.Array:
+    """One leaf. One that is too large to be put together on the host grows on the devices, piece by piece."""
     if dtype is None:
-        dtype = jnp.result_type(*{DTYPES[stored[part.name].get_dtype()] for part in parts})
-    dims = len(parts[0].index)
+        found = {stored[part.name].dtype for part in parts}
+        dtype = jnp.result_type(*(jnp.bfloat16 if x == FLOAT8 else DTYPES[x] for x in found))
     by_index = {part.index: part for part in parts}
+    axis = 0 if parts[0].index or not parts[0].transposed else len(shape) - 1  # of layers, or of a file's rows
+    size = shape[axis]
+    step = max(1, PIECE_BYTES * size // (math.prod(shape) * jnp.dtype(dtype).itemsize))
+    read = partial(_read_piece, stored, by_index, shape, sharding, dtype, axis)
+    if step >= size or sharding.shard_shape(shape)[axis] < size:
+        return read(0, size)
+    whole = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+    for first in range(0, size, step):
+        whole = _put(sharding, axis)(whole, read(first, min(first + step, size)), np.int32(first))
+        whole.block_until_ready()  # or pieces would be read faster than they go away
+    return whole
+
+
+def _read_piece(
+    stored: Mapping[str, Stored],
+    by_index: Mapping[tuple[int, ...], Tensor],
+    shape: tuple[int, ...],
+    sharding,
+    dtype,
+    axis: int,
+    first: int,
+    stop: int,
+) -> jax.Array:
+    """`leaf[first:stop]` along `axis`; each device's part is put together from what it needs, and nothing else."""
+    dims = len(next(iter(by_index)))  # leading axes, of layers and experts
+    transposed = next(iter(by_index.values())).transposed
+    needed = (part.name for i, part in by_index.items() if not i or first <= i[0] < stop)
+    files = map_files(stored[name] for name in needed)
+    piece = (*shape[:axis], stop - first, *shape[axis + 1 :])
     done: dict[Any, np.ndarray] = {}  # replicas ask for the same part again
 
     def read(index: Any) -> np.ndarray:
-        key = tuple(s.indices(n)[:2] for s, n in zip(index, shape))
+        bounds = [s.indices(n)[:2] for s, n in zip(index, piece)]
+        bounds[axis] = (bounds[axis][0] + first, bounds[axis][1] + first)
+        key = tuple(bounds)
         if key not in done:
-            done.clear()
-            out = np.empty([stop - start for start, stop in key], dtype)
-            rest = tuple(slice(*k) for k in key[dims:])
+            part = tuple(slice(*b) for b in bounds[dims:])
+            part = _swapped(part) if transposed else part
+            out = np.empty([b - a for a, b in bounds[:dims]] + [p.stop - p.start for p in part], dtype)
             for place in np.ndindex(*out.shape[:dims]):
-                part = by_index[tuple(p + start for p, (start, _) in zip(place, key))]
-                piece = stored[part.name]
-                out[place] = piece[_swapped(rest)].swapaxes(-1, -2) if part.transposed else piece[rest]
-            done[key] = out
+                tensor = by_index[tuple(i + a for i, (a, _) in zip(place, bounds))]
+                out[place] = read_part(stored, tensor.name, part, files)
+            # A view: the runtime transposes while it copies, several times faster than numpy.
+            done[key] = out.swapaxes(-1, -2) if transposed else out
         return done[key]
 
-    return jax.make_array_from_callback(shape, sharding, read)
+    return jax.make_array_from_callback(piece, sharding, read)
+
+
+@cache
+def _put(sharding, axis: int) -> Any:
+    """`put(whole, piece, first)`: `whole`, in the memory that it had, with the piece from `first` on along `axis`."""
+    put = lambda whole, piece, first: jax.lax.dynamic_update_slice_in_dim(whole, piece, first, axis)
+    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 
 def save_model(
@@ -208,58 +276,62 @@ def save_model(
     max_shard_bytes: int = 5 * 10**9,
     dtype: Any = None,
 ) -> None:
-    """Write config.json and safetensors files that transformers loads. Of several processes the first writes.
+    """Write config.json and safetensors files that transformers loads, a tensor at a time.
+
+    Of several processes the first writes. An earlier model in `folder` is replaced when all of this one is written.
 
     Args:
-      params: plain arrays (see `jtune.lora.merge`).
+      params: arrays, or LoRA nodes in their place: these are merged in float32, and rounded to `dtype` once.
       source: the config.json that the model came with.
       dtype: of all tensors; default: what `source` says its weights are.
     """
-    folder = Path(folder)
-    if hosts.is_first():
-        folder.mkdir(parents=True, exist_ok=True)
     dtype = stored_dtype(source) if dtype is None else jnp.dtype(dtype)
-    written: list[tuple[str, list[str], int]] = []  # file, tensors, bytes
-    pending: dict[str, np.ndarray] = {}
-
-    def flush() -> None:
-        name = f"part-{len(written):05d}"
-        save_file(pending, folder / name, metadata={"format": "pt"})
-        written.append((name, list(pending), sum(x.nbytes for x in pending.values())))
-        pending.clear()
-
+    shapes: dict[str, tuple[int, ...]] = {}
+    found: list[tuple[Any, Tensor]] = []
     for keys, leaf, layers in located(params):
+        shape = jax.tree.leaves(leaf)[0].shape  # of a node: of what it stands for
         for part in tensors(keys, config, layers):
-            piece = spread.whole(leaf, part.index)
-            if not hosts.is_first():
-                continue
-            x = np.asarray(piece).astype(dtype)
-            x = np.ascontiguousarray(x.swapaxes(-1, -2) if part.transposed else x)
-            if pending and sum(p.nbytes for p in pending.values()) + x.nbytes > max_shard_bytes:
-                flush()
-            pending[part.name] = x
+            rest = shape[len(part.index) :]
+            shapes[part.name] = _swapped(rest) if part.transposed else rest
+            found.append((leaf, part))
+    pieces = (jax.tree.map(lambda x, i=part.index: spread.whole(x, i), leaf) for leaf, part in found)
     if not hosts.is_first():
+        deque(pieces, maxlen=0)  # their parts are sent
         return
-    flush()
-    _name_shards(folder, written)
+    arrays = (_in_file(piece, part.transposed) for piece, (_, part) in zip(pieces, found))
     config_json = {key: value for key, value in source.items() if key not in ("_name_or_path", "torch_dtype")}
-    (folder / "config.json").write_text(json.dumps(config_json | {"dtype": dtype.name}, indent=2) + "\n")
+    with whole_or_absent(Path(folder)) as partial_folder:
+        write_weights(partial_folder, shapes, dtype, arrays, max_shard_bytes)
+        text = json.dumps(config_json | {"dtype": dtype.name}, indent=2) + "\n"
+        (partial_folder / "config.json").write_text(text)
 
 
-def _name_shards(folder: Path, written: list[tuple[str, list[str], int]]) -> None:
-    """Give the files their names, now that their number is known, and take away those of an earlier model."""
-    for old in folder.glob("model*.safetensors*"):
-        old.unlink()
-    if len(written) == 1:
-        (folder / written[0][0]).rename(folder / WEIGHTS)
-        return
-    weight_map = {}
-    for i, (file, names, _) in enumerate(written):
-        final = f"model-{i + 1:05d}-of-{len(written):05d}.safetensors"
-        (folder / file).rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    index = {"metadata": {"total_size": sum(size for *_, size in written)}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+def _in_file(piece: Any, transposed: bool) -> np.ndarray:
+    """A tensor as it lies in a file. A node's arrays are fetched first: merging is this process's own affair."""
+    piece = jax.tree.map(np.asarray, piece)
+    x = np.asarray(piece.merged(jnp.float32)) if is_node(piece) else piece
+    return x.swapaxes(-1, -2) if transposed else x
+
+
+@contextmanager
+def whole_or_absent(folder: Path) -> Iterator[Path]:
+    """A new folder inside of `folder`, whose files move to it when the block has ended well, config.json last.
+
+    Until then a model that was there stays; what fails or is killed leaves no config.json beside half of its weights.
+    """
+    unfinished = folder / "unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for old in [folder / "config.json", *folder.glob("model*.safetensors*")]:
+            old.unlink(missing_ok=True)
+        for new in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
+            if (folder / new.name).is_dir():
+                shutil.rmtree(folder / new.name)
+            new.replace(folder / new.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def copy_generation_config(base: Path, folder: Path) -> None:

@@ -95,7 +95,7 @@ def load_adapter(
     """Put a PEFT adapter onto `params`: kernels become LoRA nodes, modules saved whole replace those of the base.
 
     Args:
-      params: plain arrays.
+      params: arrays, or nodes of adapters that were read before.
       path: a folder, or a hub id (`hub`: options of `jtune.interop.hf.fetch`).
       subfolder: where the adapter is in it.
 
@@ -107,21 +107,25 @@ def load_adapter(
     """
     adapter = _open(hf.fetch(path, **hub) / (subfolder or ""))
 
-    def place(keys: Keys, leaf: jax.Array, layers: range) -> Any:
-        leaf = _read_whole(adapter, keys, leaf, config, layers)
+    def place(keys: Keys, leaf: Any, layers: range) -> Any:
+        kernel = jax.tree.leaves(leaf)[0]  # under the nodes
+        whole = _read_whole(adapter, keys, kernel, config, layers)
+        leaf = leaf if whole is kernel else whole
         pair = _read_pair(adapter, keys, config, layers) if keys[-1] == "kernel" else None
         if pair is None:
             return leaf
-        expected = (*leaf.shape[:-1], pair.a.shape[-1]), (*leaf.shape[:-2], pair.a.shape[-1], leaf.shape[-1])
+        shape = kernel.shape
+        expected = (*shape[:-1], pair.a.shape[-1]), (*shape[:-2], pair.a.shape[-1], shape[-1])
         if (pair.a.shape, pair.b.shape) != expected:
             raise DataError(
                 f"{adapter.folder / WEIGHTS}: the adapter of {'.'.join(keys[:-1])} is {pair.a.shape} x {pair.b.shape}, "
                 f"this model needs {expected[0]} x {expected[1]}: is it for another model?"
             )
         dropout = float(adapter.options.get("lora_dropout") or 0.0)
-        return LoRA(leaf, _beside(leaf, pair.a), _beside(leaf, pair.b), pair.scale, dropout)
+        return LoRA(leaf, _beside(kernel, pair.a), _beside(kernel, pair.b), pair.scale, dropout)
 
-    loaded = jax.tree.unflatten(jax.tree.structure(params), [place(*leaf) for leaf in located(params)])
+    structure = jax.tree.structure(params, is_leaf=is_node)
+    loaded = jax.tree.unflatten(structure, [place(*leaf) for leaf in located(params)])
     left = sorted(adapter.stored.keys() - adapter.used)
     if left:
         shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")

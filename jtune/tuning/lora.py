@@ -31,6 +31,7 @@ class LoRA:
     """Stands in the place of a kernel `base` `[..., in, out]` and acts as `base + scale * a @ b`.
 
     Attributes:
+      base: a kernel, or a node: an adapter may stand on another.
       a: `[..., in, rank]`.
       b: `[..., rank, out]`, zero at the start.
       scale: alpha / rank, or alpha / sqrt(rank) (arXiv:2312.03732).
@@ -54,10 +55,12 @@ class LoRA:
         delta = project(project(x, self.a, None, group_sizes), self.b, None, group_sizes)
         return y + delta * self.scale
 
-    def merged(self) -> jax.Array:
-        """The kernel that acts the same, computed in float32, in the dtype of `base`."""
-        delta = jnp.matmul(self.a.astype(jnp.float32), self.b.astype(jnp.float32)) * self.scale
-        return (self.base.astype(jnp.float32) + delta).astype(self.base.dtype)
+    def merged(self, dtype: Any = None) -> jax.Array:
+        """The kernel that acts the same, computed in float32, in `dtype` (default: that of `base`)."""
+        base = self.base.merged(jnp.float32) if is_node(self.base) else self.base
+        a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
+        delta = jnp.matmul(a, b, precision="highest") * self.scale  # or TPUs would round a and b to bfloat16
+        return (base.astype(jnp.float32) + delta).astype(dtype or jax.tree.leaves(self.base)[0].dtype)
 
 
 def folds(x: jax.Array, base: Any) -> bool:

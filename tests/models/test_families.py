@@ -1,4 +1,4 @@
-"""Each family: logits, gradients, answers and files as transformers has them. A new family is a line in tiny.FAMILIES."""
+"""Each family: logits, gradients, answers and files are those of transformers. A new one is a line in tiny.FAMILIES."""
 
 import json
 

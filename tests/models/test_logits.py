@@ -120,7 +120,6 @@ def test_layers_repeat_in_the_shortest_pattern():
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
         ("llama", {"hidden_act": "tanh"}, "tanh"),
         ("llama", {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "spiral"),
-        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ("llama", {"model_type": "lama"}, "llama"),
         ("llama", {"model_type": None}, "model_type"),
         ("llama", {"hidden_size": "many"}, "hidden_size"),

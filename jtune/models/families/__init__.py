@@ -75,9 +75,6 @@ def decoder_config(source: Mapping[str, Any]) -> DecoderConfig:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # slow to import
 
     kind, family = _family(source.get("model_type"))
-    if source.get("quantization_config"):
-        method = source["quantization_config"].get("quant_method", "unknown")
-        raise DataError(f"config.json: the weights are quantised ({method}); jtune reads bfloat16, float16 and float32")
     config_class = CONFIG_MAPPING[family.config_of or kind]
     try:
         full, defaults = config_class.from_dict(dict(source)).to_dict(), config_class().to_dict()
