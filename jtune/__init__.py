@@ -14,12 +14,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jtune.data import get_template, load_tokenizer
     from jtune.generation import Sampling, generate
-    from jtune.inspect import show
+    from jtune.inspect import show, tensor
     from jtune.interop.load import load_model
     from jtune.tuning import lora, trainable_mask
 
 __version__ = "0.1.0"
-__all__ = ["Sampling", "generate", "get_template", "load_model", "load_tokenizer", "lora", "show", "trainable_mask"]
+__all__ = [
+    "Sampling",
+    "generate",
+    "get_template",
+    "load_model",
+    "load_tokenizer",
+    "lora",
+    "show",
+    "tensor",
+    "trainable_mask",
+]
 
 _HOME = {
     "Sampling": "jtune.generation",
@@ -29,6 +39,7 @@ _HOME = {
     "load_tokenizer": "jtune.data",
     "lora": "jtune.tuning",
     "show": "jtune.inspect",
+    "tensor": "jtune.inspect",
     "trainable_mask": "jtune.tuning",
 }
 

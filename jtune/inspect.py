@@ -1,15 +1,23 @@
-"""A parameter tree, as a table to read: path, shape, dtype, bytes, where it lies, whether it trains."""
+"""A parameter tree, to look at: as a table, or one tensor of it by its Hugging Face name."""
 
+import difflib
+import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from jtune.errors import DataError
+from jtune.models import CausalLM
+from jtune.models.names import located, tensors
 from jtune.tuning import trainable_mask
 
 
-def show(tree: Any, mask: Any = None) -> None:
-    """Print `tree`, one line for each leaf, and totals.
+def show(tree: Any, mask: Any = None, *, norms: bool = False) -> None:
+    """Print `tree`, one line for each leaf, and totals: path, shape, dtype, bytes, where it lies, whether it trains.
+
+    In a notebook the tree itself follows, by treescope: unfold it, and arrays are drawn.
 
     >>> show(params)                                                     # doctest: +SKIP
     >>> show(jtune.lora.add(params, "q_proj,v_proj"))                    # doctest: +SKIP
@@ -17,10 +25,11 @@ def show(tree: Any, mask: Any = None) -> None:
     Args:
       tree: of arrays or `jax.ShapeDtypeStruct`s.
       mask: tree of bool like it, what trains; default: adapters if there are any, else everything.
+      norms: a column more, the root mean square of each leaf's elements.
     """
     mask = trainable_mask(tree) if mask is None else mask
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    rows = [("parameter", "shape", "dtype", "bytes", "sharding", "trains")]
+    rows = [("parameter", "shape", "dtype", "bytes", *(["rms"] if norms else []), "sharding", "trains")]
     totals = {True: [0, 0], False: [0, 0]}  # trains -> parameters, bytes
     for (path, leaf), trains in zip(leaves, jax.tree.leaves(mask), strict=True):
         size = leaf.size * leaf.dtype.itemsize
@@ -28,7 +37,8 @@ def show(tree: Any, mask: Any = None) -> None:
         totals[trains][1] += size
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         shape = "x".join(map(str, leaf.shape)) or "scalar"
-        rows.append((name, shape, leaf.dtype.name, human(size), placement(leaf), "yes" if trains else ""))
+        rms = [f"{float(_rms(leaf)):.3g}"] if norms else []
+        rows.append((name, shape, leaf.dtype.name, human(size), *rms, placement(leaf), "yes" if trains else ""))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:  # whole names, however narrow the terminal: they are what is typed next
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
@@ -38,6 +48,43 @@ def show(tree: Any, mask: Any = None) -> None:
         f"{total:,} parameters, {human(trained_bytes + frozen_bytes)}; {trained:,} of them train "
         f"({trained / max(1, total):.2%}, {human(trained_bytes)})"
     )
+    if _in_notebook():
+        import treescope  # comes with flax
+
+        treescope.display(tree)
+
+
+def tensor(model: CausalLM, params: Any, name: str) -> jax.Array:
+    """One tensor by the name that it has in the model's Hugging Face files, laid out as there (kernels `[out, in]`).
+
+    >>> tensor(model, params, "model.layers.3.self_attn.q_proj.weight").shape                  # doctest: +SKIP
+    (896, 896)
+
+    Of a kernel with an adapter this is the kernel without it; `jtune.lora.merge(params)` has both in one.
+
+    Raises:
+      DataError: the model has no such tensor; the nearest name is told.
+    """
+    names = []
+    for keys, leaf, layers in located(params):
+        for part in tensors(keys, model.config, layers):
+            if part.name == name:
+                x = jax.tree.leaves(leaf)[0][part.index]  # of a node: what it stands for
+                return jnp.swapaxes(x, -1, -2) if part.transposed else x
+            names.append(part.name)
+    near = difflib.get_close_matches(name, names, n=1)
+    raise DataError(f"{name}: this model has no such tensor.{f' Did you mean {near[0]}?' if near else ''}")
+
+
+@jax.jit
+def _rms(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+
+
+def _in_notebook() -> bool:
+    """Whether what is printed is read in a notebook."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 def placement(leaf: Any) -> str:

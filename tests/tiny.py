@@ -25,8 +25,13 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 GEMMA3 = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+OLMO3 = {
+    "full_attention": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 64},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 FAMILIES = {
     "llama": {"rope_parameters": LLAMA3},
+    "arcee": {"head_dim": 16},
     "bloom": {"n_layer": 4, "n_head": 4},
     "cohere": {"logit_scale": 0.5, "num_key_value_heads": 2},
     "cohere2": {"head_dim": 16, "sliding_window": 8},
@@ -45,6 +50,7 @@ FAMILIES = {
         "v_head_dim": 10,
     },
     "ernie4_5": {"head_dim": 8},
+    "exaone4": {"sliding_window": 8, "sliding_window_pattern": 4},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "gemma": {"head_dim": 16},
     "gemma3_text": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24, "layer_types": GEMMA3},
@@ -80,6 +86,7 @@ FAMILIES = {
     "ministral": {"sliding_window": 8, "head_dim": 16},
     "olmo": {"clip_qkv": 1.0},
     "olmo2": {},
+    "olmo3": {"sliding_window": 8, "rope_parameters": OLMO3},
     "phi": {},
     "phi3": {},
     "qwen2_moe": {

@@ -61,12 +61,12 @@ def write(folder: Path, config: dict, shard_gb: float) -> None:
     from jtune.interop.weights import write_weights
     from jtune.models import abstract_params
     from jtune.models.families import decoder_config
-    from jtune.models.names import tensors
+    from jtune.models.names import located, tensors
 
     decoder = decoder_config(config)
     shapes = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(decoder)):
-        for part in tensors(tuple(key.key for key in path), decoder):
+    for keys, leaf, layers in located(abstract_params(decoder)):
+        for part in tensors(keys, decoder, layers):
             shape = leaf.shape[len(part.index) :]
             shapes[part.name] = shape[::-1] if part.transposed else shape
     # A layer's tensors lie together, as they do in published checkpoints.

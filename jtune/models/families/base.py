@@ -20,6 +20,7 @@ ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu2",
 }
+KINDS_OF_LAYER = ("full_attention", "sliding_attention")
 KINDS_OF_ROPE = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
@@ -75,7 +76,7 @@ def common(c: Asked) -> Fields:
         "num_key_value_heads": c.get("num_key_value_heads") or heads,
         "head_dim": head_dim,
         "tie_word_embeddings": bool(c["tie_word_embeddings"]),
-        "ropes": (rope(c["rope_parameters"], c["max_position_embeddings"], head_dim),),
+        "ropes": ropes(c, head_dim),
     }
     if "rms_norm_eps" in c:
         fields["norm_eps"] = c["rms_norm_eps"]
@@ -101,13 +102,27 @@ def activation(c: Asked, key: str = "hidden_act") -> str:
     return ACTIVATIONS[c[key]]
 
 
+def ropes(c: Asked, head_dim: int) -> tuple[Rope, ...]:
+    """The rotations of a model: one, or one for each of `KINDS_OF_LAYER` (see `sliding`)."""
+    parameters = c["rope_parameters"]
+    if not _by_kind(parameters):
+        return (rope(parameters, c["max_position_embeddings"], head_dim),)
+    present = next(parameters[kind] for kind in KINDS_OF_LAYER if parameters.get(kind))
+    each = (parameters.get(kind) or present for kind in KINDS_OF_LAYER)  # of a kind that there is not: any
+    return tuple(rope(of_kind, c["max_position_embeddings"], head_dim) for of_kind in each)
+
+
+def _by_kind(parameters: Mapping[str, Any]) -> bool:
+    return any(kind in parameters for kind in KINDS_OF_LAYER)
+
+
 def windows(c: Asked) -> list[int | None]:
     """The window of each layer, as `sliding_window`, `use_sliding_window` and `layer_types` say."""
     count = c["num_hidden_layers"]
     window = c.get("sliding_window")
     kinds = c.get("layer_types") or ["sliding_attention"] * count
     for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
+        if kind not in KINDS_OF_LAYER:
             raise DataError(f"config.json: layer_types: {kind!r} is not supported")
     if not window or c.get("use_sliding_window") is False:
         return [None] * count
@@ -115,8 +130,11 @@ def windows(c: Asked) -> list[int | None]:
 
 
 def sliding(c: Asked) -> Fields:
-    """Layers that differ by their windows only."""
-    return {"layers": tuple(Layer(window=window) for window in windows(c))}
+    """Layers that differ by their windows, and by their rotations where each kind of layer has its own."""
+    if not _by_kind(c["rope_parameters"]):
+        return {"layers": tuple(Layer(window=window) for window in windows(c))}
+    kinds = map(KINDS_OF_LAYER.index, c["layer_types"])
+    return {"layers": tuple(Layer(window, kind) for window, kind in zip(windows(c), kinds, strict=True))}
 
 
 def experts(c: Asked, width: str = "moe_intermediate_size", **fields: Any) -> Experts:
