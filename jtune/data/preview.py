@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-from jtune.data.batches import packing_windows, plan_batches
 from jtune.data.encoded import IGNORED, Encoded
 from jtune.data.pipeline import Splits, load_datasets
 from jtune.data.report import EXAMPLES
 from jtune.data.templates import Template, template_of
 from jtune.data.tokenizer import load_tokenizer
+from jtune.data.updates import plan_updates
 from jtune.errors import DataError
 
 log = logging.getLogger("jtune")
@@ -163,21 +163,7 @@ def statistics(config: Any, encoded: Encoded) -> str:
     ]
     if config.finetuning.stage not in ("sft", "pt"):
         return "\n".join(lines)
-    data, training = config.data, config.training
-    plan = plan_batches(
-        encoded,
-        stage=config.finetuning.stage,
-        packing=bool(data.neat_packing or (data.packing and config.finetuning.stage != "pt")),
-        cutoff_len=data.cutoff_len,
-        per_device_batch_size=training.per_device_train_batch_size,
-        batch_shards=1,
-        accumulation=training.gradient_accumulation_steps,
-        seed=training.seed if training.data_seed is None else training.data_seed,
-        shuffle=not config.finetuning.disable_shuffling,
-        num_epochs=training.num_train_epochs,
-        max_steps=training.max_steps,
-        windows=packing_windows(encoded, data, config.finetuning.stage),
-    )
+    plan = plan_updates(config, encoded, 1)
     shapes = ", ".join("x".join(map(str, shape)) for shape in plan.shapes)
     lines.append(
         f"on one device: {plan.updates_per_epoch} steps an epoch, {plan.max_steps} in all; "

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jtune.config import Config
-from jtune.data import Encoded, load_tokenizer
+from jtune.data import Encoded, load_tokenizer, plan_updates
 from jtune.errors import DataError
 from jtune.interop import hf
 from jtune.models import DecoderConfig
@@ -27,7 +27,7 @@ from jtune.sharding.shapes import Shapes, batch_shapes, bytes_by_kind, global_by
 from jtune.sharding.topology import device_memory, topology_devices, usable_memory
 from jtune.train import build
 from jtune.train.flops import flops_per_token, peak_flops, recomputed_per_token
-from jtune.train.run import load_data, plan_updates
+from jtune.train.run import load_data
 
 log = logging.getLogger("jtune")
 

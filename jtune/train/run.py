@@ -19,13 +19,13 @@ from jtune import tuning
 from jtune.config import Config, TrainingArguments
 from jtune.data import (
     BatchPlan,
-    Encoded,
     Splits,
     check_vocabulary,
     load_datasets,
     load_tokenizer,
-    packing_windows,
-    plan_batches,
+    order_seed,
+    plan_updates,
+    rows_are_packed,
     template_of,
 )
 from jtune.errors import Preempted
@@ -316,36 +316,6 @@ def load_data(config: Config, tokenizer: Any, vocab_size: int, first: bool = Tru
         if encoded is not None:
             check_vocabulary(encoded, vocab_size)
     return splits
-
-
-def plan_updates(config: Config, encoded: Encoded, shards: int) -> BatchPlan:
-    """All updates of a run over `encoded`: what `jtune train` runs and `jtune plan` counts."""
-    training, data = config.training, config.data
-    return plan_batches(
-        encoded,
-        stage=config.finetuning.stage,
-        packing=rows_are_packed(config),
-        cutoff_len=data.cutoff_len,
-        per_device_batch_size=training.per_device_train_batch_size,
-        batch_shards=shards,
-        accumulation=training.gradient_accumulation_steps,
-        seed=order_seed(config),
-        shuffle=not config.finetuning.disable_shuffling,
-        num_epochs=training.num_train_epochs,
-        max_steps=training.max_steps,
-        drop_last=training.dataloader_drop_last,
-        windows=packing_windows(encoded, data, config.finetuning.stage),
-    )
-
-
-def order_seed(config: Config) -> int:
-    """The seed of the order of rows."""
-    return config.training.seed if config.training.data_seed is None else config.training.data_seed
-
-
-def rows_are_packed(config: Config) -> bool:
-    """Whether several examples share a row: always with `packing`, but the blocks of stage pt are rows already."""
-    return bool(config.data.neat_packing or (config.data.packing and config.finetuning.stage != "pt"))
 
 
 def remat(config: Config, shapes: Shapes, plan: BatchPlan) -> str:
