@@ -88,8 +88,21 @@ def align(
         new_fingerprint=fingerprint(table, "align", args, rows),
         desc=f"Aligning {entry.name}",
     )
-    _refuse_missing(aligned, entry, index)
+    refuse_missing(aligned, {index: entry})
     return aligned
+
+
+def align_stream(
+    table: datasets.IterableDataset, names: Sequence[str], entry: Entry, *, stage: str, index: int = 0
+) -> datasets.IterableDataset:
+    """`align` of rows that are read as they are iterated over; `names` are their columns. None is refused."""
+    return table.map(
+        partial(_align_batch, rows=None, entry=entry, stage=stage, index=index),
+        with_indices=True,
+        batched=True,
+        remove_columns=list(names),
+        features=ALIGNED,
+    )
 
 
 def is_faulty(table: datasets.Dataset) -> np.ndarray:
@@ -97,14 +110,15 @@ def is_faulty(table: datasets.Dataset) -> np.ndarray:
     return pc.call_function("not_equal", [arrow_column(table, "fault"), pa.scalar("")]).to_numpy()
 
 
-def _refuse_missing(aligned: datasets.Dataset, entry: Entry, index: int) -> None:
+def refuse_missing(aligned: datasets.Dataset, entries: Sequence[Entry] | Mapping[int, Entry]) -> None:
+    """Raise a DataError if a row has nothing in a column that it must have."""
     faulty = np.flatnonzero(is_faulty(aligned))
     faults = aligned.select(faulty)["fault"][:]
     lacking = faulty[np.array([fault.startswith(MISSING) for fault in faults], bool)]
     if len(lacking):
         name = aligned[int(lacking[0])]["fault"].removeprefix(MISSING)
         others = f" ({len(lacking)} rows have none)" if len(lacking) > 1 else ""
-        [where] = places({index: entry}, aligned.select(lacking[:1]))
+        [where] = places(entries, aligned.select(lacking[:1]))
         raise DataError(
             f"{where}: nothing in column {name!r}{others}. Fill it in, "
             "take the row out, or name the right column in dataset_info.json"

@@ -8,7 +8,7 @@ The rules are LLaMA-Factory's, except:
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -166,20 +166,45 @@ def encode_rows(
     args: tuple[Any, ...] = (rules, template.key, told_the_day)
     if stage == "kto":  # an answer is also set against the next question of its batch
         args = (*args, batch_size, num_proc)
-    return table.map(
+    return _in_batches(
         partial(encode, template=template, rules=rules),
+        table,
+        features,
+        batch_size=batch_size,
+        num_proc=num_proc,
+        overwrite_cache=overwrite_cache,
+        name=fingerprint(table, stage, args),
+    )
+
+
+Aligned = Mapping[str, Sequence[Any]]  # a batch of aligned rows
+
+
+def _in_batches(
+    encode: Callable[[Aligned], pa.Table],
+    table: datasets.Dataset,
+    features: datasets.Features,
+    *,
+    batch_size: int,
+    num_proc: int | None,
+    overwrite_cache: bool,
+    name: str,
+) -> datasets.Dataset:
+    """What `encode` makes of every batch of rows: in the cache, as `name`, or in memory where the rows are."""
+    if not table.cache_files:  # a window of a stream: no file is left behind, no progress is shown
+        made = [encode(table[i : i + batch_size]) for i in range(0, len(table), batch_size)]
+        return datasets.Dataset(pa.concat_tables(made or [features.arrow_schema.empty_table()]), fingerprint=name)
+    return table.map(
+        encode,
         batched=True,
         batch_size=batch_size,
         remove_columns=table.column_names,
         features=features,
         num_proc=num_proc,
         load_from_cache_file=not overwrite_cache,
-        new_fingerprint=fingerprint(table, stage, args),
+        new_fingerprint=name,
         desc="Encoding",
     )
-
-
-Aligned = Mapping[str, Sequence[Any]]  # a batch of aligned rows
 
 
 def _render(batch: Aligned, template: Template, answers: Sequence[Any] | None = None, **how: bool) -> list[Any]:
@@ -236,10 +261,8 @@ def _arrow(rows: Mapping[str, list[Any]], features: datasets.Features) -> pa.Tab
             columns.append(pa.array(rows[name], feature.pa_type))
             continue
         offsets = np.cumsum([0, *map(len, rows[name])], dtype=np.int32)
-        values: list[int] = []
-        for row in rows[name]:
-            values += row
-        columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.array(values, np.int32))))
+        values = np.concatenate([np.zeros(0, np.int32), *(np.asarray(row, np.int32) for row in rows[name])])
+        columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)))
     return pa.Table.from_arrays(columns, schema=features.arrow_schema)
 
 
@@ -392,16 +415,14 @@ def encode_documents(
     """
     form = "split" if neat_packing else "blocks" if packing else overlong
     args = {"cutoff_len": cutoff_len, "form": form, "eos": document_end(template), "batch_size": batch_size}
-    return table.map(
+    return _in_batches(
         partial(_encode_texts, template=template, **{k: args[k] for k in ("cutoff_len", "form", "eos")}),
-        batched=True,
+        table,
+        DOCUMENTS,
         batch_size=batch_size,
-        remove_columns=table.column_names,
-        features=DOCUMENTS,
         num_proc=num_proc,
-        load_from_cache_file=not overwrite_cache,
-        new_fingerprint=fingerprint(table, "pt", (args, template.key)),
-        desc="Encoding",
+        overwrite_cache=overwrite_cache,
+        name=fingerprint(table, "pt", (args, template.key)),
     )
 
 
@@ -410,7 +431,7 @@ def document_end(template: Template) -> str:
     return "<|end_of_text|>" if template.name == "llama3" else template.tokenizer.eos_token
 
 
-def _encode_texts(batch: Aligned, *, template: Template, cutoff_len: int, form: str, eos: str) -> dict[str, list[Any]]:
+def _encode_texts(batch: Aligned, *, template: Template, cutoff_len: int, form: str, eos: str) -> pa.Table:
     tokenizer = template.tokenizer
     texts = [messages[0]["content"] + eos for messages, fault in zip(batch["messages"], batch["fault"]) if not fault]
     bos = tokenizer.bos_token_id if getattr(tokenizer, "add_bos_token", False) else None
@@ -419,13 +440,14 @@ def _encode_texts(batch: Aligned, *, template: Template, cutoff_len: int, form: 
     documents = [np.array(ids, np.int32) for ids in template.token_ids(texts)]
     if form == "split":
         pieces = [ids[i : i + cutoff_len] for ids in documents for i in range(0, len(ids), cutoff_len)]
-        return {"input_ids": pieces, "cut": [False] * len(pieces)}
+        return _arrow({"input_ids": pieces, "cut": [False] * len(pieces)}, DOCUMENTS)
     if form != "blocks":
         cut = [len(ids) > cutoff_len for ids in documents]
         most = 0 if form == "drop" else cutoff_len
-        return {"input_ids": [ids[:most] if long else ids for ids, long in zip(documents, cut)], "cut": cut}
+        kept = [ids[:most] if long else ids for ids, long in zip(documents, cut)]
+        return _arrow({"input_ids": kept, "cut": cut}, DOCUMENTS)
     joined = np.concatenate([np.zeros(0, np.int32), *documents])
     blocks = joined[: len(joined) // cutoff_len * cutoff_len].reshape(-1, cutoff_len)
     if bos is not None:
         blocks[:, 0] = bos  # in the place of a token, as LLaMA-Factory does
-    return {"input_ids": list(blocks), "cut": [False] * len(blocks)}
+    return _arrow({"input_ids": list(blocks), "cut": [False] * len(blocks)}, DOCUMENTS)

@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 from jtune import tuning
 from jtune.config import Config, TrainingArguments
 from jtune.data import (
-    BatchPlan,
+    Plan,
     Splits,
+    StreamPlan,
     check_vocabulary,
     load_datasets,
     load_tokenizer,
@@ -108,12 +109,12 @@ def run(config: Config) -> dict[str, Any]:
 
     # ------------------------------------------------------------------ plan of all updates
     assert splits.train is not None
-    plan = plan_updates(config, splits.train, shards)
+    plan = plan_updates(config, splits.train, shards, splits.stream)
     warmup = warmup_updates(plan.max_steps, training.warmup_steps, training.warmup_ratio)
     schedule = make_schedule(
         training.lr_scheduler_type, training.learning_rate, warmup, plan.max_steps, training.lr_scheduler_kwargs
     )
-    report.describe_plan(plan, len(splits.train))
+    report.describe_plan(plan)
     for shape in plan.shapes:
         check_row_length(mesh, shape.seq)
 
@@ -151,7 +152,7 @@ def run(config: Config) -> dict[str, Any]:
     identity = {
         "data": build.data_fingerprint(splits.train),
         "examples per update": [training.per_device_train_batch_size * shards, training.gradient_accumulation_steps],
-        "order": [order_seed(config), not finetuning.disable_shuffling],
+        "order": [order_seed(config), not finetuning.disable_shuffling, *stream_order(config)],
         "rows": [rows_are_packed(config), config.data.cutoff_len],
         "updates": plan.max_steps,
         "frozen weights": build.tree_fingerprint(frozen),
@@ -173,6 +174,8 @@ def run(config: Config) -> dict[str, Any]:
             checkpoint, state = newest
         meta = read_meta(checkpoint)
         progress = Progress(**meta["progress"])
+        if isinstance(plan, StreamPlan):
+            plan.seek(meta["stream"])
         earlier = meta.get("seconds", {})
         ledger.add(earlier | {"lost": earlier.get("lost", 0.0) + lost(output_dir / "trainer_log.jsonl", earlier)})
         log.info("resumed from %s: %d of %d updates are done", checkpoint, progress.step, plan.max_steps)
@@ -205,6 +208,8 @@ def run(config: Config) -> dict[str, Any]:
         if progress.best_step is not None:
             saver.best = output_dir / f"checkpoint-{progress.best_step}"
         meta = {"identity": identity, "progress": progress.to_dict(), "seconds": ledger.total()}
+        if isinstance(plan, StreamPlan):
+            meta["stream"] = plan.position(progress.step)
         saver.save(progress.step, None if training.save_only_model else state, meta, files)
 
     hooks = Hooks(
@@ -216,7 +221,7 @@ def run(config: Config) -> dict[str, Any]:
         save=save,
         poll=saver.poll,
         rates=rates,
-        explain=lambda index: f"rows {', '.join(map(str, plan.examples(index)[:8]))} ... of the data set",
+        explain=plan.explain,
         agree=spread.agreement(mesh),
     )
     began, start = time.monotonic(), progress.step
@@ -245,7 +250,7 @@ def run(config: Config) -> dict[str, Any]:
     summary = report.train_summary(
         progress,
         seconds=time.monotonic() - began,
-        examples_per_update=len(plan.examples(0)),
+        examples_per_update=plan.examples_per_update,
         epoch=plan.epoch_at(progress.step),
         parameters=parameters,
     )
@@ -315,10 +320,21 @@ def load_data(config: Config, tokenizer: Any, vocab_size: int, first: bool = Tru
     for encoded in (splits.train, *splits.eval.values()):
         if encoded is not None:
             check_vocabulary(encoded, vocab_size)
-    return splits
+    if splits.stream is None:
+        return splits
+    return dataclasses.replace(splits, stream=dataclasses.replace(splits.stream, vocab_size=vocab_size))
 
 
-def remat(config: Config, shapes: Shapes, plan: BatchPlan) -> str:
+def stream_order(config: Config) -> list[Any]:
+    """What else the order of rows depends on when they are streamed: all that says which row comes when."""
+    data = config.data
+    if not data.streaming:
+        return []
+    mix = [data.mix_strategy, *data.interleave_probs]
+    return ["streaming", list(data.dataset), data.buffer_size, mix, data.max_samples, data.val_size]
+
+
+def remat(config: Config, shapes: Shapes, plan: Plan) -> str:
     """What the backward pass computes again: what `config` says, or else as little as memory allows."""
     policy = build.asked_remat(config.training, config.model)
     if policy != "auto":
