@@ -78,7 +78,7 @@ def align(
     """
     args = {"entry": entry, "stage": stage, "index": index}
     aligned = table.map(
-        partial(_align_batch, rows=rows, **args),
+        partial(_align_table, rows=rows, **args),
         with_indices=True,
         batched=True,
         remove_columns=table.column_names,
@@ -149,6 +149,11 @@ def align_row(row: Mapping[Any, Any], entry: Entry, stage: str = "sft") -> Conve
     return Conversation(messages, system, tools, desirable=desirable)
 
 
+def _align_table(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], **how: Any) -> pa.Table:
+    """As `_align_batch`, for files: Arrow itself takes the lists sooner than `datasets` does."""
+    return pa.Table.from_pydict(_align_batch(batch, indices, **how), schema=ALIGNED.arrow_schema)
+
+
 def _align_batch(
     batch: Mapping[str, Sequence[Any]],
     indices: Sequence[int],
@@ -158,16 +163,13 @@ def _align_batch(
     index: int,
     rows: np.ndarray | None,
 ) -> dict[str, list[Any]]:
-    out: dict[str, list[Any]] = {key: [] for key in ALIGNED}
-    names = list(batch)
+    names, made = list(batch), []
     for values in zip(*batch.values()):
-        fault, conversation = "", Conversation([])
         try:
-            conversation = align_row(dict(zip(names, values)), entry, stage)
+            made.append((*align_row(dict(zip(names, values)), entry, stage), ""))
         except FaultyRow as error:
-            fault = str(error)
-        for key, value in (conversation._asdict() | {"fault": fault}).items():
-            out[key].append(value)
+            made.append((*Conversation([]), str(error)))
+    out: dict[str, list[Any]] = dict(zip((*Conversation._fields, "fault"), map(list, zip(*made))))
     out["dataset"] = [index] * len(indices)
     out["row"] = list(indices) if rows is None else rows[indices].tolist()
     return out
