@@ -224,8 +224,9 @@ class Joined:
     def __init__(self, sets: Sequence[Examples]):
         self.sets = sets
         self.starts = np.cumsum([0, *map(len, sets)])
-        for name in ("lengths", "labelled", "first_labelled"):
-            setattr(self, name, np.concatenate([getattr(encoded, name) for encoded in sets]))
+        self.lengths = np.concatenate([encoded.lengths for encoded in sets])
+        self.labelled = np.concatenate([encoded.labelled for encoded in sets])
+        self.first_labelled = np.concatenate([encoded.first_labelled for encoded in sets])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
