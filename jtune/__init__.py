@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jtune.data import get_template, load_tokenizer
+    from jtune.generation import Sampling, generate
     from jtune.inspect import show
     from jtune.interop.load import load_model
     from jtune.tuning import lora, trainable_mask
 
 __version__ = "0.1.0"
-__all__ = ["get_template", "load_model", "load_tokenizer", "lora", "show", "trainable_mask"]
+__all__ = ["Sampling", "generate", "get_template", "load_model", "load_tokenizer", "lora", "show", "trainable_mask"]
 
 _HOME = {
+    "Sampling": "jtune.generation",
+    "generate": "jtune.generation",
     "get_template": "jtune.data",
     "load_model": "jtune.interop.load",
     "load_tokenizer": "jtune.data",

@@ -11,6 +11,7 @@ import pytest
 from jtune import tuning
 from jtune.errors import ConfigError
 from jtune.models import CausalLM, DecoderConfig, init_params
+from jtune.models.config import Experts, Layer
 from jtune.sharding import (
     batch_sharding,
     batch_shards,
@@ -43,11 +44,11 @@ FAMILIES = {
     "llama": DENSE,
     # Windows that reach into the part of the row before, on some layers; soft-caps; tied and scaled embeddings.
     "gemma2": replace(
-        DENSE, windows=(11, None), attention_softcap=5.0, logit_softcap=3.0, sandwich_norms=True, norm_offset=True,
-        tie_word_embeddings=True, scale_embeddings=True, hidden_act="gelu_tanh",
+        DENSE, layers=(Layer(11), Layer()), attention_softcap=5.0, logit_softcap=3.0, block="around", norm_offset=True,
+        tie_word_embeddings=True, embedding_multiplier=32**0.5, hidden_act="gelu_tanh",
     ),
-    "mistral": replace(DENSE, windows=(5, 5), qkv_bias=True),
-    "mixtral": replace(DENSE, num_experts=4, num_experts_per_tok=2),
+    "mistral": replace(DENSE, layers=(Layer(5), Layer(5)), qkv_bias=True),
+    "mixtral": replace(DENSE, layers=(), experts=Experts(4, 2, 64)),
     "wide": replace(DENSE, intermediate_size=96),  # no other array has a dimension of 96
 }  # fmt: skip
 

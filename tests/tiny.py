@@ -24,14 +24,84 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+GEMMA3 = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES = {
     "llama": {"rope_parameters": LLAMA3},
+    "bloom": {"n_layer": 4, "n_head": 4},
+    "cohere": {"logit_scale": 0.5, "num_key_value_heads": 2},
+    "cohere2": {"head_dim": 16, "sliding_window": 8},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 10,
+    },
+    "ernie4_5": {"head_dim": 8},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "gemma": {"head_dim": 16},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24, "layer_types": GEMMA3},
+    "glm": {"head_dim": 16},
+    "glm4": {"head_dim": 16},
+    "glm4_moe": {
+        "head_dim": 16,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 2,
+        "use_qk_norm": True,
+    },
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256},
+    "gpt_neox": {},
+    "gpt_oss": {
+        "head_dim": 16,
+        "sliding_window": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "swiglu_limit": 1.0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "granite": {
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 4.0,
+    },
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "residual_multiplier": 0.3, "logits_scaling": 4.0},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "ministral": {"sliding_window": 8, "head_dim": 16},
+    "olmo": {"clip_qkv": 1.0},
+    "olmo2": {},
+    "phi": {},
+    "phi3": {},
+    "qwen2_moe": {
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [0],
+    },
+    "qwen3_moe": {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "seed_oss": {"head_dim": 16},
+    "smollm3": {},
+    "stablelm": {},
+    "starcoder2": {},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
     "mistral": {"sliding_window": 8},
     "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
+# Those that stand for the others where one of a kind is enough.
+CORE = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "mixtral")
 
 
 def make_model(family: str, seed: int = 0, **changes):
@@ -39,13 +109,19 @@ def make_model(family: str, seed: int = 0, **changes):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    torch.manual_seed(seed)  # some families draw what others set to zero
     config = AutoConfig.for_model(family, **{**BASE, **FAMILIES[family], **changes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    # transformers' eager attention adds falcon's alibi twice.
+    attention = "sdpa" if family == "falcon" else "eager"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for _, p in sorted(model.named_parameters()):
             x = torch.from_numpy(rng.standard_normal(p.shape, dtype=np.float32))
             p.add_(0.1 * x) if p.ndim == 1 else p.copy_(x / np.sqrt(p.shape[-1]))
+        for name, b in sorted(model.named_buffers()):
+            if name.endswith("e_score_correction_bias"):
+                b.copy_(torch.from_numpy(0.2 * rng.standard_normal(b.shape, dtype=np.float32)))
     return model
 
 

@@ -70,6 +70,7 @@ class ModelArguments:
         "auto", "auto: the best attention kernel of the platform; disabled: plain XLA"
     )
     disable_gradient_checkpointing: bool = arg(False, "keep all activations: faster, more memory (see remat)")
+    moe_aux_loss_coef: float | None = arg(None, "weight of the loss that spreads tokens over experts", at_least(0))
     infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = arg("auto", "dtype of chat and export")
     print_param_status: bool = arg(False, "list every parameter: dtype, shape, whether it trains")
     export_dir: str | None = arg(None, "where `jtune export` writes the merged model")

@@ -122,7 +122,7 @@ GROUPS: tuple[Group, ...] = (
     ),
     _ignored("it belongs to add_special_tokens", init_special_tokens="noise_init"),
     _refused_in_training("it is not built; attention is exact up to cutoff_len: leave it out", shift_attn=False),
-    _refused_in_training("it is not built: leave it out", mixture_of_depths=None, moe_aux_loss_coef=None),
+    _refused_in_training("it is not built: leave it out", mixture_of_depths=None),
     _refused(
         "quantised weights are not built yet: finetuning_type: lora with bf16: true, split with mesh_fsdp",
         quantization_bit=None, quantization_device_map=None, ref_model_quantization_bit=None,

@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 
 from jtune.errors import DataError
 from jtune.models import DecoderConfig, abstract_params
-from jtune.models.names import Tensor, tensors
+from jtune.models.families import file_names
+from jtune.models.names import Tensor, located, tensors
 from jtune.sharding import hosts, spread
 
 log = logging.getLogger("jtune")
@@ -24,7 +25,7 @@ log = logging.getLogger("jtune")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 # What a decoder of ours does not use, though some files hold it: buffers that follow from the config.
-UNUSED = ("rotary_emb.inv_freq", "attn.masked_bias")
+UNUSED = ("rotary_emb.inv_freq", "attn.masked_bias", ".attn.bias", ".attention.bias", ".attention.masked_bias")
 DTYPES = {"BF16": jnp.bfloat16, "F16": jnp.float16, "F32": jnp.float32}
 
 
@@ -97,19 +98,18 @@ def load_params(
     """
     folder = Path(folder)
     abstract = abstract_params(config)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: here, abstract)
     with ExitStack() as stack:
         stored = open_weights(folder, stack)
-        parts = {path: list(tensors(_keys(path), config)) for path, _ in leaves}
-        _check_tensors(folder, stored, {path: (parts[path], leaf.shape) for path, leaf in leaves}, config)
+        wanted = [(list(tensors(keys, config, layers)), leaf.shape) for keys, leaf, layers in located(abstract)]
+        _check_tensors(folder, stored, wanted, config)
         arrays = [
-            _read_leaf(stored, parts[path], leaf.shape, sharding, dtype)
-            for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
+            _read_leaf(stored, parts, shape, sharding, dtype)
+            for (parts, shape), sharding in zip(wanted, jax.tree.leaves(shardings), strict=True)
         ]
-    return jax.tree.unflatten(treedef, arrays)
+    return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
 
 
 def open_weights(folder: Path, stack: ExitStack) -> dict[str, Any]:
@@ -142,18 +142,16 @@ def _open(path: Path, stack: ExitStack) -> Iterator[tuple[str, Any]]:
         yield name, file.get_slice(name)
 
 
-def _keys(path: Any) -> tuple[str, ...]:
-    return tuple(key.key for key in path)
-
-
-def _check_tensors(folder: Path, stored: Mapping[str, Any], wanted: Mapping[Any, Any], config: DecoderConfig) -> None:
+def _check_tensors(
+    folder: Path, stored: Mapping[str, Any], wanted: list[tuple[list[Tensor], tuple[int, ...]]], config: DecoderConfig
+) -> None:
     """Compare names and shapes of all tensors before any of them is read; say everything that is wrong."""
     faults, known = [], set()
-    for parts, shape in wanted.values():
+    for parts, shape in wanted:
         for part in parts:
             known.add(part.name)
             expected = list(shape[len(part.index) :])
-            expected = expected[::-1] if part.transposed else expected
+            expected = _swapped(expected) if part.transposed else expected
             if part.name not in stored:
                 faults.append(f"{part.name} is missing (expected shape {expected})")
             elif stored[part.name].get_shape() != expected:
@@ -161,7 +159,7 @@ def _check_tensors(folder: Path, stored: Mapping[str, Any], wanted: Mapping[Any,
             elif stored[part.name].get_dtype() not in DTYPES:
                 faults.append(f"{part.name} is {stored[part.name].get_dtype()}; expected one of {', '.join(DTYPES)}")
     if config.tie_word_embeddings:
-        known.add("lm_head.weight")  # some writers repeat the embedding
+        known.add(f"{file_names(config).words.get('lm_head', 'lm_head')}.weight")  # some writers repeat the embedding
     for name in sorted(stored.keys() - known):
         if not name.endswith(UNUSED):
             faults.append(f"{name} has no place in this model (model_type {config.family})")
@@ -170,6 +168,11 @@ def _check_tensors(folder: Path, stored: Mapping[str, Any], wanted: Mapping[Any,
         raise DataError(
             f"{folder}: these weights are not the model of config.json:\n  " + "\n  ".join(faults[:8]) + more
         )
+
+
+def _swapped(x: Any) -> Any:
+    """A shape or an index with its last two dimensions swapped."""
+    return type(x)([*x[:-2], x[-1], x[-2]])
 
 
 def _read_leaf(stored: Mapping[str, Any], parts: list[Tensor], shape: tuple[int, ...], sharding, dtype) -> jax.Array:
@@ -189,7 +192,7 @@ def _read_leaf(stored: Mapping[str, Any], parts: list[Tensor], shape: tuple[int,
             for place in np.ndindex(*out.shape[:dims]):
                 part = by_index[tuple(p + start for p, (start, _) in zip(place, key))]
                 piece = stored[part.name]
-                out[place] = piece[rest[::-1]].T if part.transposed else piece[rest]
+                out[place] = piece[_swapped(rest)].swapaxes(-1, -2) if part.transposed else piece[rest]
             done[key] = out
         return done[key]
 
@@ -225,13 +228,13 @@ def save_model(
         written.append((name, list(pending), sum(x.nbytes for x in pending.values())))
         pending.clear()
 
-    for keys, leaf, first in _stacks(params):
-        for part in tensors(keys, config, first_layer=first, layers=leaf.shape[0]):
+    for keys, leaf, layers in located(params):
+        for part in tensors(keys, config, layers):
             piece = spread.whole(leaf, part.index)
             if not hosts.is_first():
                 continue
             x = np.asarray(piece).astype(dtype)
-            x = np.ascontiguousarray(x.T if part.transposed else x)
+            x = np.ascontiguousarray(x.swapaxes(-1, -2) if part.transposed else x)
             if pending and sum(p.nbytes for p in pending.values()) + x.nbytes > max_shard_bytes:
                 flush()
             pending[part.name] = x
@@ -241,18 +244,6 @@ def save_model(
     _name_shards(folder, written)
     config_json = {key: value for key, value in source.items() if key not in ("_name_or_path", "torch_dtype")}
     (folder / "config.json").write_text(json.dumps(config_json | {"dtype": dtype.name}, indent=2) + "\n")
-
-
-def _stacks(params: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], jax.Array, int]]:
-    """Every leaf, with its path and the number of its first layer; layers may be in one stack or in several."""
-    stacks = params["layers"] if isinstance(params["layers"], tuple) else (params["layers"],)
-    first = 0
-    for stack in stacks:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(stack):
-            yield ("layers", *_keys(path)), leaf, first
-        first += jax.tree.leaves(stack)[0].shape[0]
-    for path, leaf in jax.tree_util.tree_leaves_with_path({k: v for k, v in params.items() if k != "layers"}):
-        yield _keys(path), leaf, 0
 
 
 def _name_shards(folder: Path, written: list[tuple[str, list[str], int]]) -> None:

@@ -22,7 +22,10 @@ from safetensors.numpy import save_file
 from jtune.errors import DataError
 from jtune.interop import hf
 from jtune.models import DecoderConfig
-from jtune.models.names import module_name, tensors
+from jtune.models.decoder import stacks
+from jtune.models.families import file_names, module_names
+from jtune.models.families.base import Names
+from jtune.models.names import located, module_name, tensors
 from jtune.sharding import hosts, replicated, spread
 from jtune.tuning.lora import LoRA, is_adapter_leaf, is_node
 
@@ -34,7 +37,7 @@ Keys = tuple[str, ...]
 # Options of an adapter_config.json that change what an adapter computes: the values under which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    "fan_in_fan_out": (False,),
+    "fan_in_fan_out": (False, True),  # how the base is stored, which its family tells
     "use_dora": (False,),
     "use_qalora": (False,),
     "lora_bias": (False,),
@@ -92,7 +95,7 @@ def load_adapter(
     """Put a PEFT adapter onto `params`: kernels become LoRA nodes, modules saved whole replace those of the base.
 
     Args:
-      params: plain arrays, layers in one stack.
+      params: plain arrays.
       path: a folder, or a hub id (`hub`: options of `jtune.interop.hf.fetch`).
       subfolder: where the adapter is in it.
 
@@ -104,10 +107,9 @@ def load_adapter(
     """
     adapter = _open(hf.fetch(path, **hub) / (subfolder or ""))
 
-    def place(key_path: Any, leaf: jax.Array) -> Any:
-        keys = tuple(key.key for key in key_path)
-        leaf = _read_whole(adapter, keys, leaf, config)
-        pair = _read_pair(adapter, keys, config) if keys[-1] == "kernel" else None
+    def place(keys: Keys, leaf: jax.Array, layers: range) -> Any:
+        leaf = _read_whole(adapter, keys, leaf, config, layers)
+        pair = _read_pair(adapter, keys, config, layers) if keys[-1] == "kernel" else None
         if pair is None:
             return leaf
         expected = (*leaf.shape[:-1], pair.a.shape[-1]), (*leaf.shape[:-2], pair.a.shape[-1], leaf.shape[-1])
@@ -119,7 +121,7 @@ def load_adapter(
         dropout = float(adapter.options.get("lora_dropout") or 0.0)
         return LoRA(leaf, _beside(leaf, pair.a), _beside(leaf, pair.b), pair.scale, dropout)
 
-    loaded = jax.tree_util.tree_map_with_path(place, params)
+    loaded = jax.tree.unflatten(jax.tree.structure(params), [place(*leaf) for leaf in located(params)])
     left = sorted(adapter.stored.keys() - adapter.used)
     if left:
         shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
@@ -156,14 +158,14 @@ def _open(folder: Path) -> Adapter:
             raise DataError(f"{folder}: {CONFIG} is there, but {WEIGHTS} is not") from error
         except SafetensorError as error:
             raise DataError(f"{folder / WEIGHTS}: not a complete safetensors file: {error}") from error
-        names = file.keys()
-        stored = {name.removeprefix(PREFIX): file.get_tensor(name) for name in names}
+        every = file.keys()
+        stored = {name.removeprefix(PREFIX): file.get_tensor(name) for name in every}
     return Adapter(folder, options, stored, set())
 
 
-def _read_whole(adapter: Adapter, keys: Keys, leaf: jax.Array, config: DecoderConfig) -> jax.Array:
+def _read_whole(adapter: Adapter, keys: Keys, leaf: jax.Array, config: DecoderConfig, layers: range) -> jax.Array:
     """The leaf as the adapter holds it, if it does: modules saved whole, and the base of an adapted head."""
-    parts = list(tensors(keys, config))
+    parts = list(tensors(keys, config, layers))
     if keys[0] == "lm_head":
         based = [part._replace(name=part.name.replace(".weight", ".base_layer.weight")) for part in parts]
         parts = based if all(part.name in adapter.stored for part in based) else parts
@@ -173,27 +175,28 @@ def _read_whole(adapter: Adapter, keys: Keys, leaf: jax.Array, config: DecoderCo
     for part in parts:
         x = adapter.stored[part.name]
         adapter.used.add(part.name)
-        if (x.T if part.transposed else x).shape != leaf.shape[len(part.index) :]:
+        x = x.swapaxes(-1, -2) if part.transposed else x
+        if x.shape != leaf.shape[len(part.index) :]:
             raise DataError(
                 f"{adapter.folder / WEIGHTS}: {part.name} has shape {list(x.shape)}: is it for another model?"
             )
-        out[part.index] = x.T if part.transposed else x
+        out[part.index] = x
     if keys[0] == "embed_tokens" and config.tie_word_embeddings:
         adapter.used.add("lm_head.weight")  # the same, repeated
     return spread.put(out, leaf.sharding)
 
 
-def _read_pair(adapter: Adapter, keys: Keys, config: DecoderConfig) -> Pair | None:
+def _read_pair(adapter: Adapter, keys: Keys, config: DecoderConfig, layers: range) -> Pair | None:
     """The adapter of a kernel, all its layers stacked."""
     read = _read_experts if "experts" in keys else _read_module
     if keys[0] != "layers":
         return read(adapter, keys, config, None)
-    found = [read(adapter, keys, config, layer) for layer in range(config.num_hidden_layers)]
+    found = [read(adapter, keys, config, layer) for layer in layers]
     pairs = [pair for pair in found if pair is not None]
     if not pairs:
         return None
     if len(pairs) < len(found):
-        missing = ", ".join(str(i) for i, pair in enumerate(found) if pair is None)
+        missing = ", ".join(str(i) for i, pair in zip(layers, found) if pair is None)
         raise DataError(
             f"{adapter.folder / WEIGHTS}: {'.'.join(keys[:-1])} has no adapter in layers {missing}; "
             "jtune reads adapters that all layers have"
@@ -212,8 +215,9 @@ def _fill(x: np.ndarray, axis: int, size: int) -> np.ndarray:
 
 
 def _module_names(keys: Keys, config: DecoderConfig, layer: int | None, expert: int | None = None) -> list[str]:
-    """A module's name in the family's files, and in transformers 5, which uses our words."""
-    return [module_name(keys[:-1], family, layer=layer, expert=expert) for family in (config.family, "")]
+    """A module's name in the family's files, and in transformers' model."""
+    both = file_names(config), module_names(config)
+    return [module_name(keys[:-1], their, layer=layer, expert=expert) for their in both]
 
 
 def _read_module(adapter: Adapter, keys: Keys, config: DecoderConfig, layer: int | None, expert: int | None = None):
@@ -227,16 +231,17 @@ def _read_module(adapter: Adapter, keys: Keys, config: DecoderConfig, layer: int
 
 def _read_experts(adapter: Adapter, keys: Keys, config: DecoderConfig, layer: int | None) -> Pair | None:
     """Adapters of one projection of all experts, `[experts, in, rank]` and `[experts, rank, out]`."""
-    found = (_read_module(adapter, keys, config, layer, expert) for expert in range(config.num_experts))
+    assert config.experts is not None
+    E, M = config.experts.count, config.experts.intermediate_size
+    found = (_read_module(adapter, keys, config, layer, expert) for expert in range(E))
     modules = [pair for pair in found if pair is not None]
-    if len(modules) == config.num_experts:
+    if len(modules) == E:
         scale = modules[0].scale
         return Pair(
             np.stack([m.a for m in modules]), np.stack([m.b * np.float32(m.scale / scale) for m in modules]), scale
         )
-    block = module_name(keys[: keys.index("experts")], "", layer=layer) + ".experts"
+    block = module_name(keys[: keys.index("experts")], module_names(config), layer=layer) + ".experts"
     down = keys[-2] == "down_proj"
-    E, M = config.num_experts, config.intermediate_size
     inputs, outputs = (M, config.hidden_size) if down else (config.hidden_size, 2 * M)
     # PEFT nests one wrapper in the other; which is which shows in the shapes.
     for module in (f"{block}.base_layer", block):
@@ -248,7 +253,7 @@ def _read_experts(adapter: Adapter, keys: Keys, config: DecoderConfig, layer: in
         rank = found[0].shape[0] // E
         a = found[0].reshape(E, rank, inputs).transpose(0, 2, 1)
         b = found[1].reshape(outputs, rank, E).transpose(2, 1, 0)
-        if not down:
+        if keys[-2] in ("gate_proj", "up_proj"):
             b = b[..., :M] if keys[-2] == "gate_proj" else b[..., M:]
         return Pair(a, b, adapter.scale(f"{block}.{'down_proj' if down else 'gate_up_proj'}", rank))
     return None
@@ -282,26 +287,31 @@ def save_adapter(
         value = scale * rank**0.5 if use_rslora else scale * rank
         return round(value) if abs(value - round(value)) < 1e-6 else value
 
-    for keys, leaf, trains in _leaves(params, mask):
+    their = module_names(config)
+    every = {keys[:-1] for keys, *_ in located(params) if keys[-1] == "kernel"}
+    masks = jax.tree.leaves(mask, is_leaf=is_node)
+    for (keys, leaf, layers), its_mask in zip(located(params), masks, strict=True):
+        trains = its_mask is True
         if is_node(leaf) and "experts" not in keys:
             rank = leaf.a.shape[-1]
             a, b = np.asarray(leaf.a, np.float32), np.asarray(leaf.b, np.float32)
-            for layer in range(len(a)) if keys[0] == "layers" else (None,):
-                module = PREFIX + module_name(keys[:-1], "", layer=layer)
-                out[f"{module}.lora_A.weight"] = (a if layer is None else a[layer]).T
-                out[f"{module}.lora_B.weight"] = (b if layer is None else b[layer]).T
-            is_router = keys[-2] == "gate" and config.num_experts > 0
-            name = "gate.weight" if is_router else keys[-2]
+            for layer in layers or (None,):
+                module = PREFIX + module_name(keys[:-1], their, layer=layer)
+                place = () if layer is None else (layer - layers.start,)
+                out[f"{module}.lora_A.weight"], out[f"{module}.lora_B.weight"] = a[place].T, b[place].T
+            is_router = keys[-2] == "gate" and config.experts is not None
+            name = "gate.weight" if is_router else _target(keys[:-1], every, their)
             (parameters if is_router else modules)[name] = rank, alpha(rank, leaf.scale)
         elif trains and not is_node(leaf):
             x = np.asarray(leaf, np.float32)
-            for part in tensors(keys, config):
+            for part in tensors(keys, config, layers):
                 piece = x[part.index] if part.index else x
-                out[PREFIX + part.name] = piece.T if part.transposed else piece
-            whole[keys[-2]] = None
+                out[PREFIX + part.name] = piece.swapaxes(-1, -2) if part.transposed else piece
+            whole[their.words.get(keys[-2], keys[-2])] = None
             if keys[0] == "embed_tokens" and config.tie_word_embeddings:
-                out[PREFIX + "lm_head.weight"] = x  # PEFT asks for both names of a tied pair
-    for name, (rank, scale), found in _join_experts(params):
+                # PEFT asks for both names of a tied pair.
+                out[f"{PREFIX}{their.words.get('lm_head', 'lm_head')}.weight"] = x
+    for name, (rank, scale), found in _join_experts(params, config):
         parameters[name] = rank, alpha(rank, scale)
         out |= {PREFIX + key: x for key, x in found.items()}
 
@@ -341,46 +351,64 @@ def _at_hand(params: PyTree, mask: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(fetch, params, mask)
 
 
-def _leaves(params: PyTree, mask: PyTree) -> Iterator[tuple[Keys, Any, bool]]:
-    masks = jax.tree.leaves(mask, is_leaf=is_node)
-    for (path, leaf), m in zip(jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node), masks, strict=True):
-        yield tuple(key.key for key in path), leaf, m is True
+def _target(module: Keys, every: set[Keys], their: Names) -> str:
+    """What PEFT is to call a module: the last word of its name, or two where others end in the same word."""
+    words = lambda keys: tuple(their.words.get(key, key) for key in keys)
+    alike = [other for other in every if words(other)[-1] == words(module)[-1] and "experts" not in other]
+    return ".".join(words(module)[-1:] if len({words(other)[-2] for other in alike}) == 1 else words(module)[-2:])
 
 
-def _join_experts(params: PyTree) -> Iterator[tuple[str, tuple[int, float], dict[str, np.ndarray]]]:
-    """Adapters of experts as PEFT's parameters, layer by layer: (name, (rank, scale), tensors).
+def _join_experts(
+    params: PyTree, config: DecoderConfig
+) -> Iterator[tuple[str, tuple[int, float], dict[str, np.ndarray]]]:
+    """Adapters of experts as PEFT's parameters, stack by stack: (name, (rank, scale), tensors).
 
     Gate and up become one adapter of their ranks together: `a` side by side, `b` block-diagonal.
     """
-    mlp = params["layers"].get("mlp", {})
-    if "experts" not in mlp:
-        return
-    nodes = {name: leaf["kernel"] for name, leaf in mlp["experts"].items() if is_node(leaf["kernel"])}
-    gate, up, down = (nodes.get(name) for name in ("gate_proj", "up_proj", "down_proj"))
-    block = "model.layers.{}.mlp.experts"
+    first = 0
+    for stack in stacks(params["layers"]):
+        count = jax.tree.leaves(stack)[0].shape[0]
+        nodes = {
+            name: leaf["kernel"]
+            for name, leaf in stack.get("mlp", {}).get("experts", {}).items()
+            if is_node(leaf["kernel"])
+        }
+        block = [
+            module_name(("layers", "mlp"), module_names(config), layer=layer) + ".experts"
+            for layer in range(first, first + count)
+        ]
+        first += count
+        down, joined = nodes.get("down_proj"), _joined(nodes)
+        if joined is not None:
+            modules = [f"{name}.base_layer" for name in block] if down is not None else block
+            yield "gate_up_proj", (joined.a.shape[-1], joined.scale), _files(joined, modules)
+        if down is not None:
+            yield "down_proj", (down.a.shape[-1], down.scale), _files(Pair(down.a, down.b, down.scale), block)
 
-    def files(a: np.ndarray, b: np.ndarray, module: str) -> dict[str, np.ndarray]:
-        """PEFT's layout: A `[experts * rank, in]`, B `[out, rank * experts]`."""
-        E, inputs, rank = a.shape[1:]
-        found = {}
-        for layer in range(len(a)):
-            found[f"{module.format(layer)}.lora_A.weight"] = a[layer].transpose(0, 2, 1).reshape(E * rank, inputs)
-            found[f"{module.format(layer)}.lora_B.weight"] = b[layer].transpose(2, 1, 0).reshape(-1, rank * E)
-        return found
 
-    parts = [node for node in (gate, up) if node is not None]
-    if parts:
-        scale = parts[0].scale
-        rank = sum(node.a.shape[-1] for node in parts)
-        a = np.concatenate([np.asarray(node.a, np.float32) for node in parts], axis=-1)
-        L, E, _, M = parts[0].b.shape
-        b, row = np.zeros((L, E, rank, 2 * M), np.float32), 0
-        for node, column in ((gate, 0), (up, M)):
-            if node is not None:
-                r = node.a.shape[-1]
-                b[:, :, row : row + r, column : column + M] = np.asarray(node.b) * np.float32(node.scale / scale)
-                row += r
-        yield "gate_up_proj", (rank, scale), files(a, b, block + ".base_layer" if down is not None else block)
-    if down is not None:
-        a, b = np.asarray(down.a, np.float32), np.asarray(down.b, np.float32)
-        yield "down_proj", (down.a.shape[-1], down.scale), files(a, b, block)
+def _joined(nodes: Mapping[str, LoRA]) -> Pair | None:
+    """One adapter of gate and up."""
+    if "gate_up_proj" in nodes:
+        node = nodes["gate_up_proj"]
+        return Pair(node.a, node.b, node.scale)
+    found = [(nodes[name], half) for half, name in enumerate(("gate_proj", "up_proj")) if name in nodes]
+    if not found:
+        return None
+    scale, rank = found[0][0].scale, sum(node.a.shape[-1] for node, _ in found)
+    L, E, _, M = found[0][0].b.shape
+    b, row = np.zeros((L, E, rank, 2 * M), np.float32), 0
+    for node, half in found:
+        r = node.a.shape[-1]
+        b[:, :, row : row + r, half * M : (half + 1) * M] = np.asarray(node.b) * np.float32(node.scale / scale)
+        row += r
+    return Pair(np.concatenate([np.asarray(node.a, np.float32) for node, _ in found], axis=-1), b, scale)
+
+
+def _files(pair: Pair, modules: list[str]) -> dict[str, np.ndarray]:
+    """PEFT's layout, for each layer: A `[experts * rank, in]`, B `[out, rank * experts]`."""
+    found = {}
+    for module, a, b in zip(modules, np.asarray(pair.a, np.float32), np.asarray(pair.b, np.float32), strict=True):
+        E, inputs, rank = a.shape
+        found[f"{module}.lora_A.weight"] = a.transpose(0, 2, 1).reshape(E * rank, inputs)
+        found[f"{module}.lora_B.weight"] = b.transpose(2, 1, 0).reshape(-1, rank * E)
+    return found

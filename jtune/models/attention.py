@@ -4,6 +4,7 @@ Shape suffixes: B batch, T tokens of queries, S tokens of keys, H query heads, K
 group, D head_dim; of one block: Q queries, N keys, M = G*Q.
 """
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 
@@ -30,14 +31,20 @@ MAPPED_SCORES = 2**25
 LANES = 128  # what splash wants head_dim and row lengths to be multiples of
 
 
-def choose(flash_attn: str, platform: str) -> tuple[str, str]:
+def choose(flash_attn: str, platform: str, *, sinks: bool = False, alibi: bool = False) -> tuple[str, str]:
     """(backend, why) for LLaMA-Factory's `flash_attn` on a platform ("cpu", "gpu", "tpu").
+
+    A kernel that cannot do what the model needs is not chosen.
 
     >>> choose("auto", "tpu")[0], choose("auto", "cpu")[0], choose("disabled", "tpu")[0]
     ('splash', 'blocks', 'xla')
     """
     if flash_attn in ("disabled", "sdpa"):
         return "xla", f"flash_attn: {flash_attn}"
+    if alibi:
+        return "xla", "all scores at once, since the others add no biases (alibi) to them"
+    if platform == "tpu" and sinks:
+        return "blocks", "block by block of queries, since the TPU kernel has no attention sinks"
     if platform == "tpu":
         return "splash", "the fused TPU kernel: segments, windows and soft-caps inside, no scores in memory"
     return "blocks", "block by block of queries, so that scores of one block exist at a time"
@@ -52,6 +59,8 @@ def attend(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks_H: jax.Array | None = None,
+    bias_BHS: jax.Array | None = None,
     backend: str = "xla",
     mesh: Mesh | None = None,
 ) -> jax.Array:
@@ -62,12 +71,16 @@ def attend(
       segment_ids: int32 `[batch, seq]`; tokens see tokens of their own segment, at or before their place in the row.
       window: a token sees itself and the `window - 1` tokens before it.
       softcap: scores become `softcap * tanh(scores / softcap)` (arXiv:2408.00118).
+      sinks: a score of each head that competes with those of the keys, and gives nothing.
+      bias: float32, added to the scores of a key. Only "xla" has it.
       backend: "xla", all scores at once: the reference; "blocks", "splash": see `choose`.
       mesh: where the arrays lie; rows over `batch`, tokens over `sequence`, heads over `heads` and `kv_heads`.
 
     Returns:
-      `[batch, seq, heads, head_dim]` in the dtype of `q`. Softmax is in float32.
+      `[batch, seq, heads, head_dim of v]` in the dtype of `q`. Softmax is in float32.
     """
+    if (backend == "splash" and sinks_H is not None) or (backend != "xla" and bias_BHS is not None):
+        raise ValueError(f"attention backend {backend!r} has no {'sinks' if bias_BHS is None else 'biases'}")
     if backend == "splash":
         return _splash(q_BTHD, k_BSKD, v_BSKD, segment_ids_BS, scale, window, softcap, mesh)
     if backend not in BACKENDS:
@@ -75,37 +88,105 @@ def attend(
     # Queries stay where their tokens are; keys and values of the whole row come to them.
     k_BSKD, v_BSKD = (constrain(x, mesh, "batch", None, "kv_heads", None) for x in (k_BSKD, v_BSKD))
     B, T, H, D = q_BTHD.shape
-    K = k_BSKD.shape[2]
+    K, V = k_BSKD.shape[2], v_BSKD.shape[3]
     q_BKGTD = q_BTHD.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
     k_BKSD, v_BKSD = (x.transpose(0, 2, 1, 3) for x in (k_BSKD, v_BSKD))
     split = mesh is not None and mesh.shape["context"] > 1  # then rows are in parts already, one on each device
     compute: Callable = _at_once if backend == "xla" or split else _in_blocks
-    one = lambda q, k, v, segment_ids: compute(q, k, v, segment_ids, scale, window, softcap)
+    one: Callable = lambda q, k, v, segment_ids: compute(q, k, v, segment_ids, scale, window, softcap)
     together = MAPPED_SCORES // max(1, H // K * _block(T) * T)
     if backend == "blocks" and (mesh is None or mesh.size == 1) and together < B * K and jax.default_backend() == "cpu":
         flat = lambda x: x.reshape(B * K, *x.shape[2:])
         parts = *map(flat, (q_BKGTD, k_BKSD, v_BKSD)), jnp.repeat(segment_ids_BS, K, axis=0)
-        out = jax.lax.map(lambda part: one(*part), parts, batch_size=max(1, together))
+        out, sums = jax.lax.map(lambda part: one(*part), parts, batch_size=max(1, together))
+        sums = sums.reshape(B, K, *sums.shape[1:])
+    elif bias_BHS is not None:
+        one = lambda q, k, v, segment_ids, bias: _at_once(q, k, v, segment_ids, scale, window, softcap, bias)
+        over_heads = jax.vmap(one, in_axes=(0, 0, 0, None, 0))
+        bias_BKGS = bias_BHS.reshape(B, K, H // K, -1)
+        out, sums = jax.vmap(over_heads)(q_BKGTD, k_BKSD, v_BKSD, segment_ids_BS, bias_BKGS)
     else:
         over_heads = jax.vmap(one, in_axes=(0, 0, 0, None))
-        out = jax.vmap(over_heads)(q_BKGTD, k_BKSD, v_BKSD, segment_ids_BS)
-    return out.reshape(B, K, H // K, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
+        out, sums = jax.vmap(over_heads)(q_BKGTD, k_BKSD, v_BKSD, segment_ids_BS)
+    out_BKGTV = out.reshape(B, K, H // K, T, V)
+    if sinks_H is not None:
+        # What a sink takes away follows from how large all other weights are together.
+        others = jax.nn.sigmoid(sums - sinks_H.astype(jnp.float32).reshape(1, K, H // K, 1, 1))
+        out_BKGTV = (out_BKGTV * others).astype(q_BTHD.dtype)
+    return out_BKGTV.transpose(0, 3, 1, 2, 4).reshape(B, T, H, V)
+
+
+def attend_cached(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    positions_BT: jax.Array,
+    key_positions_BS: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: jax.Array | None = None,
+    bias_BHS: jax.Array | None = None,
+) -> jax.Array:
+    """`attend` of new tokens to what a cache holds: `[batch, T, heads, head_dim of v]`.
+
+    Args:
+      positions: of the new tokens in their sequence.
+      key_positions: of what is in the slots of the cache; negative: nothing.
+    """
+    B, T, H, D = q_BTHD.shape
+    K = k_BSKD.shape[2]
+    q_BTKGD = q_BTHD.reshape(B, T, K, H // K, D)
+    scores = jnp.einsum("BTKGD,BSKD->BKGTS", q_BTKGD, k_BSKD, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias_BHS is not None:
+        scores += bias_BHS.reshape(B, K, H // K, 1, -1)
+    distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
+    seen_BTS = (key_positions_BS[:, None, :] >= 0) & (distance_BTS >= 0)
+    if window is not None:
+        seen_BTS &= distance_BTS < window
+    scores = jnp.where(seen_BTS[:, None, None], scores, MASKED)
+    if sinks_H is not None:
+        sinks = jnp.broadcast_to(sinks_H.astype(jnp.float32).reshape(1, K, H // K, 1, 1), (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, sinks], -1), axis=-1)[..., :-1]
+    else:
+        weights = jax.nn.softmax(scores, axis=-1)
+    out = jnp.einsum("BKGTS,BSKV->BTKGV", weights.astype(v_BSKD.dtype), v_BSKD)
+    return out.reshape(B, T, H, -1).astype(q_BTHD.dtype)
+
+
+def alibi_bias(positions_BS: jax.Array, heads: int, multiplier: float, dtype: str) -> jax.Array:
+    """What alibi (arXiv:2108.12409, section 3) adds to the scores of a key, float32 `[batch, heads, seq]`.
+
+    It is `slope * position of the key`; the softmax makes it one of distance. The published models round it to `dtype`,
+    before they multiply it by `multiplier`: that is part of what they are.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2.0 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
+    bias_BHS = jnp.asarray(slopes, dtype)[None, :, None] * jnp.maximum(positions_BS, 0)[:, None, :].astype(dtype)
+    return bias_BHS.astype(jnp.float32) * multiplier
 
 
 # ---------------------------------------------------------------------- plain XLA, of one row and key head; M = G * Q
 
 
-def _at_once(q_GTD, k_SD, v_SD, segment_ids_S, scale, window, softcap) -> jax.Array:
-    """The reference: what the others must equal."""
+def _at_once(q_GTD, k_SD, v_SD, segment_ids_S, scale, window, softcap, bias_GS=None):
+    """The reference: what the others must equal. `[G, T, D]` and the logarithm of the sum of weights, `[G, T, 1]`."""
     G, T, D = q_GTD.shape
-    scores_MS = _scores(q_GTD.reshape(-1, D), k_SD, scale, softcap)
-    scores_GTS = jnp.where(_visible(segment_ids_S, 0, T, 0, window), scores_MS.reshape(G, T, -1), MASKED)
+    scores_GTS = _scores(q_GTD.reshape(-1, D), k_SD, scale, softcap).reshape(G, T, -1)
+    if bias_GS is not None:
+        scores_GTS += bias_GS[:, None, :]
+    scores_GTS = jnp.where(_visible(segment_ids_S, 0, T, 0, window), scores_GTS, MASKED)
     weights = jax.nn.softmax(scores_GTS, axis=-1).astype(v_SD.dtype)
-    return (weights.reshape(G * T, -1) @ v_SD).reshape(G, T, D)
+    sums_GT1 = jax.nn.logsumexp(scores_GTS, axis=-1, keepdims=True)
+    return (weights.reshape(G * T, -1) @ v_SD).reshape(G, T, -1), sums_GT1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _in_blocks(q_GTD, k_SD, v_SD, segment_ids_S, scale, window, softcap) -> jax.Array:
+def _in_blocks(q_GTD, k_SD, v_SD, segment_ids_S, scale, window, softcap):
     """A block of queries at a time, with the keys that it can see: none after its last query, nor any out of the window
     of its first. The backward pass forms the scores of a block again from their log-sum-exp, as flash attention does
     (arXiv:2205.14135): what is kept is linear in the row.
@@ -124,18 +205,21 @@ def _in_blocks_forward(q_GTD, k_SD, v_SD, segment_ids_S, scale, window, softcap)
         weights_MN = jnp.exp(scores_MN - largest_M1)
         total_M1 = jnp.sum(weights_MN, axis=-1, keepdims=True)
         out_MD = _dot(weights_MN.astype(v_SD.dtype), v_SD[first:end]) / total_M1
-        outs.append(out_MD.astype(q_GTD.dtype).reshape(G, -1, D))
+        outs.append(out_MD.astype(q_GTD.dtype).reshape(G, end - begin, -1))
         sums.append((largest_M1 + jnp.log(total_M1)).reshape(G, -1, 1))
     out_GTD = checkpoint_name(jnp.concatenate(outs, axis=1), RESIDUALS)
     sums_GT1 = checkpoint_name(jnp.concatenate(sums, axis=1), RESIDUALS)
-    return out_GTD, (q_GTD, k_SD, v_SD, segment_ids_S, out_GTD, sums_GT1)
+    return (out_GTD, sums_GT1), (q_GTD, k_SD, v_SD, segment_ids_S, out_GTD, sums_GT1)
 
 
-def _in_blocks_backward(scale, window, softcap, residuals, d_out_GTD):
+def _in_blocks_backward(scale, window, softcap, residuals, d_outs):
+    d_out_GTD, d_sums_GT1 = d_outs
     q_GTD, k_SD, v_SD, segment_ids_S, out_GTD, sums_GT1 = residuals
     G, T, D = q_GTD.shape
-    # Through the softmax: d score = weight * (d weight - mean of d weight), and this mean is d out . out.
+    # Through the softmax: d score = weight * (d weight - mean of d weight), and this mean is d out . out. The sum has
+    # the weights themselves as its derivative.
     means_GT1 = jnp.sum(d_out_GTD.astype(jnp.float32) * out_GTD.astype(jnp.float32), axis=-1, keepdims=True)
+    means_GT1 -= d_sums_GT1
     d_q, d_k_SD, d_v_SD = [], jnp.zeros(k_SD.shape, jnp.float32), jnp.zeros(v_SD.shape, jnp.float32)
     for begin, end, first in _cuts(T, window):
         queries = lambda x_GTX, b=begin, e=end: x_GTX[:, b:e].reshape(-1, x_GTX.shape[-1])
@@ -200,13 +284,14 @@ def _splash(q_BTHD, k_BSKD, v_BSKD, segment_ids_BS, scale, window, softcap, mesh
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     _, T, H, D = q_BTHD.shape
-    K = k_BSKD.shape[2]
+    K, V = k_BSKD.shape[2], v_BSKD.shape[3]
+    width = max(D, V) + -max(D, V) % LANES
     axes = dict(mesh.shape) if mesh is not None else {}
     context = axes.get("context", 1)
     tensor = axes.get("tensor", 1)
     tensor = tensor if H % tensor == 0 and K % tensor == 0 else 1
     pad = -T % (LANES * context)
-    fill = lambda x: jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, -D % LANES))).transpose(0, 2, 1, 3)
+    fill = lambda x: jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, width - x.shape[3]))).transpose(0, 2, 1, 3)
     # The kernel does not scale. In the precision of q, as its products are.
     q_BHTD, k_BKSD, v_BKSD = fill(q_BTHD * jnp.asarray(scale, q_BTHD.dtype)), fill(k_BSKD), fill(v_BSKD)
     segments = jnp.pad(segment_ids_BS, ((0, 0), (0, pad)))
@@ -234,7 +319,7 @@ def _splash(q_BTHD, k_BSKD, v_BSKD, segment_ids_BS, scale, window, softcap, mesh
             check_vma=False,
         )
     out_BHTD = local(kernel, q_BHTD, k_BKSD, v_BKSD, segments, segments)
-    return out_BHTD.transpose(0, 2, 1, 3)[:, :T, :, :D].astype(q_BTHD.dtype)
+    return out_BHTD.transpose(0, 2, 1, 3)[:, :T, :, :V].astype(q_BTHD.dtype)
 
 
 @lru_cache

@@ -1,126 +1,51 @@
 """The decoder: one causal language model for all families, told by a `DecoderConfig` what it is.
 
-Shape suffixes: B batch, T tokens, D embed, H query heads, K key/value heads, V vocab.
+Shape suffixes: B batch, T tokens, D embed, V vocab.
 """
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jtune.models import cache as caches
 from jtune.models.attention import RESIDUALS as ATTENTION_RESIDUALS
-from jtune.models.attention import attend
 from jtune.models.config import DecoderConfig
 from jtune.models.kernels import Linear, matmul, parameter
-from jtune.models.moe import MoE
-from jtune.models.rope import cos_sin, rotate
+from jtune.models.layer import ATTENDED, LAYER_INPUT, DecoderLayer, Remembered, Shared, norm
+from jtune.models.moe import Load
+from jtune.models.rope import cos_sin
 from jtune.sharding import constrain, spec
 
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-}
-# Names of what a remat policy may keep.
-ATTENDED, LAYER_INPUT = "attended", "layer_input"
 REMAT = ("none", "dots", "attention", "full", "offload")
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * scale, the mean of squares in float32 (arXiv:1910.07467)."""
+class Loop(NamedTuple):
+    """Layers that are run in one loop."""
 
-    eps: float
-    offset: bool = False  # multiply by 1 + scale, in float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.initializers.zeros if self.offset else nn.initializers.ones
-        scale = parameter(self, "scale", init, x.shape[-1:], (None,))
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        if self.offset:
-            return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
-        return normed.astype(x.dtype) * scale.astype(x.dtype)
+    stack: int  # which of the stacks of parameters
+    start: int  # the index of the first layer in it
+    first: int  # the number of that layer in the model
+    period: int  # layers of a turn, which may differ among themselves
+    repeats: int
 
 
-class Attention(nn.Module):
-    config: DecoderConfig
-    window: int | None
-    backend: str
-    mesh: Mesh | None
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array, cos_sin_BT1F, segment_ids_BT: jax.Array) -> jax.Array:
-        c = self.config
-        heads = lambda x, n: x.reshape(*x.shape[:-1], n, c.head_dim)
-        linear = lambda n, axis, name: Linear(n * c.head_dim, ("embed", axis), use_bias=c.qkv_bias, name=name)
-        q_BTHD = heads(linear(c.num_attention_heads, "heads", "q_proj")(x_BTD), c.num_attention_heads)
-        k_BTKD = heads(linear(c.num_key_value_heads, "kv_heads", "k_proj")(x_BTD), c.num_key_value_heads)
-        v_BTKD = heads(linear(c.num_key_value_heads, "kv_heads", "v_proj")(x_BTD), c.num_key_value_heads)
-        if c.qk_norm:
-            q_BTHD = RMSNorm(c.rms_norm_eps, name="q_norm")(q_BTHD)
-            k_BTKD = RMSNorm(c.rms_norm_eps, name="k_norm")(k_BTKD)
-        place = lambda x, axis: constrain(x, self.mesh, "batch", "sequence", axis, None)
-        out_BTHD = attend(
-            place(rotate(q_BTHD, *cos_sin_BT1F), "heads"),
-            place(rotate(k_BTKD, *cos_sin_BT1F), "kv_heads"),
-            place(v_BTKD, "kv_heads"),
-            segment_ids_BT,
-            scale=c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
-            window=self.window,
-            softcap=c.attention_softcap,
-            backend=self.backend,
-            mesh=self.mesh,
-        )
-        joined = checkpoint_name(place(out_BTHD, "heads").reshape(*x_BTD.shape[:-1], -1), ATTENDED)
-        return Linear(c.hidden_size, ("heads", "embed"), use_bias=c.o_bias, name="o_proj")(joined)
+Cache = tuple[tuple[caches.Entry, ...], ...]  # of each loop, of each layer of its period
 
 
-class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)) (arXiv:2002.05202)."""
+class Hidden(NamedTuple):
+    """What the layers give."""
 
-    config: DecoderConfig
-    mesh: Mesh | None = None
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array, act) -> jax.Array:
-        c = self.config
-        up = lambda name: Linear(c.intermediate_size, ("embed", "mlp"), use_bias=c.mlp_bias, name=name)(x_BTD)
-        hidden = constrain(act(up("gate_proj")) * up("up_proj"), self.mesh, "batch", "sequence", "mlp")
-        return Linear(c.hidden_size, ("mlp", "embed"), use_bias=c.mlp_bias, name="down_proj")(hidden)
-
-
-class DecoderLayer(nn.Module):
-    config: DecoderConfig
-    window: int | None = None
-    backend: str = "xla"
-    mesh: Mesh | None = None
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array, cos_sin_BT1F, segment_ids_BT: jax.Array) -> jax.Array:
-        c = self.config
-        norm = lambda name: RMSNorm(c.rms_norm_eps, c.norm_offset, name=name)
-        act = ACTIVATIONS[c.hidden_act]
-
-        x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
-        y = Attention(c, self.window, self.backend, self.mesh, name="self_attn")(
-            norm("input_layernorm")(x_BTD), cos_sin_BT1F, segment_ids_BT
-        )
-        x_BTD = x_BTD + (norm("post_attention_layernorm")(y) if c.sandwich_norms else y)
-        x_BTD = constrain(x_BTD, self.mesh, "batch", "sequence", None)
-
-        before_mlp = "pre_feedforward_layernorm" if c.sandwich_norms else "post_attention_layernorm"
-        mlp = (MoE if c.num_experts else MLP)(c, self.mesh, name="mlp")
-        y = mlp(norm(before_mlp)(x_BTD), act)
-        x_BTD = x_BTD + (norm("post_feedforward_layernorm")(y) if c.sandwich_norms else y)
-        return constrain(x_BTD, self.mesh, "batch", "sequence", None)
+    x: jax.Array  # [batch, seq, embed] in the dtype of the computation
+    cache: Cache | None  # with the new tokens in it
+    load: Load | None  # of the experts, where the config asks for a loss on it
 
 
 class CausalLM(nn.Module):
@@ -154,16 +79,21 @@ class CausalLM(nn.Module):
     unrolled: bool = False
 
     @property
-    def head_keys(self) -> tuple[str, str]:
+    def head_keys(self) -> tuple[str, ...]:
         """The subtrees of the parameters that `head` needs."""
-        return ("norm", "embed_tokens" if self.config.tie_word_embeddings else "lm_head")
+        table = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        return ("norm", table) if self.config.norm_scale else (table,)
 
     def setup(self):
         c = self.config
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, self.mesh)
-        self.norm = RMSNorm(c.rms_norm_eps, c.norm_offset)
+        if c.learned_positions:
+            self.embed_positions = Embedding(c.learned_positions, c.hidden_size, self.mesh)
+        if c.embedding_norm:
+            self.embed_norm = norm(c)
+        self.norm = norm(c)
         if not c.tie_word_embeddings:
-            self.lm_head = Linear(c.vocab_size, ("embed", "vocab"))
+            self.lm_head = Linear(c.vocab_size, ("embed", "vocab"), use_bias=c.head_bias)
 
     def __call__(
         self, input_ids: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
@@ -174,13 +104,22 @@ class CausalLM(nn.Module):
           positions: int32 `[batch, seq]`; default 0, 1, 2 ... in each row.
           segment_ids: int32 `[batch, seq]`; tokens see only their own segment. Default: a row is one segment.
         """
-        return self.head(self.hidden(input_ids, positions, segment_ids))
+        return self.head(self.hidden(input_ids, positions, segment_ids).x)
 
     @nn.compact
     def hidden(
-        self, input_ids: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
-    ) -> jax.Array:
-        """What the last layer gives, before the final norm: `[batch, seq, embed]` in `dtype`."""
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> Hidden:
+        """What the last layer gives, before the final norm.
+
+        Args:
+          cache: see `init_cache`. An empty one takes a whole prompt, in which tokens of segment 0 are padding; one that
+            is not empty takes the next token of each row.
+        """
         c = self.config
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
@@ -191,49 +130,77 @@ class CausalLM(nn.Module):
         else:
             layers = self.param("layers", partial(_init_layers, c))
 
-        x = constrain(self.embed_tokens(input_ids, self.dtype), self.mesh, "batch", "sequence", None)
-        if c.scale_embeddings:
-            x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
+        x = self.embed_tokens(input_ids, self.dtype)
+        if c.embedding_multiplier != 1.0:
+            x = x * jnp.asarray(c.embedding_multiplier, x.dtype)
+        if c.learned_positions:
+            x = x + self.embed_positions(positions, self.dtype)
+        if c.embedding_norm:
+            x = self.embed_norm(x)
+        x = constrain(x, self.mesh, "batch", "sequence", None)
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
-        stacks = layers if isinstance(layers, tuple) else (layers,)
-        shared = (cos_sin(c.rope, c.head_dim, positions), segment_ids)
-        first = 0
-        for stack in stacks:
-            count = jax.tree.leaves(stack)[0].shape[0]
-            for start, period, repeats in periods(c.windows[first : first + count]):
-                part = jax.tree.map(itemgetter(slice(start, start + period * repeats)), stack)
-                x = self._scan(x, part, first + start, period, key, shared)
-            first += count
-        if first != c.num_hidden_layers:
-            raise ValueError(f"params hold {first} layers, the config says {c.num_hidden_layers}")
-        return x
+        turns = tuple(cos_sin(rope, c.rope_dim, positions, segment_ids) for rope in c.ropes)
+        shared = Shared(turns, positions, segment_ids)
+        load, written = _no_load(c), []
+        for i, loop in enumerate(loops(c, layers)):
+            cut = slice(loop.start, loop.start + loop.period * loop.repeats)
+            params = jax.tree.map(itemgetter(cut), stacks(layers)[loop.stack])
+            x, entries, load = self._scan(x, loop, params, None if cache is None else cache[i], load, key, shared)
+            written.append(entries)
+        return Hidden(x, None if cache is None else tuple(written), load)
 
-    def _scan(self, x: jax.Array, stack, first: int, period: int, key, shared) -> jax.Array:
-        """Run `stack` over `x`, `period` layers in each turn of the loop: compiled code does not grow with depth."""
-        c = self.config
+    def _scan(self, x: jax.Array, loop: Loop, stack, entries, load: Load | None, key, shared: Shared):
+        """Run layers over `x`, a period of them in each turn of the loop: compiled code does not grow with depth."""
+        c, period = self.config, loop.period
 
-        def turn(x: Any, turn_and_params: Any) -> Any:
-            index, params = turn_and_params
+        def turn(carry: Any, turn_and_params: Any) -> Any:
+            (x, entries, load), (index, params) = carry, turn_and_params
+            entries = list(entries) if entries is not None else None
             for i in range(period):
-                layer = DecoderLayer(c, c.windows[first + i], self.attention, self.mesh, parent=None)
-                rngs = None if key is None else {"dropout": jax.random.fold_in(key, first + index * period + i)}
+                number = loop.first + index * period + i
+                layer = DecoderLayer(c, c.layers[loop.first + i], self.attention, self.mesh, parent=None)
+                rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
                 mine = jax.tree.map(itemgetter(i), params)
-                x = layer.apply({"params": mine}, x, *shared, rngs=rngs)
-            return x, None
+                remembered = None if entries is None else Remembered(entries[i], index)
+                given: Any = layer.apply({"params": mine}, x, shared, remembered, rngs=rngs)
+                x, entry, its_load = given
+                if entries is not None:
+                    entries[i] = entry
+                if load is not None and its_load is not None:
+                    load = jax.tree.map(jnp.add, load, its_load)
+            return (x, None if entries is None else tuple(entries), load), None
 
         grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), stack)
-        turns = jnp.arange(jax.tree.leaves(grouped)[0].shape[0])
         turn = _rematerialised(turn, self.remat, prevent_cse=self.unrolled)
-        return jax.lax.scan(turn, x, (turns, grouped), unroll=self.unrolled or 1)[0]
+        carry = x, entries, load
+        return jax.lax.scan(turn, carry, (jnp.arange(loop.repeats), grouped), unroll=self.unrolled or 1)[0]
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits float32 `[..., vocab]` of `[..., embed]`: the final norm, the head, the soft-cap."""
-        x = self.norm(hidden)
-        logits = self.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
+        c, x = self.config, self.norm(hidden)
+        logits = self.embed_tokens.attend(x) if c.tie_word_embeddings else self.lm_head(x)
         logits = logits.astype(jnp.float32)
-        if self.config.logit_softcap is not None:
-            logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
+        if c.logit_multiplier != 1.0:
+            logits = logits * c.logit_multiplier
+        if c.logit_softcap is not None:
+            logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
         return logits
+
+
+def hidden_states(
+    model: CausalLM,
+    params: Any,
+    input_ids: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    cache: Cache | None = None,
+    *,
+    dropout_key: jax.Array | None = None,
+) -> Hidden:
+    """`CausalLM.hidden` of these parameters."""
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    found: Any = model.apply({"params": params}, input_ids, positions, segment_ids, cache, rngs=rngs, method="hidden")
+    return found
 
 
 class Embedding(nn.Module):
@@ -325,15 +292,70 @@ def _rematerialised(turn, remat: str, *, prevent_cse: bool):
     return jax.checkpoint(turn, policy=policy, prevent_cse=prevent_cse)
 
 
+def stacks(layers: Any) -> tuple[Any, ...]:
+    """The stacks of layers of a parameter tree, in order."""
+    return layers if isinstance(layers, tuple) else (layers,)
+
+
+def loops(config: DecoderConfig, layers: Any) -> list[Loop]:
+    """How `params["layers"]` is run: in loops over stacks, or over parts of them, as far as patterns repeat.
+
+    Raises:
+      ValueError: there are more or fewer layers than the config says.
+    """
+    found, first = [], 0
+    for i, stack in enumerate(stacks(layers)):
+        count = jax.tree.leaves(stack)[0].shape[0]
+        kinds = config.layers[first : first + count]
+        found += [Loop(i, start, first + start, period, repeats) for start, period, repeats in periods(kinds)]
+        first += count
+    if first != config.num_hidden_layers:
+        raise ValueError(f"params hold {first} layers, the config says {config.num_hidden_layers}")
+    return found
+
+
+def init_cache(config: DecoderConfig, params: Any, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
+    """An empty cache for `batch` sequences of up to `length` tokens (layers with a window hold no more than that)."""
+
+    def of_loop(loop: Loop) -> tuple[caches.Entry, ...]:
+        kinds = config.layers[loop.first : loop.first + loop.period]
+        return tuple(caches.layer_cache(config, kind, loop.repeats, batch, length, dtype) for kind in kinds)
+
+    return tuple(map(of_loop, loops(config, params["layers"])))
+
+
+def _no_load(config: DecoderConfig) -> Load | None:
+    if config.experts is None or not config.experts.aux_coef:
+        return None
+    zeros = jnp.zeros(config.experts.count, jnp.float32)
+    return Load(zeros, zeros, jnp.float32(0))
+
+
+def runs(config: DecoderConfig) -> list[range]:
+    """The layers of each stack: runs of layers that have the same parameters."""
+    found, start = [], 0
+    for _, group in groupby(config.layers, key=lambda layer: layer.sparse):
+        stop = start + len(list(group))
+        found.append(range(start, stop))
+        start = stop
+    return found
+
+
 def _init_layers(config: DecoderConfig, key: jax.Array):
     """All layers, initialised and stacked; every leaf gets the logical axis `layers` in front."""
-    x = jnp.zeros((1, 1, config.hidden_size))
-    shared = (cos_sin(config.rope, config.head_dim, jnp.zeros((1, 1), jnp.int32)), jnp.ones((1, 1), jnp.int32))
-    init = lambda key: DecoderLayer(config, parent=None).init(key, x, *shared)["params"]
-    stacked = jax.vmap(init)(jax.random.split(key, config.num_hidden_layers))
-    return jax.tree.map(
-        lambda box: box.replace(names=("layers", *box.names)), stacked, is_leaf=lambda x: isinstance(x, nn.Partitioned)
-    )
+    x, one = jnp.zeros((1, 1, config.hidden_size)), jnp.ones((1, 1), jnp.int32)
+    shared = Shared(tuple(cos_sin(rope, config.rope_dim, one * 0, one) for rope in config.ropes), one * 0, one)
+    keys = jax.random.split(key, config.num_hidden_layers)
+
+    def stacked(run: range):
+        layer = DecoderLayer(config, config.layers[run.start], parent=None)
+        init = lambda key: layer.init(key, x, shared)["params"]
+        tree = jax.vmap(init)(keys[run.start : run.stop])
+        label = lambda box: box.replace(names=("layers", *box.names))
+        return jax.tree.map(label, tree, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+    found = [stacked(run) for run in runs(config)]
+    return tuple(found) if len(found) > 1 else found[0]
 
 
 def _boxed(config: DecoderConfig, key: jax.Array):

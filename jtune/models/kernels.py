@@ -87,6 +87,11 @@ class Linear(nn.Module):
         kernel = parameter(self, "kernel", nn.initializers.normal(0.02), shape, axes)
         rng = self.make_rng("dropout") if self.has_rng("dropout") else None
         y = project(x, kernel, rng, group_sizes)
-        if self.use_bias:
-            y = y + parameter(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:]).astype(y.dtype)
-        return y
+        if not self.use_bias:
+            return y
+        lead, lead_axes = ((self.experts,), ("experts",)) if self.experts else ((), ())
+        bias = parameter(self, "bias", nn.initializers.zeros, (*lead, self.features), (*lead_axes, self.axes[1]))
+        if self.experts:  # each row has that of its expert
+            assert group_sizes is not None
+            bias = jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=x.shape[0])
+        return y + bias.astype(y.dtype)

@@ -10,7 +10,7 @@ M = N*P pairs of a token and one of its experts.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,48 +19,114 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jtune.models.config import DecoderConfig
-from jtune.models.kernels import Kernel, Linear
-from jtune.sharding import gather, spec
+from jtune.models.config import Experts as ExpertConfig
+from jtune.models.kernels import Kernel, Linear, parameter
+from jtune.models.mlp import ACTIVATIONS, MLP, gated
+from jtune.sharding import gather, named, spec
+
+
+class Load(NamedTuple):
+    """How tokens were spread over the experts; sums over tokens, and over layers."""
+
+    chosen: jax.Array  # float32 [E]: how often an expert was among the best
+    probability: jax.Array  # float32 [E]: of its being chosen
+    tokens: jax.Array  # float32 scalar
 
 
 class Experts(nn.Module):
-    """Gated MLPs `[experts, in, out]`, each applied to its own run of rows: no token is dropped, none is padded."""
+    """MLPs `[experts, in, out]`, each applied to its own run of rows: no token is dropped, none is padded."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_MD: jax.Array, group_sizes_E: jax.Array, act) -> jax.Array:
-        c = self.config
-        linear = lambda features, axes, name: Linear(features, axes, experts=c.num_experts, name=name)
-        gate = linear(c.intermediate_size, ("embed", "mlp"), "gate_proj")(x_MD, group_sizes_E)
-        up = linear(c.intermediate_size, ("embed", "mlp"), "up_proj")(x_MD, group_sizes_E)
-        return linear(c.hidden_size, ("mlp", "embed"), "down_proj")(act(gate) * up, group_sizes_E)
+    def __call__(self, x_MD: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+        c, e = self.config, expert_config(self.config)
+        linear = lambda features, axes, name: Linear(features, axes, e.bias, e.count, name=name)
+        if c.mlp == "gated":
+            up = lambda name: linear(e.intermediate_size, ("embed", "mlp"), name)(x_MD, group_sizes_E)
+            hidden = ACTIVATIONS[c.hidden_act](up("gate_proj")) * up("up_proj")
+        else:
+            up = linear(2 * e.intermediate_size, ("embed", None), "gate_up_proj")
+            hidden = gated(up(x_MD, group_sizes_E), c)
+        return linear(c.hidden_size, (_width_axis(c), "embed"), "down_proj")(hidden, group_sizes_E)
 
 
 class MoE(nn.Module):
-    """Router, experts, and the weighted sum of what they give."""
+    """Router, experts, and the weighted sum of what they give; and the MLP that all tokens share, if there is one."""
 
     config: DecoderConfig
     mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, act) -> jax.Array:
-        c = self.config
-        router_BTE = Linear(c.num_experts, ("embed", None), name="gate")(x_BTD)
+    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, Load | None]:
+        c, e = self.config, expert_config(self.config)
+        router = Linear(e.count, ("embed", None), use_bias=e.router_bias, name="gate")
+        # Scores decide by small differences: the sigmoid routers compute them in float32.
+        router_BTE = router(x_BTD.astype(jnp.float32) if e.scoring == "sigmoid" else x_BTD)
+        correction = None
+        if e.correction_bias:
+            correction = parameter(self, "e_score_correction_bias", nn.initializers.zeros, (e.count,), (None,))
         if self.mesh is None or self.mesh.size == 1:
             experts = Experts(c, name="experts")
-            apply = lambda x_MD, sizes_E: experts(x_MD, sizes_E, act)
-            weight_NP, expert_NP = choose(_flat(router_BTE), c.num_experts_per_tok)
-            return mix(apply, _flat(x_BTD), weight_NP, expert_NP, 0, c.num_experts).reshape(x_BTD.shape)
-        key = self.make_rng("dropout") if self.has_rng("dropout") else None
-        params = self.get_variable("params", "experts")
-        return mix_on_mesh(params, x_BTD, router_BTE, key, config=c, act=act, mesh=self.mesh)
+            weight_NP, expert_NP = choose(_flat(router_BTE), correction, e)
+            y_BTD = mix(experts, _flat(x_BTD), weight_NP, expert_NP, 0, e.count).reshape(x_BTD.shape)
+            load = measure(_flat(router_BTE), segment_ids_BT.ravel() > 0, e) if e.aux_coef else None
+        else:
+            key = self.make_rng("dropout") if self.has_rng("dropout") else None
+            params = self.get_variable("params", "experts")
+            y_BTD, load = mix_on_mesh(
+                params, x_BTD, router_BTE, correction, segment_ids_BT, key, config=c, mesh=self.mesh
+            )
+        if e.shared_size:
+            common_BTD = MLP(c, self.mesh, e.shared_size, name="shared_experts")(x_BTD)
+            if e.shared_gate:
+                common_BTD *= jax.nn.sigmoid(Linear(1, ("embed", None), name="shared_expert_gate")(x_BTD))
+            y_BTD += common_BTD
+        return y_BTD, load
 
 
-def choose(router_NE: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The `count` experts of each token and their weights, which add up to 1: float32, int32 `[N, P]`."""
-    weight_NP, expert_NP = jax.lax.top_k(jax.nn.softmax(router_NE.astype(jnp.float32), -1), count)
-    return weight_NP / weight_NP.sum(-1, keepdims=True), expert_NP
+def expert_config(config: DecoderConfig) -> ExpertConfig:
+    """The experts of a config that has some."""
+    assert config.experts is not None
+    return config.experts
+
+
+def choose(router_NE: jax.Array, correction_E: jax.Array | None, e: ExpertConfig) -> tuple[jax.Array, jax.Array]:
+    """The experts of each token and their weights: float32, int32 `[N, P]`."""
+    router_NE = router_NE.astype(jnp.float32)
+    scores_NE = jax.nn.sigmoid(router_NE) if e.scoring == "sigmoid" else jax.nn.softmax(router_NE, -1)
+    ranked_NE = scores_NE if correction_E is None else scores_NE + correction_E.astype(jnp.float32)
+    if e.groups > 1:
+        # A group is as good as its two best experts (arXiv:2412.19437, section 2.1.2).
+        grouped = ranked_NE.reshape(-1, e.groups, e.count // e.groups)
+        worth = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+        best = jax.lax.top_k(worth, e.top_groups)[1]
+        allowed = jax.nn.one_hot(best, e.groups, dtype=bool).any(1)
+        ranked_NE = jnp.where(jnp.repeat(allowed, e.count // e.groups, axis=1), ranked_NE, -jnp.inf)
+    expert_NP = jax.lax.top_k(ranked_NE, e.per_token)[1]
+    weight_NP = jnp.take_along_axis(scores_NE, expert_NP, axis=1)
+    if e.renormalise:
+        weight_NP = weight_NP / (weight_NP.sum(-1, keepdims=True) + (1e-20 if e.scoring == "sigmoid" else 0.0))
+    return weight_NP * e.scale, expert_NP
+
+
+def measure(router_NE: jax.Array, real_N: jax.Array, e: ExpertConfig) -> Load:
+    """The load of one layer; padding counts for nothing."""
+    probability_NE = jax.nn.softmax(router_NE.astype(jnp.float32), -1) * real_N[:, None]
+    best_NP = jax.lax.top_k(probability_NE, e.per_token)[1]
+    weights = jnp.broadcast_to(real_N[:, None], best_NP.shape).astype(jnp.float32)
+    chosen_E = jnp.bincount(best_NP.ravel(), weights.ravel(), length=e.count)
+    return Load(chosen_E, probability_NE.sum(0), real_N.sum().astype(jnp.float32))
+
+
+def balance_loss(load: Load) -> jax.Array:
+    """The load-balancing loss, a float32 scalar: P when all experts are alike.
+
+    Equations 4 to 6 of arXiv:2101.03961, for the best P experts of a token and over all layers at once, as transformers
+    has it.
+    """
+    tokens = jnp.maximum(load.tokens, 1.0)
+    return load.chosen.size * jnp.sum(load.chosen / tokens * load.probability / tokens)
 
 
 def mix(apply: Callable, x_ND: jax.Array, weight_NP: jax.Array, expert_NP: jax.Array, first: Any, count: int):
@@ -85,26 +151,33 @@ def mix_on_mesh(
     params: Any,
     x_BTD: jax.Array,
     router_BTE: jax.Array,
+    correction_E: jax.Array | None,
+    segment_ids_BT: jax.Array,
     key: jax.Array | None,
     *,
     config: DecoderConfig,
-    act: Callable,
     mesh: Mesh,
-) -> jax.Array:
-    """`mix` of all experts, on every device for the tokens it has: `[B, T, D]`.
+) -> tuple[jax.Array, Load | None]:
+    """`mix` of all experts, on every device for the tokens it has, `[B, T, D]`; and the load of the experts.
 
     Args:
       params: of `Experts`, as they lie on the mesh; gathered here over the axes along which tokens differ, so that
         gradients are scattered over them.
       key: of dropout.
     """
-    count = config.num_experts // mesh.shape["expert"]
+    e = expert_config(config)
+    count = e.count // mesh.shape["expert"]
     specs = jax.tree_util.tree_map_with_path(lambda path, x: spec(_axes(path, x, config), x.shape, mesh), params)
     tokens = spec(("batch", "sequence", None), x_BTD.shape, mesh)
-    split = mesh.shape["tensor"] > 1 and config.intermediate_size % mesh.shape["tensor"] == 0
+    split = mesh.shape["tensor"] > 1 and _width_axis(config) and e.intermediate_size % mesh.shape["tensor"] == 0
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, tokens, tokens, P()), out_specs=tokens)
-    def local(params, x_BTD, router_BTE, key):
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(specs, tokens, tokens, P(), P(*tokens[:2]), P()),
+        out_specs=(tokens, P()),
+    )
+    def local(params, x_BTD, router_BTE, correction_E, segment_ids_BT, key):
         params = jax.tree.map(partial(_cast, dtype=x_BTD.dtype), params, is_leaf=lambda x: isinstance(x, Kernel))
         # Along `expert`, the experts are a device's own; what else is split along it is not.
         params = jax.tree.map(lambda x, where: gather(x, P(None, *where[1:])), params, specs)
@@ -112,13 +185,16 @@ def mix_on_mesh(
             for axis in ("data", "fsdp", "expert", "context"):
                 key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         rngs = None if key is None else {"dropout": key}
-        apply = lambda x_MD, sizes_E: Experts(config, parent=None).apply(
-            {"params": params}, x_MD, sizes_E, act, rngs=rngs
-        )
+        apply = lambda x_MD, sizes_E: Experts(config, parent=None).apply({"params": params}, x_MD, sizes_E, rngs=rngs)
         x_ND = _flat(x_BTD)
         # Chosen here: outside, XLA would gather the whole batch to find the best.
-        weight_NP, expert_NP = choose(_flat(router_BTE), config.num_experts_per_tok)
-        if count == config.num_experts:
+        weight_NP, expert_NP = choose(_flat(router_BTE), correction_E, e)
+        load = None
+        if e.aux_coef:
+            load = measure(_flat(router_BTE), segment_ids_BT.ravel() > 0, e)
+            apart = tuple(axis for part in tokens for axis in named(part))
+            load = jax.tree.map(lambda x: jax.lax.psum(x, apart), load) if apart else load
+        if count == e.count:
             y_ND = mix(apply, x_ND, weight_NP, expert_NP, 0, count)
         else:
             x_ND, weight_NP, expert_NP = (
@@ -126,26 +202,40 @@ def mix_on_mesh(
             )
             y_ND = mix(apply, x_ND, weight_NP, expert_NP, jax.lax.axis_index("expert") * count, count)
             y_ND = jax.lax.psum_scatter(y_ND, "expert", tiled=True)
-        return (jax.lax.psum(y_ND, "tensor") if split else y_ND).reshape(x_BTD.shape)
+        return (jax.lax.psum(y_ND, "tensor") if split else y_ND).reshape(x_BTD.shape), load
 
-    return local(params, x_BTD, router_BTE, key)
+    return local(params, x_BTD, router_BTE, correction_E, segment_ids_BT, key)
 
 
 def _flat(x_BTX: jax.Array) -> jax.Array:
     return x_BTX.reshape(-1, x_BTX.shape[-1])
 
 
+def _width_axis(config: DecoderConfig) -> str | None:
+    """Along what the experts' MLPs are split: where one kernel gives gate and up, halves of it would be of one kind."""
+    return "mlp" if config.mlp == "gated" else None
+
+
 def _axes(path: Any, leaf: jax.Array, config: DecoderConfig) -> tuple[str | None, ...]:
-    """Logical axes of a kernel of `Experts`, or of a leaf of a node that stands in its place.
+    """Logical axes of a kernel or bias of `Experts`, or of a leaf of a node that stands in a kernel's place.
 
     All have the experts in front. Of a node's leaf, the dimension that is as wide as the MLP is split with it.
     """
-    width = config.intermediate_size
-    inputs, outputs = ("mlp", "embed") if path[0].key == "down_proj" else ("embed", "mlp")
-    if leaf.shape == (config.num_experts, *((width if a == "mlp" else config.hidden_size) for a in (inputs, outputs))):
-        return ("experts", inputs, outputs)
-    at = 1 if inputs == "mlp" else leaf.ndim - 1
-    return ("experts", *("mlp" if d == at and leaf.shape[d] == width else None for d in range(1, leaf.ndim)))
+    e, name, wide = expert_config(config), path[0].key, _width_axis(config)
+    if name == "down_proj":
+        axes, shape = (wide, "embed"), (e.intermediate_size, config.hidden_size)
+    else:
+        axes = ("embed", wide)
+        shape = (config.hidden_size, e.intermediate_size * (2 if name == "gate_up_proj" else 1))
+    if path[1].key == "bias":
+        return ("experts", axes[1])
+    if leaf.shape == (e.count, *shape):
+        return ("experts", *axes)
+    at = 1 if name == "down_proj" else leaf.ndim - 1
+    return (
+        "experts",
+        *(wide if d == at and leaf.shape[d] == e.intermediate_size else None for d in range(1, leaf.ndim)),
+    )
 
 
 def _cast(kernel: Any, dtype: Any) -> Any:

@@ -1,61 +1,98 @@
 """Where each parameter lies in a Hugging Face checkpoint: one map, read by loading, saving and adapters alike.
 
 The tree already has Hugging Face's names. What is left: the prefix `model.`, the layer's number, `weight` for kernels
-and scales, and the few families whose files use other words.
+and scales, and what a family's files say otherwise (`jtune.models.families.base.Names`).
 """
 
+import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
 
 from jtune.models.config import DecoderConfig
+from jtune.models.decoder import stacks
+from jtune.models.families import file_names
+from jtune.models.families.base import Names
 
 Path = tuple[str, ...]
 
-# family -> words of our modules -> words in its files
-WORDS = {
-    "mixtral": {"mlp": "block_sparse_moe", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
-}
-LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 
 
 class Tensor(NamedTuple):
     """One tensor of a checkpoint, and the part of a leaf that it holds."""
 
     name: str  # of the tensor
-    index: tuple[int, ...]  # into the leading axes (layer, expert) of the leaf
-    transposed: bool  # files hold kernels as [out, in]
+    index: tuple[int, ...]  # into the leading axes (layer, expert, head) of the leaf
+    transposed: bool  # files hold kernels as [..., out, in]
 
 
-def module_name(path: Path, family: str, *, layer: int | None = None, expert: int | None = None) -> str:
-    """The dotted module name of a path without its leaf, as in the files of `family`.
+def module_name(path: Path, their: Names, *, layer: int | None = None, expert: int | None = None) -> str:
+    """The dotted module name of a path without its leaf.
 
-    >>> module_name(("layers", "mlp", "experts", "up_proj"), "mixtral", layer=3, expert=0)
+    >>> from jtune.models.families.mixtral import WORDS
+    >>> module_name(("layers", "mlp", "experts", "up_proj"), Names(words=WORDS), layer=3, expert=0)
     'model.layers.3.block_sparse_moe.experts.0.w3'
     """
     if path[0] == "lm_head":
-        return "lm_head"
-    words = WORDS.get(family, {})
-    parts = ["model"]
+        return their.words.get("lm_head", "lm_head")
+    parts = [their.prefix]
     for part in path:
-        parts.append(words.get(part, part))
+        parts.append(their.words.get(part, part))
         if part == "layers":
             parts.append(str(layer))
-        if part == "experts":
+        if part == "experts" and not their.stacked_experts:
             parts.append(str(expert))
     return ".".join(parts)
 
 
-def tensors(path: Path, config: DecoderConfig, *, first_layer: int = 0, layers: int | None = None) -> Iterator[Tensor]:
+def tensors(path: Path, config: DecoderConfig, layers: range) -> Iterator[Tensor]:
     """The tensors that make up the leaf at `path`, e.g. `("layers", "self_attn", "q_proj", "kernel")`.
 
     Args:
-      first_layer, layers: for a stack that does not hold all layers.
+      layers: those that the leaf holds (see `located`).
     """
-    modules, leaf = path[:-1], path[-1]
-    count = config.num_hidden_layers if layers is None else layers
-    for layer in range(count) if modules[0] == "layers" else (None,):
-        for expert in range(config.num_experts) if "experts" in modules else (None,):
-            number = None if layer is None else first_layer + layer
-            name = module_name(modules, config.family, layer=number, expert=expert)
-            index = tuple(i for i in (layer, expert) if i is not None)
-            yield Tensor(f"{name}.{LEAVES[leaf]}", index, leaf == "kernel")
+    their, modules, leaf = file_names(config), path[:-1], path[-1]
+    apart = "experts" in modules and not their.stacked_experts
+    number = config.experts.count if config.experts is not None and apart else 0
+    heads = {"q_norm": config.num_attention_heads, "k_norm": config.num_key_value_heads}
+    for layer in layers or (None,):
+        for expert in range(number) if apart else (None,):
+            for head in range(heads[modules[-1]]) if modules[-1] in their.per_head else (None,):
+                name = module_name(modules, their, layer=layer, expert=expert)
+                name += f".{LEAVES.get(leaf, leaf)}" if head is None else f".{head}.{LEAVES.get(leaf, leaf)}"
+                for pattern, replacement in their.patterns:
+                    name = re.sub(pattern, replacement, name)
+                place = None if layer is None else layer - layers.start
+                index = tuple(i for i in (place, expert, head) if i is not None)
+                yield Tensor(name, index, leaf == "kernel" and modules[-1] not in their.as_is)
+
+
+def located(params: Any) -> list[tuple[Path, Any, range]]:
+    """Every leaf of a parameter tree, in the order of `jax.tree.leaves`: its path, and the layers that it holds.
+
+    A leaf that is not of a layer holds none. Nodes that stand in the place of a kernel count as one leaf. Layers may be
+    in one stack or in several.
+    """
+    layers, first = [], 0
+    for stack in stacks(params["layers"]):
+        count = jax.tree.leaves(stack)[0].shape[0]
+        layers.append(range(first, first + count))
+        first += count
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: hasattr(x, "project")):
+        keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        stack = next((key.idx for key in path if isinstance(key, jax.tree_util.SequenceKey)), 0)
+        found.append((keys, leaf, layers[stack] if keys[0] == "layers" else range(0)))
+    return found
+
+
+def knows(path: Path, wanted: str, their: Names) -> bool:
+    """Whether the module at `path` is one that `wanted` names: the end of its name, in our words or the family's.
+
+    >>> knows(("layers", "self_attn", "qkv_proj"), "c_attn", Names(words={"qkv_proj": "c_attn"}))
+    True
+    """
+    ends = tuple(wanted.split("."))
+    return any(p[-len(ends) :] == ends for p in (path, tuple(their.words.get(part, part) for part in path)))

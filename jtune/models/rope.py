@@ -1,6 +1,6 @@
-"""Rotary position embeddings in the rotate-half layout of Hugging Face checkpoints.
+"""Rotary position embeddings.
 
-Shape suffixes: B batch, T tokens, H heads, D head_dim, F = D/2 frequencies.
+Shape suffixes: B batch, T tokens, H heads, D head_dim, F frequencies, half as many as dimensions turn.
 """
 
 import math
@@ -13,14 +13,17 @@ from jtune.models.config import Rope
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Radians per position, float32 `[head_dim / 2]`, highest first."""
-    plain = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    """Radians per position, float32 `[F]`, highest first: those of segments up to `rope.original_length`."""
+    dim = rope.dim or head_dim
+    plain = rope.theta ** -(np.arange(0, dim, 2, dtype=np.float32) / dim)
     if rope.kind == "linear":
         return plain / np.float32(rope.factor)
     if rope.kind == "llama3":
         return _llama3(rope, plain)
     if rope.kind == "yarn":
-        return _yarn(rope, plain, head_dim)
+        return _yarn(rope, plain, dim)
+    if rope.kind == "longrope":
+        return plain / np.asarray(rope.short_factor, np.float32)
     return plain
 
 
@@ -33,30 +36,66 @@ def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
     return ((1 - kept) * plain / rope.factor + kept * plain).astype(np.float32)
 
 
-def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
+def _yarn(rope: Rope, plain: np.ndarray, dim: int) -> np.ndarray:
     """NTK-by-parts (arXiv:2309.00071, section 3.2): a linear ramp over dimensions, from kept to stretched."""
 
     def dimension(rotations: float) -> float:
         """The dimension that turns `rotations` times over the original length."""
-        return head_dim * math.log(rope.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return dim * math.log(rope.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
     return (ramp * plain / rope.factor + (1 - ramp) * plain).astype(np.float32)
 
 
-def cos_sin(rope: Rope, head_dim: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Float32 `[batch, seq, 1, head_dim / 2]` each."""
-    angles_BTF = positions_BT[..., None].astype(jnp.float32) * frequencies(rope, head_dim)
+def cos_sin(rope: Rope, head_dim: int, positions_BT: jax.Array, segment_ids_BT: jax.Array):
+    """Float32 `[batch, seq, 1, F]` each.
+
+    Where frequencies depend on how long a sequence is (dynamic, longrope), that is the length of each segment: what a
+    sequence is packed with changes nothing.
+    """
+    frequencies_F = jnp.asarray(frequencies(rope, head_dim))
+    if rope.kind in ("dynamic", "longrope"):
+        length_BT1 = _lengths(positions_BT, segment_ids_BT)[..., None]
+        frequencies_F = _by_length(rope, head_dim, length_BT1.astype(jnp.float32), frequencies_F)
+    angles_BTF = positions_BT[..., None].astype(jnp.float32) * frequencies_F
     angles_BT1F = angles_BTF[:, :, None, :]
     return jnp.cos(angles_BT1F) * rope.attention_factor, jnp.sin(angles_BT1F) * rope.attention_factor
 
 
-def rotate(x_BTHD: jax.Array, cos_BT1F: jax.Array, sin_BT1F: jax.Array) -> jax.Array:
-    """Turn each pair (i, i + D/2) of every head by its angle; computed in float32, returned in the dtype of `x`."""
-    a, b = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([a * cos_BT1F - b * sin_BT1F, b * cos_BT1F + a * sin_BT1F], axis=-1)
-    return turned.astype(x_BTHD.dtype)
+def _lengths(positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """The length of the segment that a token is in, as far as it is here."""
+
+    def of_row(positions_T, segment_ids_T):
+        last = jax.ops.segment_max(positions_T, segment_ids_T, num_segments=positions_T.shape[0] + 1)
+        return last[segment_ids_T] + 1
+
+    return jax.vmap(of_row)(positions_BT, segment_ids_BT)
+
+
+def _by_length(rope: Rope, head_dim: int, length_BT1: jax.Array, short_F: jax.Array) -> jax.Array:
+    """`[batch, seq, F]`: long sequences have other factors (longrope, arXiv:2402.13753) or a larger base (dynamic)."""
+    dim = rope.dim or head_dim
+    exponent_F = -(np.arange(0, dim, 2, dtype=np.float32) / dim)
+    if rope.kind == "longrope":
+        long_F = rope.theta**exponent_F / np.asarray(rope.long_factor, np.float32)
+    else:
+        grown = rope.factor * length_BT1 / rope.original_length - (rope.factor - 1)
+        long_F = (rope.theta * grown ** (dim / (dim - 2))) ** exponent_F
+    return jnp.where(length_BT1 > rope.original_length, long_F, short_F)
+
+
+def rotate(x_BTHD: jax.Array, cos_BT1F: jax.Array, sin_BT1F: jax.Array, interleaved: bool = False) -> jax.Array:
+    """Turn pairs of a head's dimensions by their angles; computed in float32, returned in the dtype of `x`.
+
+    Of the first 2F dimensions, i and i + F are a pair, or 2i and 2i + 1 if `interleaved`; the others stay as they are.
+    """
+    turning, rest = jnp.split(x_BTHD, [2 * cos_BT1F.shape[-1]], axis=-1)
+    turning = turning.astype(jnp.float32)
+    a, b = (turning[..., ::2], turning[..., 1::2]) if interleaved else jnp.split(turning, 2, axis=-1)
+    a, b = a * cos_BT1F - b * sin_BT1F, b * cos_BT1F + a * sin_BT1F
+    turned = jnp.stack([a, b], -1).reshape(turning.shape) if interleaved else jnp.concatenate([a, b], axis=-1)
+    return jnp.concatenate([turned.astype(x_BTHD.dtype), rest], axis=-1)

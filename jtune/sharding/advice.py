@@ -98,9 +98,9 @@ def saved_activations(
       attention: the backend (`jtune.models.attention.choose`).
       split: devices that share a matrix product (`mesh_tensor`).
     """
-    d, f = decoder.hidden_size, decoder.intermediate_size * max(1, decoder.num_experts_per_tok)
-    qkv = (decoder.num_attention_heads + 2 * decoder.num_key_value_heads) * decoder.head_dim
-    q = decoder.num_attention_heads * decoder.head_dim
+    d, f = decoder.hidden_size, decoder.active_intermediate_size
+    q = decoder.num_attention_heads * decoder.qk_dim
+    qkv = q + decoder.num_key_value_heads * (decoder.qk_dim + decoder.value_dim)
     weights = decoder.num_attention_heads * seq * 2 if attention == "xla" else 0  # only plain attention keeps them
     values = {
         "offload": 0,
@@ -125,7 +125,7 @@ def estimate(shapes: Shapes, rows: Rows) -> dict[str, int]:
     trained = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(shapes.state.trainable))
     gradients = 4 * trained * (1 if rows.accum == 1 else 2)
     # One layer at work. Scores: float32, their softmax and its gradient, and weights in the compute dtype.
-    d, f = decoder.hidden_size, decoder.intermediate_size * max(1, decoder.num_experts_per_tok)
+    d, f = decoder.hidden_size, decoder.active_intermediate_size
     keys = {"xla": rows.seq, "blocks": rows.seq // 8, "splash": 0}[module.attention]  # whose scores exist at a time
     scores = tokens * decoder.num_attention_heads * keys * (8 + size) // split
     inside = tokens * (6 * d + 5 * f // split) * size

@@ -18,7 +18,6 @@ from jtune.data import Splits, load_tokenizer, plan_updates
 from jtune.errors import DataError
 from jtune.interop import hf
 from jtune.models import DecoderConfig
-from jtune.models.families import decoder_config
 from jtune.sharding import batch_shards
 from jtune.sharding.advice import Found, Work, advise, changed, estimate, largest, search, sound_remat
 from jtune.sharding.measure import measure
@@ -86,7 +85,7 @@ def plan(
         build.use_compile_cache(config.training.compile_cache_dir)
     folder = hf.fetch(config.model.model_name_or_path, weights=False, **config.model.hub)
     source = hf.read_config(folder)
-    decoder = decoder_config(source)
+    decoder = build.decoder_of(source, config.model)
     splits, why = read_rows(config, folder, decoder)
     kind = devices[0].device_kind
     usable = usable_memory(devices[0]) if memory is None else memory

@@ -19,7 +19,8 @@ from jtune.config import Config
 from jtune.errors import ConfigError, DataError
 from jtune.interop import hf, peft
 from jtune.models import CausalLM, DecoderConfig, abstract_params, attention
-from jtune.models.names import WORDS, module_name
+from jtune.models.families import file_names, module_names
+from jtune.models.names import module_name
 from jtune.sharding.mesh import AXES
 from jtune.sharding.rules import batch_sharding, replicated
 from jtune.train import build
@@ -74,7 +75,9 @@ def run_shapes(
     trainable, frozen = tuning.partition(params, masks[0])
     tx = build.optimizer_of(training, trainable)
     state = build.abstract_state(trainable, tx, mesh, float16=dtype == jnp.float16)  # type: ignore[arg-type]
-    backend, _ = attention.choose(config.model.flash_attn, platform)
+    backend, _ = attention.choose(
+        config.model.flash_attn, platform, sinks=decoder.sinks, alibi=decoder.alibi is not None
+    )
     # Without devices nothing is compiled, and where activations lie need not be said.
     of_devices = mesh if isinstance(mesh, Mesh) else None
     policy = build.asked_remat(training, config.model)
@@ -96,15 +99,15 @@ def adapter_shapes(params: Any, decoder: DecoderConfig, path: str, config: Confi
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder / peft.CONFIG}: not the config of a LoRA adapter: {error!r}") from error
     if isinstance(targets, str) and targets != "all-linear":  # a pattern for names of modules
-        there = {path: module_name(path, decoder.family, layer=0, expert=0) for path, _ in tuning.lora.kernels(params)}
+        their = module_names(decoder)
+        there = {path: module_name(path, their, layer=0, expert=0) for path, _ in tuning.lora.kernels(params)}
         targets = [".".join(path) for path, name in there.items() if re.fullmatch(targets, name)]
     targets = ["all"] if targets == "all-linear" else [re.sub(r"^.*\.\d+\.", "", name) for name in targets or ()]
     for name in options.get("target_parameters") or ():  # a mixture's experts
         stem, last = name.rpartition(".")[::2]
         targets += [f"{stem}.{x}".lstrip(".") for x in {"gate_up_proj": ("gate_proj", "up_proj")}.get(last, (last,))]
     dropout = float(options.get("lora_dropout") or 0.0)
-    words = WORDS.get(decoder.family)
-    added = tuning.lora.add(params, targets, rank=rank, alpha=alpha, dropout=dropout, words=words)
+    added = tuning.lora.add(params, targets, rank=rank, alpha=alpha, dropout=dropout, names=file_names(decoder))
     return added, tuple(options.get("modules_to_save") or ())
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from jtune.data import Encoded, EvalPlan, Plan, eval_batches, packing_windows
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft
 from jtune.models import CausalLM, DecoderConfig, abstract_params, attention, init_params, logical_axes
+from jtune.models.families import decoder_config
 from jtune.sharding import (
     batch_sharding,
     batch_shards,
@@ -101,7 +103,7 @@ def load_model(
 
     Frozen leaves are kept in the compute dtype if that is smaller than what is stored: no float32 copy of them exists.
     """
-    check_experts(mesh, decoder.num_experts)
+    check_experts(mesh, decoder.experts.count if decoder.experts else 0)
     shardings = tree_shardings(logical_axes(decoder), abstract_params(decoder), mesh)
     if args.train_from_scratch:
         log.info("drawing random weights (train_from_scratch)")
@@ -122,7 +124,9 @@ def load_model(
         frozen_dtype=dtype,
     )
     params = jax.tree.map(spread.put, params, placement(params, decoder, mesh))
-    backend, why = attention.choose(args.flash_attn, mesh.devices.flat[0].platform)
+    backend, why = attention.choose(
+        args.flash_attn, mesh.devices.flat[0].platform, sinks=decoder.sinks, alibi=decoder.alibi is not None
+    )
     log.info("attention: %s (%s)", backend, why)
     module = CausalLM(decoder, dtype=dtype, attention=backend, mesh=mesh)
     return Model(module, decoder, source, params, mask)
@@ -141,6 +145,21 @@ def with_remat(module: CausalLM, remat: str, platform: str) -> CausalLM:
     there would be little that it saves.
     """
     return module.clone(remat=remat, unrolled=platform == "cpu" and remat == "none")
+
+
+def decoder_of(source: Mapping[str, Any], args: ModelArguments) -> DecoderConfig:
+    """The decoder that a config.json describes, with what the arguments change of it.
+
+    Raises:
+      ConfigError: they ask for what this model does not have.
+      DataError: see `jtune.models.families.decoder_config`.
+    """
+    decoder = decoder_config(source)
+    if not args.moe_aux_loss_coef:
+        return decoder
+    if decoder.experts is None:
+        raise ConfigError(f"moe_aux_loss_coef: {decoder.family} has no experts to balance: leave it out")
+    return replace(decoder, experts=replace(decoder.experts, aux_coef=args.moe_aux_loss_coef))
 
 
 def mesh_of(training: TrainingArguments, devices: Sequence[Any] | None = None) -> Mesh:

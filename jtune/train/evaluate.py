@@ -15,6 +15,7 @@ import numpy as np
 
 from jtune.data import EvalBatch, EvalPlan
 from jtune.models import CausalLM
+from jtune.models.decoder import hidden_states
 from jtune.train.loss import chunk_positions, cut, sum_labelled, token_nll
 from jtune.train.step import Batch
 from jtune.tuning import prepared_axes
@@ -52,9 +53,7 @@ def make_eval_step(model: CausalLM, *, label_capacity: int, batch_shards: int, s
         return ExampleSums(per_example(nll), per_example(weights), per_example(correct))
 
     def eval_step(params, batch: Batch, example_BT) -> ExampleSums:
-        hidden = model.apply(
-            {"params": params}, batch["input_ids"], batch["positions"], batch["segment_ids"], method="hidden"
-        )
+        hidden = hidden_states(model, params, batch["input_ids"], batch["positions"], batch["segment_ids"]).x
         head_params = {key: params[key] for key in model.head_keys}
         return sum_labelled(
             sums,

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from jtune.models import DecoderConfig
+from jtune.models.decoder import stacks
 
 # Dense bfloat16 FLOP/s of a chip, as its vendor states them, by jax's name of the kind (lower case, a part of it is
 # enough; the first that matches). TPU7x shows its two cores as two devices: half a chip's figure.
@@ -47,8 +48,7 @@ PEAK_FLOPS = {
 }
 
 # What must have its gradient before what can have: a kernel's input gradient is needed if something earlier trains.
-_STAGES = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 2, "gate": 3, "gate_proj": 3, "up_proj": 3, "down_proj": 4}
-_ATTENTION = 1
+_INTO_ATTENTION, _ATTENTION, _OUT_OF_ATTENTION, _INTO_MLP, _OUT_OF_MLP = range(5)
 _STAGES_OF_A_LAYER = 5
 
 
@@ -102,9 +102,9 @@ def flops_per_token(
     trained = [p.depth for p in products if p.trains or p.adapter]
     lowest = -1 if embedding_trains else min(trained, default=10**9)
     total = sum(_of_product(p, input_gradient=lowest < p.depth) for p in products)
-    for layer, window in enumerate(config.windows):
-        passes = 3 if lowest < layer * _STAGES_OF_A_LAYER + _ATTENTION else 1  # the backward pass has four products
-        total += passes * _attention(config, window, lengths)
+    for number, layer in enumerate(config.layers):
+        passes = 3 if lowest < number * _STAGES_OF_A_LAYER + _ATTENTION else 1  # the backward pass has four products
+        total += passes * _attention(config, layer.window, lengths)
     return total
 
 
@@ -112,12 +112,12 @@ def recomputed_per_token(config: DecoderConfig, params: Any, *, lengths: Sequenc
     """What `remat: full` computes a second time, the forward pass of all layers. It is not among the model FLOPs."""
     nothing = jax.tree.map(lambda _: False, params)
     products = sum(2 * (p.weights + p.adapter) for p in _products(config, params, nothing, 0.0))
-    return products + sum(_attention(config, window, lengths) for window in config.windows)
+    return products + sum(_attention(config, layer.window, lengths) for layer in config.layers)
 
 
 def _attention(config: DecoderConfig, window: int | None, lengths: Sequence[int] | np.ndarray) -> float:
     """The forward pass of one layer's attention: two products, of queries with keys and of weights with values."""
-    return 4 * config.num_attention_heads * config.head_dim * mean_attended(lengths, window)
+    return 2 * config.num_attention_heads * (config.qk_dim + config.value_dim) * mean_attended(lengths, window)
 
 
 def _of_product(p: Product, *, input_gradient: bool) -> float:
@@ -129,15 +129,13 @@ def _of_product(p: Product, *, input_gradient: bool) -> float:
 
 def _products(config: DecoderConfig, params: Any, mask: Any, label_share: float) -> Iterator[Product]:
     """Every matrix product with parameters, layer by layer, then the head."""
-    stacks = params["layers"] if isinstance(params["layers"], tuple) else (params["layers"],)
-    masks = mask["layers"] if isinstance(mask["layers"], tuple) else (mask["layers"],)
     first = 0
-    for stack, trains in zip(stacks, masks, strict=True):
+    for stack, trains in zip(stacks(params["layers"]), stacks(mask["layers"]), strict=True):
         count = jax.tree.leaves(stack)[0].shape[0]
         for names, kernel, its_mask in _kernels(stack, trains):
-            share = config.num_experts_per_tok / config.num_experts if "experts" in names else 1.0
+            share = config.experts.per_token / config.experts.count if config.experts and "experts" in names else 1.0
             for layer in range(first, first + count):
-                yield _product(kernel, its_mask, layer * _STAGES_OF_A_LAYER + _STAGES[names[-1]], share / count)
+                yield _product(kernel, its_mask, layer * _STAGES_OF_A_LAYER + _stage(names), share / count)
         first += count
     top = first * _STAGES_OF_A_LAYER
     if config.tie_word_embeddings:
@@ -145,6 +143,13 @@ def _products(config: DecoderConfig, params: Any, mask: Any, label_share: float)
         yield Product(top, size, 0, 0, _any(mask["embed_tokens"]))
     else:
         yield _product(params["lm_head"]["kernel"], mask["lm_head"]["kernel"], top, label_share)
+
+
+def _stage(names: tuple[str, ...]) -> int:
+    last = names[-1]
+    if names[0] == "self_attn":
+        return _OUT_OF_ATTENTION if last == "o_proj" else _INTO_ATTENTION
+    return _OUT_OF_MLP if last == "down_proj" else _INTO_MLP
 
 
 def _product(kernel: Any, mask: Any, depth: int, share: float) -> Product:

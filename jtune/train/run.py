@@ -32,7 +32,6 @@ from jtune.data import (
 from jtune.errors import Preempted
 from jtune.inspect import show
 from jtune.interop import hf
-from jtune.models.families import decoder_config
 from jtune.sharding import batch_shards, check_row_length, describe_unsplit, hosts, spread, unsplit
 from jtune.sharding.advice import largest, sound_remat
 from jtune.sharding.shapes import Shapes
@@ -78,7 +77,7 @@ def run(config: Config) -> dict[str, Any]:
     # ------------------------------------------------------------------ data
     folder = hosts.in_turn(lambda _: build.fetch_model(config.model), hub_cache(config))
     source = hf.read_config(folder)
-    decoder = decoder_config(source)
+    decoder = build.decoder_of(source, config.model)
     tokenizer = load_tokenizer(str(folder), split_special_tokens=config.model.split_special_tokens)
     splits = hosts.in_turn(partial(load_data, config, tokenizer, decoder.vocab_size), data_cache())
     preflight.check_data(splits)
@@ -357,7 +356,7 @@ def inspect(config: Config) -> None:
         folder,
         config.model,
         config.finetuning,
-        decoder_config(source),
+        build.decoder_of(source, config.model),
         source,
         mesh,
         dtype=dtype,

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from jtune.models import CausalLM
+from jtune.models.decoder import hidden_states
+from jtune.models.moe import balance_loss
 from jtune.train.loss import chunk_positions, sum_labelled, summed_nll
 from jtune.train.state import LossScale, TrainState
 from jtune.tuning import combine, prepared_axes
@@ -42,7 +44,10 @@ LossSum = Callable[..., Any]
 
 
 def make_loss_sum(model: CausalLM, *, label_capacity: int, batch_shards: int) -> LossSum:
-    """`loss_sum(trainable, frozen, batch, dropout_key) -> ` weighted sum of token losses, a float32 scalar."""
+    """`loss_sum(trainable, frozen, batch, dropout_key) -> ` weighted sum of token losses, a float32 scalar.
+
+    A mixture whose config has a load-balancing loss adds it to the loss of every token that counts.
+    """
 
     def head(head_params, hidden):
         return model.apply({"params": head_params}, hidden, method="head")
@@ -53,15 +58,14 @@ def make_loss_sum(model: CausalLM, *, label_capacity: int, batch_shards: int) ->
 
     def loss_sum(trainable, frozen, batch: Batch, dropout_key):
         params = combine(trainable, frozen)
-        rngs = None if dropout_key is None else {"dropout": dropout_key}
-        hidden = model.apply(
-            {"params": params}, batch["input_ids"], batch["positions"], batch["segment_ids"], rngs=rngs, method="hidden"
+        hidden = hidden_states(
+            model, params, batch["input_ids"], batch["positions"], batch["segment_ids"], dropout_key=dropout_key
         )
         head_params = {key: params[key] for key in model.head_keys}
-        return sum_labelled(
+        nll = sum_labelled(
             chunked,
             head_params,
-            hidden,
+            hidden.x,
             batch["targets"],
             batch["loss_weights"],
             capacity=label_capacity,
@@ -69,6 +73,11 @@ def make_loss_sum(model: CausalLM, *, label_capacity: int, batch_shards: int) ->
             axes=prepared_axes(head_params, model.config),
             mesh=model.mesh,
         )
+        if hidden.load is None:
+            return nll
+        # Of a microbatch, for each of its tokens that count: divided by all of them, it is their weighted mean.
+        assert model.config.experts is not None
+        return nll + model.config.experts.aux_coef * balance_loss(hidden.load) * jnp.sum(batch["loss_weights"])
 
     return loss_sum
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jtune.errors import ConfigError
+from jtune.models.decoder import stacks
 
 PyTree = Any
 
@@ -19,12 +20,14 @@ def trainable_layers(count: int, wanted: int) -> range:
 
 
 def cut_layers(params: PyTree, at: Sequence[int]) -> PyTree:
-    """Cut the stack of layers into contiguous stacks, so that gradients exist only for those that train."""
-    stack = params["layers"]
-    count = jax.tree.leaves(stack)[0].shape[0]
-    ends = [0, *sorted({i for i in at if 0 < i < count}), count]
-    parts = [jax.tree.map(itemgetter(slice(a, b)), stack) for a, b in pairwise(ends)]
-    return {**params, "layers": tuple(parts) if len(parts) > 1 else stack}
+    """Cut stacks of layers into shorter ones, so that gradients exist only for those that train."""
+    parts, first = [], 0
+    for stack in stacks(params["layers"]):
+        count = jax.tree.leaves(stack)[0].shape[0]
+        ends = [0, *sorted({i - first for i in at if 0 < i - first < count}), count]
+        parts += [jax.tree.map(itemgetter(slice(a, b)), stack) for a, b in pairwise(ends)]
+        first += count
+    return {**params, "layers": tuple(parts) if len(parts) > 1 else parts[0]}
 
 
 def freeze(params: PyTree, layers: int, modules: Sequence[str], extra: Sequence[str]) -> tuple[PyTree, PyTree]:
@@ -39,7 +42,8 @@ def freeze(params: PyTree, layers: int, modules: Sequence[str], extra: Sequence[
     Raises:
       ConfigError: a name that matches nothing.
     """
-    inside, outside = list(params["layers"]), [name for name in params if name != "layers"]
+    inside = list(dict.fromkeys(name for stack in stacks(params["layers"]) for name in stack))
+    outside = [name for name in params if name != "layers"]
     for name in modules:
         if name != "all" and name not in inside:
             raise ConfigError(_unknown("freeze_trainable_modules", name, ["all", *inside]))
@@ -48,9 +52,9 @@ def freeze(params: PyTree, layers: int, modules: Sequence[str], extra: Sequence[
             tied = " (this model's head is its embed_tokens)" if name == "lm_head" else ""
             raise ConfigError(_unknown("freeze_extra_modules", name, outside) + tied)
 
-    chosen = trainable_layers(jax.tree.leaves(params["layers"])[0].shape[0], layers)
+    count = sum(jax.tree.leaves(stack)[0].shape[0] for stack in stacks(params["layers"]))
+    chosen = trainable_layers(count, layers)
     cut = cut_layers(params, [chosen.start, chosen.stop])
-    stacks = cut["layers"] if isinstance(cut["layers"], tuple) else (cut["layers"],)
 
     def in_stack(first: int, stack: PyTree) -> PyTree:
         def trains(path: Any, _: Any) -> bool:
@@ -62,7 +66,7 @@ def freeze(params: PyTree, layers: int, modules: Sequence[str], extra: Sequence[
         return jax.tree_util.tree_map_with_path(trains, stack)
 
     masks, first = [], 0
-    for stack in stacks:
+    for stack in stacks(cut["layers"]):
         masks.append(in_stack(first, stack))
         first += jax.tree.leaves(stack)[0].shape[0]
     mask = {name: jax.tree.map(lambda _, name=name: name in extra, params[name]) for name in outside}

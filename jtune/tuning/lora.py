@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from jtune.errors import ConfigError
+from jtune.models.families.base import Names
 from jtune.models.kernels import project
+from jtune.models.names import knows
 
 PyTree = Any
 Path = tuple[str, ...]
@@ -110,13 +112,13 @@ def kernels(params: PyTree) -> Iterator[tuple[Path, Any]]:
             yield names[:-1], leaf
 
 
-def select(params: PyTree, targets: Sequence[str], words: dict[str, str] | None = None) -> tuple[Path, ...]:
+def select(params: PyTree, targets: Sequence[str], names: Names | None = None) -> tuple[Path, ...]:
     """The modules that `targets` name, in the order of the tree.
 
     Args:
       targets: names of modules (`q_proj`), or the ends of their paths (`self_attn.q_proj`); `all`: every linear module
         of the layers, but not those of a mixture's experts and router, which must be named.
-      words: other words for names (see `jtune.models.names.WORDS`).
+      names: what the model's family calls its modules (`jtune.models.families.names`): its words count as well.
 
     Raises:
       ConfigError: a name that matches nothing, with the names that would.
@@ -124,23 +126,22 @@ def select(params: PyTree, targets: Sequence[str], words: dict[str, str] | None 
     found = tuple(dict.fromkeys(path for path, _ in kernels(params)))
     chosen: set[Path] = set()
     unmatched = []
-    back = {theirs: ours for ours, theirs in (words or {}).items()}
+    names = names or Names()
     for target in targets:
         if target == "all":
             match = {p for p in found if p[0] == "layers" and "experts" not in p and p[-1] != "gate"}
         else:
-            wanted = tuple(back.get(part, part) for part in target.split("."))
-            match = {p for p in found if p[-len(wanted) :] == wanted}
+            match = {p for p in found if knows(p, target, names)}
         if not match:
             unmatched.append(target)
         chosen |= match
     if unmatched:
-        raise ConfigError(_no_such_target(unmatched, found))
+        raise ConfigError(_no_such_target(unmatched, found, names))
     return tuple(path for path in found if path in chosen)
 
 
-def _no_such_target(unmatched: Sequence[str], found: Sequence[Path]) -> str:
-    names = list(dict.fromkeys(path[-1] for path in found))
+def _no_such_target(unmatched: Sequence[str], found: Sequence[Path], their: Names) -> str:
+    names = list(dict.fromkeys(their.words.get(path[-1], path[-1]) for path in found))
     lines = []
     for target in unmatched:
         near = difflib.get_close_matches(target.split(".")[-1], names, n=1)
@@ -160,7 +161,7 @@ def add(
     dropout: float = 0.0,
     use_rslora: bool = False,
     key: jax.Array | None = None,
-    words: dict[str, str] | None = None,
+    names: Names | None = None,
 ) -> PyTree:
     """Put an adapter on each kernel that `targets` select; the model computes the same as before, as `b` is zero.
 
@@ -172,8 +173,8 @@ def add(
       key: of the random `a`, uniform in +-1/sqrt(in) as PEFT draws it; default `jax.random.key(0)`. What a kernel
         gets depends on its path only.
     """
-    names = targets.split(",") if isinstance(targets, str) else targets
-    chosen = set(select(params, [name.strip() for name in names], words))
+    wanted = targets.split(",") if isinstance(targets, str) else targets
+    chosen = set(select(params, [name.strip() for name in wanted], names))
     key = jax.random.key(0) if key is None else key
     alpha = 2 * rank if alpha is None else alpha
     scale = alpha / math.sqrt(rank) if use_rslora else alpha / rank

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jtune.config import FinetuningArguments
 from jtune.errors import ConfigError
 from jtune.models import DecoderConfig
-from jtune.models.names import WORDS
+from jtune.models.decoder import stacks
+from jtune.models.families import file_names
 from jtune.tuning import lora
 from jtune.tuning.freeze import freeze
 from jtune.tuning.masks import adapter_mask, full_mask
@@ -80,7 +81,7 @@ def with_adapter(
             dropout=args.lora_dropout,
             use_rslora=args.use_rslora,
             key=key,
-            words=WORDS.get(decoder.family),
+            names=file_names(decoder),
         )
         return added, args.additional_target
     log.info("training goes on from adapter %s: rank, alpha and targets are its own", resumed)
@@ -148,11 +149,11 @@ def describe(params: PyTree, mask: PyTree) -> str:
 
 def _layer_spans(params: PyTree) -> dict[int, str]:
     """How each stack of layers is called: `*` if there is one, else `4-7`."""
-    stacks = params["layers"] if isinstance(params["layers"], tuple) else (params["layers"],)
-    if len(stacks) == 1:
+    found = stacks(params["layers"])
+    if len(found) == 1:
         return {0: "*"}
     spans, start = {}, 0
-    for i, stack in enumerate(stacks):
+    for i, stack in enumerate(found):
         count = jax.tree.leaves(stack)[0].shape[0]
         spans[i] = f"{start}-{start + count - 1}" if count > 1 else str(start)
         start += count

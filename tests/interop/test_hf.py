@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import FAMILIES, ids, logits_of
+from tiny import CORE, ids, logits_of
 
 from jtune.errors import DataError
 from jtune.interop import hf
@@ -28,7 +28,7 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
 def test_what_is_written_is_read_back_and_transformers_reads_it(family, shard_bytes, checkpoint, tmp_path):
     from transformers import AutoModelForCausalLM

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import FAMILIES, ids, logits_of, make_model
+from tiny import CORE, ids, logits_of, make_model
 
 from jtune.errors import DataError
 from jtune.interop.load import load_model
 from jtune.interop.peft import load_adapter, save_adapter
+from jtune.models.families import file_names
 from jtune.tuning import adapter_mask, lora, trainable_mask
 from jtune.tuning.prepare import whole_modules
 
@@ -43,7 +44,7 @@ def logits(model, params):
     return np.asarray(model.apply({"params": params}, ids()))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_pefts_adapter_acts_the_same_here_and_when_written_again(family, checkpoint, tmp_path):
     expected = theirs(tmp_path / "theirs", family)
     model, params = load_model(str(checkpoint(family)), adapter=str(tmp_path / "theirs"))
@@ -70,13 +71,12 @@ def test_pefts_options_are_honoured(options, checkpoint, tmp_path):
     np.testing.assert_allclose(logits(model, params), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_our_adapter_acts_the_same_in_peft(family, checkpoint, tmp_path):
     model, base = load_model(str(checkpoint(family)))
     targets = ["q_proj", "v_proj"]
     targets += ["w1", "w2", "w3", "gate"] if family == "mixtral" else ["down_proj"]
-    words = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-    params = lora.add(base, targets, rank=4, use_rslora=True, words=words)
+    params = lora.add(base, targets, rank=4, use_rslora=True, names=file_names(model.config))
     mask = whole_modules(params, adapter_mask(params), ["embed_tokens"])
     rng = np.random.default_rng(6)
     moved = lambda x, trains: x + 0.05 * jnp.asarray(rng.standard_normal(x.shape), x.dtype) if trains else x

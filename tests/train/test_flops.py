@@ -8,6 +8,7 @@ import pytest
 
 from jtune import tuning
 from jtune.models import DecoderConfig, abstract_params
+from jtune.models.config import Experts
 from jtune.models.families import decoder_config
 from jtune.train.flops import flops_per_token, mean_attended, peak_flops, recomputed_per_token
 from jtune.tuning.freeze import freeze
@@ -107,7 +108,7 @@ def test_freeze_runs_backward_through_what_trains_and_what_is_above():
 
 
 def test_of_a_mixture_only_the_experts_of_a_token_count():
-    config = DecoderConfig(**{**vars(TINY), "num_experts": 4, "num_experts_per_tok": 2})
+    config = DecoderConfig(**{**vars(TINY), "experts": Experts(4, 2, 24), "layers": ()})
     params, _ = tuned(config, "full")
     nothing = jax.tree.map(lambda _: False, params)
     layer = Q + K + V + O + 2 * (GATE + UP + DOWN) + 8 * 4

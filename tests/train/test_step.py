@@ -191,7 +191,7 @@ def test_a_frozen_leaf_has_no_gradient_and_no_state_and_is_not_an_output(method)
 
 def flops(method, layers):
     """Of loss and gradients. Each layer is a stack of its own: what a scan runs is counted once, however often."""
-    config = replace(CONFIG, hidden_size=128, intermediate_size=512, head_dim=32, num_hidden_layers=layers, windows=())
+    config = replace(CONFIG, hidden_size=128, intermediate_size=512, head_dim=32, num_hidden_layers=layers, layers=())
     params, _ = prepared("full", config)
     params = cut_layers(params, range(layers))
     if method == "lora":
@@ -206,7 +206,7 @@ def flops(method, layers):
 
 def test_lora_forms_no_gradient_of_a_frozen_kernel():
     """A token costs a layer of N parameters 2N forward, 2N back to its input, 2N for its kernels: LoRA saves these."""
-    config = replace(CONFIG, hidden_size=128, intermediate_size=512, head_dim=32, num_hidden_layers=1, windows=())
+    config = replace(CONFIG, hidden_size=128, intermediate_size=512, head_dim=32, num_hidden_layers=1, layers=())
     N = sum(x.size for x in jax.tree.leaves(abstract_params(config)["layers"]) if x.ndim == 3)
     of_a_layer = lambda method: (flops(method, 3) - flops(method, 2)) / (N * 64 * 16)
     assert of_a_layer("full") == pytest.approx(6, abs=0.5)

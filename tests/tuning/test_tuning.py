@@ -12,7 +12,8 @@ from jtune.config import FinetuningArguments
 from jtune.errors import ConfigError
 from jtune.inspect import show
 from jtune.models import CausalLM, DecoderConfig, init_params
-from jtune.models.names import WORDS
+from jtune.models.config import Experts
+from jtune.models.families import file_names
 from jtune.tuning import lora
 from jtune.tuning.prepare import whole_modules
 
@@ -25,7 +26,7 @@ DENSE = DecoderConfig(
     num_key_value_heads=2,
     head_dim=8,
 )
-MIXTURE = DecoderConfig(**{**vars(DENSE), "family": "mixtral", "num_experts": 4, "num_experts_per_tok": 2})
+MIXTURE = DecoderConfig(**{**vars(DENSE), "family": "mixtral", "experts": Experts(4, 2, 48), "layers": ()})
 IDS = np.arange(20, dtype=np.int32).reshape(2, 10)
 
 
@@ -67,7 +68,7 @@ def prepare(adapters=(), load=None, config=DENSE, dtype="float32", params=None, 
 @pytest.mark.parametrize("config", [DENSE, MIXTURE])
 def test_a_new_adapter_changes_nothing_until_it_is_trained(config):
     targets = ["all"] if config is DENSE else ["all", "gate", "w1", "w2", "w3"]
-    params = lora.add(weights(config), targets, words=WORDS.get(config.family))
+    params = lora.add(weights(config), targets, names=file_names(config))
     np.testing.assert_allclose(logits(params, config), logits(weights(config), config), atol=1e-6)
     assert np.abs(logits(moved(params), config) - logits(params, config)).max() > 1e-2
 
@@ -114,7 +115,7 @@ def names(params):
     ],
 )
 def test_targets_are_names_of_modules(config, targets, expected):
-    assert names(lora.add(weights(config), targets, words=WORDS.get(config.family))) == set(expected.split())
+    assert names(lora.add(weights(config), targets, names=file_names(config))) == set(expected.split())
 
 
 def test_a_target_that_matches_nothing_is_an_error_with_the_names_that_would():

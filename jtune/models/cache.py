@@ -1,0 +1,45 @@
+"""What decoding remembers of the tokens so far: for each layer, keys and values, or what they are made from.
+
+The slot of a token follows from its position in its own sequence alone, `position mod slots`, so padding takes none,
+left or right, and a layer with a window needs no more slots than the window is long.
+
+Shape suffixes: R layers of a stack that are alike, B batch, T new tokens, S slots.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jtune.models.config import DecoderConfig, Layer
+
+Entry = dict[str, jax.Array]  # [R, B, S, ...] each
+
+
+def layer_cache(config: DecoderConfig, layer: Layer, repeats: int, batch: int, slots: int, dtype: Any) -> Entry:
+    """An empty cache of `repeats` layers of one kind."""
+    if layer.window is not None:
+        slots = min(slots, layer.window)
+    empty = lambda *shape: jnp.zeros((repeats, batch, slots, *shape), dtype)
+    if config.latent is not None:
+        return {"latent": empty(config.latent.kv_rank), "rope_key": empty(config.latent.rope_dim)}
+    shape = config.num_key_value_heads, config.head_dim
+    return {"k": empty(*shape), "v": empty(*shape)}
+
+
+def write(entry: Entry, index: Any, new: Entry, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> Entry:
+    """The cache with what is `new` of layer `index`, `[B, T, ...]` each; tokens of segment 0 are padding."""
+    slots = next(iter(entry.values())).shape[2]
+    real_BT = segment_ids_BT > 0
+    last_B1 = jnp.max(jnp.where(real_BT, positions_BT, -1), axis=1, keepdims=True)
+    # Of those that would share a slot, only the last is written.
+    kept_BT = real_BT & (positions_BT > last_B1 - slots)
+    slot_BT = jnp.where(kept_BT, positions_BT % slots, slots)  # out of bounds: not written
+    row_BT = jnp.broadcast_to(jnp.arange(positions_BT.shape[0])[:, None], slot_BT.shape)
+    return {name: x.at[index, row_BT, slot_BT].set(new[name].astype(x.dtype), mode="drop") for name, x in entry.items()}
+
+
+def key_positions(slots: int, positions_BT: jax.Array) -> jax.Array:
+    """Which position each slot holds when the token at `positions` `[B, 1]` has been written: int32 `[B, S]`, negative
+    where there is nothing yet."""
+    return positions_BT - (positions_BT - jnp.arange(slots)[None, :]) % slots

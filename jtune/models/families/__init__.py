@@ -1,0 +1,124 @@
+"""What each family's config.json means: Hugging Face's config -> DecoderConfig.
+
+transformers reads the config (it fills in the family's defaults and knows older spellings). What it then says is either
+read by the family's file here, of no consequence for training (`HARMLESS`), or refused by name when it is not the
+family's default. `docs/adding-a-model.md` shows how to add one.
+"""
+
+import difflib
+import logging
+from collections.abc import Mapping
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from jtune.errors import DataError
+from jtune.models.config import DecoderConfig
+from jtune.models.families.base import Asked, Family, Names
+
+log = logging.getLogger("jtune")
+
+# Options that say nothing about the computation of logits in training, or only name what is in the files anyway.
+HARMLESS = frozenset(
+    [
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eod_token_id",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "is_encoder_decoder",
+        "label2id",
+        "max_position_embeddings",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "tokenizer_class",
+        "router_aux_loss_coef",
+        "max_window_layers",
+        "original_max_position_embeddings",
+        "_sliding_window_pattern",
+        "slow_but_exact",
+        "head_dim",
+        "summary_type",
+        "summary_use_proj",
+        "summary_activation",
+        "summary_proj_to_labels",
+        "summary_first_dropout",
+        "classifier_dropout",
+    ]
+)
+
+# A family is a file of this package, under its model_type.
+FAMILIES: dict[str, Family] = {
+    name: import_module(f"{__name__}.{name}").FAMILY for _, name, _ in iter_modules(__path__) if name != "base"
+}
+
+
+def decoder_config(source: Mapping[str, Any]) -> DecoderConfig:
+    """The decoder that a Hugging Face config.json (written by transformers 4 or 5) describes.
+
+    Raises:
+      DataError: an unknown family, or an option that the decoder does not honour, by name.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # slow to import
+
+    kind, family = _family(source.get("model_type"))
+    if source.get("quantization_config"):
+        method = source["quantization_config"].get("quant_method", "unknown")
+        raise DataError(f"config.json: the weights are quantised ({method}); jtune reads bfloat16, float16 and float32")
+    config_class = CONFIG_MAPPING[family.config_of or kind]
+    try:
+        full, defaults = config_class.from_dict(dict(source)).to_dict(), config_class().to_dict()
+    except Exception as error:  # transformers raises its own kinds for values of a wrong type
+        raise DataError(f"config.json: {str(error).strip()}") from error
+    asked = Asked(full)
+    fields = family.read(asked)
+    _refuse_what_is_not_honoured(kind, full, defaults, asked.read)
+    return DecoderConfig(family=kind, **fields)
+
+
+def file_names(config: DecoderConfig) -> Names:
+    """How the files of a model name its tensors."""
+    return FAMILIES[config.family].names(config)
+
+
+def module_names(config: DecoderConfig) -> Names:
+    """How transformers' model names its modules, which adapters go by."""
+    family = FAMILIES[config.family]
+    return (family.modules or family.names)(config)
+
+
+def _family(model_type: str | None) -> tuple[str, Family]:
+    if model_type is None:
+        raise DataError("config.json: no model_type: is this the folder of a Hugging Face model?")
+    if model_type in FAMILIES:
+        return model_type, FAMILIES[model_type]
+    near = difflib.get_close_matches(model_type, FAMILIES, n=1)
+    hint = f" The nearest is {near[0]}." if near else ""
+    raise DataError(f"config.json: model_type {model_type!r} is not supported.{hint} There are: {', '.join(FAMILIES)}.")
+
+
+def _refuse_what_is_not_honoured(
+    kind: str, full: Mapping[str, Any], defaults: Mapping[str, Any], read: set[str]
+) -> None:
+    known = HARMLESS | read
+    differs = lambda key: full.get(key) != defaults[key] and bool(full.get(key) or defaults[key])  # null is false
+    strange = [key for key in defaults if key not in known and differs(key)]
+    if strange:
+        found = ", ".join(f"{key}={full[key]!r} (usual: {defaults[key]!r})" for key in strange)
+        raise DataError(f"config.json: jtune's {kind} does not know how to honour {found}")
+    dropped = [key for key in full if key.endswith(("dropout", "pdrop")) and key not in known and full[key]]
+    if dropped:
+        log.info("%s: its config asks for %s, which jtune does not apply", kind, ", ".join(dropped))

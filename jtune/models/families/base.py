@@ -1,0 +1,189 @@
+"""What the family files have in common: how a Hugging Face config is read, and how a family's tensors are named."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from jtune.errors import DataError
+from jtune.models.config import DecoderConfig, Experts, Layer, Rope
+
+Fields = dict[str, Any]  # of DecoderConfig
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+KINDS_OF_ROPE = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+
+class Asked(Mapping[str, Any]):
+    """A config that remembers what was read of it: what is not read is not honoured."""
+
+    def __init__(self, content: Mapping[str, Any]):
+        self._content = content
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return self._content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a family's files name the tensors of our tree, where they differ from it."""
+
+    prefix: str = "model"
+    words: Mapping[str, str] = field(default_factory=dict)  # our name of a module -> theirs
+    patterns: tuple[tuple[str, str], ...] = ()  # of a whole tensor's name: (regular expression, replacement)
+    stacked_experts: bool = False  # one tensor holds all experts of a layer
+    per_head: frozenset[str] = frozenset()  # modules of ours that are one module for each head there
+    as_is: frozenset[str] = frozenset()  # modules of ours whose kernels are stored as [in, out]
+
+
+class Family(NamedTuple):
+    """One file of this package: what its config.json means, and how its files name tensors."""
+
+    read: Callable[[Asked], Fields]
+    names: Callable[[DecoderConfig], Names] = lambda config: Names()
+    modules: Callable[[DecoderConfig], Names] | None = None  # in transformers' model, if not as in its files
+    config_of: str | None = None  # the model_type whose class in transformers reads the config; default: its own
+
+
+def common(c: Asked) -> Fields:
+    """The fields that nearly every config has under the same names."""
+    heads = c["num_attention_heads"]
+    head_dim = c.get("head_dim") or c["hidden_size"] // heads
+    fields = {
+        "vocab_size": c["vocab_size"],
+        "hidden_size": c["hidden_size"],
+        "intermediate_size": c["intermediate_size"],
+        "num_hidden_layers": c["num_hidden_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": c.get("num_key_value_heads") or heads,
+        "head_dim": head_dim,
+        "tie_word_embeddings": bool(c["tie_word_embeddings"]),
+        "ropes": (rope(c["rope_parameters"], c["max_position_embeddings"], head_dim),),
+    }
+    if "rms_norm_eps" in c:
+        fields["norm_eps"] = c["rms_norm_eps"]
+    if "hidden_act" in c:
+        fields["hidden_act"] = activation(c)
+    return fields
+
+
+def layer_norm(eps: float, *, scale: bool = True, bias: bool = True) -> Fields:
+    """LayerNorm in the place of RMSNorm."""
+    return {"norm": "layer", "norm_eps": eps, "norm_scale": scale, "norm_bias": bias}
+
+
+def biases(c: Asked, *, key: str = "attention_bias") -> Fields:
+    """A bias on all four products of attention, if the config says so."""
+    return {"qkv_bias": bool(c.get(key)), "o_bias": bool(c.get(key))}
+
+
+def activation(c: Asked, key: str = "hidden_act") -> str:
+    """Our name of an activation; refuses others."""
+    if c[key] not in ACTIVATIONS:
+        raise DataError(f"config.json: {key} {c[key]!r} is not supported; there are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[c[key]]
+
+
+def windows(c: Asked) -> list[int | None]:
+    """The window of each layer, as `sliding_window`, `use_sliding_window` and `layer_types` say."""
+    count = c["num_hidden_layers"]
+    window = c.get("sliding_window")
+    kinds = c.get("layer_types") or ["sliding_attention"] * count
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise DataError(f"config.json: layer_types: {kind!r} is not supported")
+    if not window or c.get("use_sliding_window") is False:
+        return [None] * count
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def sliding(c: Asked) -> Fields:
+    """Layers that differ by their windows only."""
+    return {"layers": tuple(Layer(window=window) for window in windows(c))}
+
+
+def experts(c: Asked, width: str = "moe_intermediate_size", **fields: Any) -> Experts:
+    """A mixture, with the load-balancing loss that the config asks for.
+
+    Args:
+      width: the key that says how wide the experts are.
+    """
+    count = next(key for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in c)
+    coefficient = c.get("router_aux_loss_coef") or 0.0
+    aux = float(coefficient) if c.get("output_router_logits") else 0.0
+    return Experts(c[count], c["num_experts_per_tok"], c[width], aux_coef=aux, **fields)
+
+
+def sparse_layers(c: Asked, layers: list[Layer]) -> tuple[Layer, ...]:
+    """Which layers have experts: every `decoder_sparse_step`th, but for `mlp_only_layers`."""
+    step, dense = c["decoder_sparse_step"], c["mlp_only_layers"] or ()
+    is_sparse = lambda i: i not in dense and (i + 1) % step == 0
+    return tuple(Layer(layer.window, layer.rope, is_sparse(i)) for i, layer in enumerate(layers))
+
+
+def rope(parameters: Mapping[str, Any], max_positions: int, head_dim: int, **fields: Any) -> Rope:
+    """Rotary frequencies; refuses by name what is not honoured.
+
+    Args:
+      head_dim: of what turns; `partial_rotary_factor` leaves some of it.
+    """
+    kind = parameters.get("rope_type", "default")
+    if kind not in KINDS_OF_ROPE:
+        raise DataError(f"config.json: rope_type {kind!r} is not supported; there are {', '.join(KINDS_OF_ROPE)}")
+    share = parameters.get("partial_rotary_factor") or 1.0
+    if share != 1.0:
+        fields["dim"] = int(head_dim * share)
+    factor = parameters.get("factor") or 1.0
+    original = parameters.get("original_max_position_embeddings") or max_positions
+    if kind == "dynamic":
+        original = max_positions
+    elif kind == "llama3":
+        fields |= {key: parameters[key] for key in ("low_freq_factor", "high_freq_factor")}
+    elif kind == "yarn":
+        fields |= {
+            "beta_fast": parameters.get("beta_fast") or 32.0,
+            "beta_slow": parameters.get("beta_slow") or 1.0,
+            "truncate": parameters.get("truncate", True),
+            "attention_factor": _yarn_attention_factor(parameters, factor),
+        }
+    elif kind == "longrope":
+        factor = parameters.get("factor") or max_positions / original
+        given = parameters.get("attention_factor")
+        grown = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        fields |= {
+            "short_factor": tuple(parameters["short_factor"]),
+            "long_factor": tuple(parameters["long_factor"]),
+            "attention_factor": grown if given is None else given,
+        }
+    return Rope(parameters["rope_theta"], kind, factor=factor, original_length=original, **fields)
+
+
+def _yarn_attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
+    """Equation 22 of arXiv:2309.00071, and the variant with `mscale`."""
+    if parameters.get("attention_factor") is not None:
+        return parameters["attention_factor"]
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        return yarn_scale(factor, parameters["mscale"]) / yarn_scale(factor, parameters["mscale_all_dim"])
+    return yarn_scale(factor, 1.0)
+
+
+def yarn_scale(factor: float, m: float) -> float:
+    """How much sharper attention gets when positions are stretched by `factor`."""
+    return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0

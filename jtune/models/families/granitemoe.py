@@ -1,0 +1,18 @@
+"""GraniteMoE: Granite with experts, all in one tensor."""
+
+from jtune.models.families.base import Asked, Family, Fields, Names, biases, common, experts
+from jtune.models.families.granite import multipliers
+
+PATTERNS = (
+    (r"\.mlp\.gate\.", ".block_sparse_moe.router.layer."),
+    (r"\.mlp\.experts\.gate_up_proj\.", ".block_sparse_moe.input_linear."),
+    (r"\.mlp\.experts\.down_proj\.", ".block_sparse_moe.output_linear."),
+)
+
+
+def read(c: Asked) -> Fields:
+    mixture = experts(c, width="intermediate_size")
+    return {**common(c), **biases(c), **multipliers(c), "mlp": "joined", "experts": mixture}
+
+
+FAMILY = Family(read, lambda config: Names(patterns=PATTERNS, stacked_experts=True))

@@ -1,0 +1,235 @@
+"""One layer of the decoder: attention, an MLP or experts, and the norms between them.
+
+Shape suffixes: B batch, T tokens, D embed, H query heads, K key/value heads, R rank of a latent vector.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+
+from jtune.models import cache as caches
+from jtune.models.attention import alibi_bias, attend, attend_cached
+from jtune.models.config import DecoderConfig, Layer
+from jtune.models.kernels import Linear, parameter
+from jtune.models.mlp import MLP
+from jtune.models.moe import MoE
+from jtune.models.rope import rotate
+from jtune.sharding import constrain
+
+# Names of what a remat policy may keep.
+ATTENDED, LAYER_INPUT = "attended", "layer_input"
+
+LATENT_EPS = 1e-6  # of the norms inside latent attention, whatever the config says of the others
+
+
+class Shared(NamedTuple):
+    """What all layers get alike."""
+
+    turns: tuple[Any, ...]  # of each of DecoderConfig.ropes: (cos, sin), float32 [B, T, 1, frequencies]
+    positions: jax.Array  # int32 [B, T]
+    segment_ids: jax.Array  # int32 [B, T]
+
+
+class Remembered(NamedTuple):
+    """The cache of a stack of layers, and which of them this is."""
+
+    entry: caches.Entry
+    index: jax.Array
+
+
+class Norm(nn.Module):
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last axis, its moments in float32.
+
+    Attributes:
+      heads: with a scale of its own for each; their axis is the last but one.
+    """
+
+    kind: str
+    eps: float
+    use_scale: bool = True
+    use_bias: bool = False
+    offset: bool = False  # multiply by 1 + scale, in float32
+    heads: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[-2:] if self.heads else x.shape[-1:]
+        x32 = x.astype(jnp.float32)
+        if self.kind == "layer":
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        if not self.use_scale:
+            return normed.astype(x.dtype)
+        init = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = parameter(self, "scale", init, shape, (None,) * len(shape))
+        if self.offset:
+            return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+        if self.kind == "rms":
+            return normed.astype(x.dtype) * scale.astype(x.dtype)
+        y = normed * scale.astype(jnp.float32)
+        if self.use_bias:
+            y = y + parameter(self, "bias", nn.initializers.zeros, shape, (None,) * len(shape)).astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+def norm(c: DecoderConfig, name: str | None = None) -> Norm:
+    """The norm that a model has around its layers."""
+    return Norm(c.norm, c.norm_eps, c.norm_scale, c.norm_bias, c.norm_offset, name=name)
+
+
+class Attention(nn.Module):
+    config: DecoderConfig
+    layer: Layer
+    backend: str
+    mesh: Mesh | None
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, shared: Shared, remembered: Remembered | None = None):
+        """What attention gives, `[batch, seq, embed]`, and the cache with the new tokens in it."""
+        c = self.config
+        q_BTHD, new = (self._latent if c.latent else self._plain)(x_BTD, shared)
+        fixed: dict[str, Any] = {
+            "scale": c.qk_dim**-0.5 if c.attention_scale is None else c.attention_scale,
+            "window": self.layer.window,
+            "softcap": c.attention_softcap,
+        }
+        if c.sinks:
+            sinks = parameter(self, "sinks", nn.initializers.zeros, (c.num_attention_heads,), ("heads",))
+            fixed["sinks_H"] = sinks
+        bias = lambda positions: (
+            None if c.alibi is None else alibi_bias(positions, c.num_attention_heads, c.alibi, c.alibi_dtype)
+        )
+
+        entry = None
+        if remembered is not None:
+            entry = caches.write(remembered.entry, remembered.index, new, shared.positions, shared.segment_ids)
+        if remembered is not None and entry is not None and x_BTD.shape[1] == 1:
+            here = {name: x[remembered.index].astype(x_BTD.dtype) for name, x in entry.items()}
+            k_BSKD, v_BSKD = self._keys_values(here)
+            at_BS = caches.key_positions(k_BSKD.shape[1], shared.positions)
+            out = attend_cached(q_BTHD, k_BSKD, v_BSKD, shared.positions, at_BS, bias_BHS=bias(at_BS), **fixed)
+        else:  # nothing came before
+            k_BTKD, v_BTKD = self._keys_values(new)
+            place = lambda x, axis: constrain(x, self.mesh, "batch", "sequence", axis, None)
+            out = attend(
+                place(q_BTHD, "heads"),
+                place(k_BTKD, "kv_heads"),
+                place(v_BTKD, "kv_heads"),
+                shared.segment_ids,
+                bias_BHS=bias(shared.positions),
+                backend=self.backend,
+                mesh=self.mesh,
+                **fixed,
+            )
+            out = place(out, "heads")
+        joined = checkpoint_name(out.reshape(*x_BTD.shape[:-1], -1), ATTENDED)
+        return Linear(c.hidden_size, ("heads", "embed"), use_bias=c.o_bias, name="o_proj")(joined), entry
+
+    def _turn(self, x_BTHD: jax.Array, shared: Shared) -> jax.Array:
+        if self.layer.rope is None:
+            return x_BTHD
+        cos_BT1F, sin_BT1F = shared.turns[self.layer.rope]
+        return rotate(x_BTHD, cos_BT1F, sin_BT1F, self.config.ropes[self.layer.rope].interleaved)
+
+    def _plain(self, x_BTD: jax.Array, shared: Shared) -> tuple[jax.Array, caches.Entry]:
+        """Queries `[batch, seq, heads, head_dim]`, and the keys and values that a cache holds."""
+        c = self.config
+        H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        linear = lambda n, axis, name: Linear(n * D, ("embed", axis), use_bias=c.qkv_bias, name=name)(x_BTD)
+        split = lambda x, n: x.reshape(*x.shape[:-1], n, D)
+        if c.qkv == "separate":
+            q, k, v = linear(H, "heads", "q_proj"), linear(K, "kv_heads", "k_proj"), linear(K, "kv_heads", "v_proj")
+        else:
+            joined = linear(H + 2 * K, "heads", "qkv_proj")
+            if c.qkv == "joined":
+                q, k, v = jnp.split(joined, [H * D, (H + K) * D], axis=-1)
+            else:  # the queries of a key head, then the key, then the value
+                groups = joined.reshape(*joined.shape[:-1], K, H // K + 2, D)
+                q, k, v = groups[..., :-2, :], groups[..., -2, :], groups[..., -1, :]
+                q, k, v = (x.reshape(*x_BTD.shape[:-1], -1) for x in (q, k, v))
+        if c.clip_qkv is not None:
+            q, k, v = (jnp.clip(x, -c.clip_qkv, c.clip_qkv) for x in (q, k, v))
+        kind = partial(Norm, c.norm, c.norm_eps, offset=c.norm_offset, heads=c.qk_norm == "heads")
+        if c.qk_norm == "all":
+            q, k = kind(name="q_norm")(q), kind(name="k_norm")(k)
+        q, k, v = split(q, H), split(k, K), split(v, K)
+        normed = c.qk_norm in ("head", "heads")
+        if normed and not c.qk_norm_after_rope:
+            q, k = kind(name="q_norm")(q), kind(name="k_norm")(k)
+        q, k = self._turn(q, shared), self._turn(k, shared)
+        if normed and c.qk_norm_after_rope:
+            q, k = kind(name="q_norm")(q), kind(name="k_norm")(k)
+        return q, {"k": k, "v": v}
+
+    def _latent(self, x_BTD: jax.Array, shared: Shared) -> tuple[jax.Array, caches.Entry]:
+        c, latent = self.config, self.config.latent
+        assert latent is not None
+        down = lambda n, name: Linear(n, ("embed", None), use_bias=c.qkv_bias, name=name)(x_BTD)
+        width, inner = c.num_attention_heads * c.qk_dim, lambda name: Norm("rms", LATENT_EPS, name=name)
+        if latent.q_rank is None:
+            q = Linear(width, ("embed", "heads"), name="q_proj")(x_BTD)
+        else:
+            q_BTR = inner("q_a_layernorm")(down(latent.q_rank, "q_a_proj"))
+            q = Linear(width, ("embed", "heads"), name="q_b_proj")(q_BTR)
+        q_nope, q_rope = jnp.split(q.reshape(*q.shape[:-1], -1, c.qk_dim), [latent.nope_dim], axis=-1)
+        kv, rope_key = jnp.split(
+            down(latent.kv_rank + latent.rope_dim, "kv_a_proj_with_mqa"), [latent.kv_rank], axis=-1
+        )
+        rope_key = self._turn(rope_key[:, :, None, :], shared)[:, :, 0, :]
+        q_BTHD = jnp.concatenate([q_nope, self._turn(q_rope, shared)], axis=-1)
+        return q_BTHD, {"latent": inner("kv_a_layernorm")(kv), "rope_key": rope_key}
+
+    def _keys_values(self, held: caches.Entry) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of all heads, from what a cache holds of them."""
+        c = self.config
+        if c.latent is None:
+            return held["k"], held["v"]
+        width = c.num_attention_heads * (c.latent.nope_dim + c.latent.value_dim)
+        both = Linear(width, ("embed", "heads"), name="kv_b_proj")(held["latent"])
+        both = both.reshape(*both.shape[:-1], c.num_attention_heads, -1)
+        k_nope, v = jnp.split(both, [c.latent.nope_dim], axis=-1)
+        rope_key = jnp.broadcast_to(held["rope_key"][:, :, None, :], (*k_nope.shape[:-1], c.latent.rope_dim))
+        return jnp.concatenate([k_nope, rope_key], axis=-1), v
+
+
+class DecoderLayer(nn.Module):
+    config: DecoderConfig
+    layer: Layer = Layer()
+    backend: str = "xla"
+    mesh: Mesh | None = None
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, shared: Shared, remembered: Remembered | None = None):
+        """The next hidden state, the cache with the new tokens in it, and the load of the experts (`jtune.models.moe`);
+        None for what there is not."""
+        c = self.config
+        named = partial(norm, c)
+        settle = lambda x: constrain(x, self.mesh, "batch", "sequence", None)
+        add = lambda x, y: settle(x + (y if c.residual_multiplier == 1.0 else y * c.residual_multiplier))
+        attention = Attention(c, self.layer, self.backend, self.mesh, name="self_attn")
+
+        def feed_forward(x):
+            if self.layer.sparse:
+                return MoE(c, self.mesh, name="mlp")(x, shared.segment_ids)
+            return MLP(c, self.mesh, name="mlp")(x), None
+
+        x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
+        if c.block in ("parallel", "parallel_two"):
+            normed = named("input_layernorm")(x_BTD)
+            y, entry = attention(normed, shared, remembered)
+            if c.block == "parallel_two":
+                normed = named("post_attention_layernorm")(x_BTD)
+            z, load = feed_forward(normed)
+            return add(x_BTD, y + z), entry, load
+
+        before, after = c.block in ("before", "around"), c.block in ("around", "after")
+        y, entry = attention(named("input_layernorm")(x_BTD) if before else x_BTD, shared, remembered)
+        x_BTD = add(x_BTD, named("post_attention_layernorm")(y) if after else y)
+        name = "pre_feedforward_layernorm" if after else "post_attention_layernorm"
+        y, load = feed_forward(named(name)(x_BTD) if before else x_BTD)
+        return add(x_BTD, named("post_feedforward_layernorm")(y) if after else y), entry, load

@@ -1,0 +1,203 @@
+"""Each family: logits, gradients, answers and files as transformers has them. A new family is a line in tiny.FAMILIES."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny import FAMILIES, LLAMA3, ids, logits_of, make_model, write
+
+from jtune.generation import Sampling, decode, generate
+from jtune.interop import hf
+from jtune.interop.load import load_model
+from jtune.models import CausalLM
+from jtune.models.families import FAMILIES as SUPPORTED
+from jtune.models.moe import balance_loss
+
+torch = pytest.importorskip("torch")
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 2.5, 3.0, 3.5],
+    "original_max_position_embeddings": 64,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+BY_KIND = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+OLD_FALCON = {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 4}
+# family, what is unusual about it, tokens in a row
+OPTIONS = [
+    ("cohere", {"use_qk_norm": True, "attention_bias": True}, 30),
+    ("cohere2", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2}, 30),
+    (
+        "deepseek_v3",
+        {"q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False, "attention_bias": True},
+        30,
+    ),
+    ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, "n_shared_experts": 2}, 100),
+    ("ernie4_5", {"use_bias": True, "tie_word_embeddings": True}, 30),
+    ("falcon", OLD_FALCON, 30),
+    ("falcon", OLD_FALCON | {"alibi": True, "parallel_attn": False, "bias": True}, 60),
+    ("falcon", OLD_FALCON | {"multi_query": True, "alibi": True, "hidden_size": 48, "num_attention_heads": 6}, 60),
+    ("falcon", {"num_ln_in_parallel_attn": 1, "bias": True, "ffn_hidden_size": 56}, 30),
+    ("bloom", {"hidden_size": 48, "n_head": 6}, 30),
+    ("gemma", {"attention_bias": True, "hidden_act": "gelu"}, 30),
+    ("gemma3_text", {"final_logit_softcapping": 5.0, "attention_bias": True, "rope_parameters": BY_KIND}, 100),
+    ("glm", {"attention_bias": False, "rope_parameters": PARTIAL | {"partial_rotary_factor": 1.0}}, 30),
+    ("glm4", {"attention_bias": True, "tie_word_embeddings": True}, 30),
+    ("glm4_moe", {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.0, "norm_topk_prob": False}, 30),
+    ("gpt2", {"n_inner": 40, "tie_word_embeddings": False, "scale_attn_weights": False}, 30),
+    ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False, "rope_parameters": PARTIAL}, 30),
+    ("gpt_oss", {"rope_parameters": YARN | {"truncate": False}, "swiglu_alpha": 1.2, "num_experts_per_tok": 3}, 100),
+    ("gpt_oss", {"attention_bias": False, "rope_parameters": PARTIAL | {"partial_rotary_factor": 1.0}}, 30),
+    ("granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}, 30),
+    ("granitemoe", {"attention_bias": True, "embedding_multiplier": 3.0, "attention_multiplier": 0.3}, 30),
+    ("hunyuan_v1_dense", {"rope_parameters": DYNAMIC | {"alpha": 100.0}, "attention_bias": True}, 100),
+    ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}, 100),
+    ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}, 30),
+    ("llama", {"rope_parameters": LONGROPE}, 100),
+    ("llama", {"rope_parameters": LONGROPE}, 30),
+    ("mixtral", {"num_experts_per_tok": 1, "tie_word_embeddings": True}, 30),
+    ("olmo", {"clip_qkv": None, "attention_bias": True, "tie_word_embeddings": True}, 30),
+    ("olmo2", {"attention_bias": True, "num_key_value_heads": 4}, 30),
+    (
+        "phi3",
+        {"rope_parameters": LONGROPE | {"partial_rotary_factor": 1.0}, "original_max_position_embeddings": 64},
+        100,
+    ),
+    ("phi3", {"sliding_window": 8, "rope_parameters": PARTIAL, "hidden_act": "gelu"}, 30),
+    ("qwen2_moe", {"norm_topk_prob": True, "decoder_sparse_step": 2, "mlp_only_layers": [], "qkv_bias": False}, 30),
+    ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1], "attention_bias": True}, 30),
+    ("seed_oss", {"attention_out_bias": True, "mlp_bias": True, "attention_bias": False}, 30),
+    (
+        "smollm3",
+        {"use_sliding_window": True, "sliding_window": 8, "no_rope_layers": [1, 0, 1, 0], "mlp_bias": True},
+        30,
+    ),
+    ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True}, 30),
+    ("starcoder2", {"use_bias": False, "sliding_window": 8, "tie_word_embeddings": False}, 30),
+]
+
+
+def close(ours, theirs, atol=1e-4):
+    assert np.abs(np.asarray(ours) - theirs).max() < atol * theirs.std()
+
+
+def test_every_family_is_tested():
+    untold = {"internlm2"}  # transformers has no model of it: see its own test
+    assert set(FAMILIES) | untold == set(SUPPORTED)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_what_transformers_has(family, checkpoint, tmp_path, monkeypatch):
+    folder = checkpoint(family)
+    model, params = load_model(str(folder))
+    theirs = make_model(family)
+    tokens = ids()
+
+    # Logits, and gradients of all parameters, by what we save them as.
+    def loss(params):
+        logits = model.apply({"params": params}, tokens)
+        return -jnp.mean(jax.nn.log_softmax(logits[:, :-1])[:, :, 5]), logits
+
+    (_, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    close(logits, logits_of(theirs, tokens))
+    source = hf.read_config(folder)
+    hf.save_model(gradients, model.config, source, tmp_path / "gradients")
+    (-theirs(torch.tensor(tokens)).logits[:, :-1].log_softmax(-1)[:, :, 5].mean()).backward()
+    with torch.no_grad():  # saved by transformers as its parameters are
+        for p in theirs.parameters():
+            p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("gradients", "theirs"))
+    for name, x in expected.items():
+        if not name.endswith("e_score_correction_bias"):  # a buffer
+            np.testing.assert_allclose(ours[name], x, atol=2e-6 + 1e-4 * np.abs(x).max(), err_msg=name)
+
+    # Files, to the bit.
+    hf.save_model(params, model.config, source, tmp_path / "again")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_transformers(family, checkpoint, monkeypatch):
+    """Prompts of several lengths in one batch, past all windows."""
+    monkeypatch.setattr(decode, "BUCKET", 16)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 128, n).tolist() for n in (5, 13, 9)]
+    theirs = make_model(family)
+    theirs.generation_config.eos_token_id = None
+    model, params = load_model(str(checkpoint(family)))
+    ours = generate(model, params, prompts, Sampling(max_new_tokens=20))
+    for prompt, answer in zip(prompts, ours):
+        whole = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)
+        assert answer == whole[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(("family", "options", "seq"), OPTIONS)
+def test_unusual_settings(family, options, seq, tmp_path):
+    model, params = load_model(str(write(tmp_path, family, **options)))
+    tokens = ids(2, seq)
+    logits = jax.jit(lambda params: model.apply({"params": params}, tokens))(params)
+    close(logits, logits_of(make_model(family, **options), tokens))
+
+
+def test_internlm2_is_llama_with_other_names(checkpoint, tmp_path):
+    stored, source = load_file(checkpoint("llama") / "model.safetensors"), hf.read_config(checkpoint("llama"))
+    heads, groups, width = 4, 2, 8
+    from safetensors.numpy import save_file
+
+    from jtune.models.families.internlm2 import WORDS
+
+    renamed = {}
+    for name, x in stored.items():
+        parts = [WORDS.get(part, part) for part in name.split(".")]
+        renamed[".".join(parts)] = x
+    for layer in range(4):
+        q, k, v = (stored[f"model.layers.{layer}.self_attn.{x}_proj.weight"] for x in "qkv")
+        joined = [q.reshape(groups, heads // groups, width, -1), *(x.reshape(groups, 1, width, -1) for x in (k, v))]
+        for x in "qkv":
+            del renamed[f"model.layers.{layer}.attention.{x}_proj.weight"]
+        renamed[f"model.layers.{layer}.attention.wqkv.weight"] = np.concatenate(joined, 1).reshape(-1, q.shape[1])
+    save_file({name: np.ascontiguousarray(x) for name, x in renamed.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(source | {"model_type": "internlm2", "bias": False}))
+    model, params = load_model(str(tmp_path))
+    close(model.apply({"params": params}, ids()), logits_of(make_model("llama"), ids()))
+
+
+@pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC, LLAMA3])
+def test_a_segments_frequencies_are_its_own(rope, tmp_path):
+    """What a long sequence is packed with does not stretch a short one."""
+    folder = write(tmp_path, "llama", rope_parameters=rope, max_position_embeddings=64)
+    model, params = load_model(str(folder))
+    long, short = ids(1, 80, seed=2), ids(1, 20, seed=3)
+    row = np.concatenate([long, short], axis=1)
+    positions = np.concatenate([np.arange(80), np.arange(20)])[None]
+    segments = np.repeat([1, 2], [80, 20])[None]
+    packed = model.apply({"params": params}, row, positions, segments)
+    for piece, alone in ((packed[:, :80], long), (packed[:, 80:], short)):
+        np.testing.assert_allclose(piece, model.apply({"params": params}, alone), atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "granitemoe"])
+def test_the_balance_loss_is_that_of_transformers(family, checkpoint, tmp_path):
+    folder = write(tmp_path, family, output_router_logits=True, router_aux_loss_coef=0.1)
+    model, params = load_model(str(folder))
+    assert model.config.experts.aux_coef == 0.1
+    tokens, real = ids(), np.ones((2, 30), np.int32)
+    real[1, 20:] = 0
+    hidden = CausalLM(model.config).apply({"params": params}, tokens, None, real, method="hidden")
+    theirs = make_model(family, output_router_logits=True, router_aux_loss_coef=0.1)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens), attention_mask=torch.tensor(real), output_router_logits=True).aux_loss
+    np.testing.assert_allclose(balance_loss(hidden.load), expected, rtol=1e-5)
