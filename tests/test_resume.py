@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -73,6 +74,31 @@ def test_killed_again_and_again_the_run_is_the_same_to_the_bit(method, parts, tm
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed from" in done.stdout
     assert_same_run(whole.parent / "out", out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_stream_that_is_cut_goes_on_with_the_same_rows_to_the_bit(packing, parts, tmp_path):
+    # 110 rows a pass, windows of 32, 24 examples (or rows) an update: cuts in windows, over them, in a second pass.
+    changes = {"streaming": True, "buffer_size": 32, "val_size": 10, "packing": packing, "save_steps": 4}
+    changes |= {"gradient_accumulation_steps": 6, "eval_strategy": "no", "do_eval": True}
+    whole, broken = (case(tmp_path / name, *parts, **changes) for name in ("whole", "broken"))
+    done = train(whole)
+    assert done.returncode == 0, done.stdout + done.stderr
+    out, again = whole.parent / "out", broken.parent / "out"
+    for cut in (4, 8):
+        shutil.rmtree(again, ignore_errors=True)
+        shutil.copytree(out / f"checkpoint-{cut}", again / f"checkpoint-{cut}")
+        assert train(broken).returncode == 0
+        assert_same_run(out, again)
+        assert json.loads((out / "eval_results.json").read_text())["eval_loss"] == pytest.approx(
+            json.loads((again / "eval_results.json").read_text())["eval_loss"], abs=0
+        )
+    assert [record[4] for record in curve(out)][:3] == pytest.approx([1 / 12, 2 / 12, 3 / 12])
+    # Another stream has other rows, although its first window may be the same.
+    done = train(broken, "mix_strategy=interleave_under", "resume_from_checkpoint=true")
+    assert done.returncode == 5
+    assert "order: " in done.stderr
 
 
 @pytest.mark.slow

@@ -111,6 +111,8 @@ class DataArguments:
     preprocessing_batch_size: int = arg(1000, "rows encoded at a time", at_least(1))
     preprocessing_num_workers: int | None = arg(None, "processes that encode", at_least(1))
     max_samples: int | None = arg(None, "the first so many rows of each set", at_least(1))
+    streaming: bool = arg(False, "read rows while training, not all of them before; needs max_steps")
+    buffer_size: int = arg(16384, "streaming: rows that are shuffled and packed together", at_least(1))
     val_size: int | float = arg(0.0, "rows of `dataset` held out for evaluation: a share, or a number", HELD_OUT)
     eval_on_each_dataset: bool = arg(False, "one loss for each evaluation set: eval_<name>_loss")
     packing: bool | None = arg(None, "several examples in a row, which do not see each other; default: only stage pt")

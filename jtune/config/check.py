@@ -51,6 +51,12 @@ def check(
     if values.get("flash_attn") in ("sdpa", "fa2", "fa3"):
         where = given["flash_attn"].origin
         notes.append(f"{where}: flash_attn: {values['flash_attn']} is torch's; {_ATTENTION[values['flash_attn']]}")
+    default = FIELDS["buffer_size"].default
+    if not values.get("streaming") and values.get("buffer_size", default) != default:
+        notes.append(f"{given['buffer_size'].origin}: buffer_size is ignored: it belongs to streaming: true")
+    if values.get("streaming") and values.get("preprocessing_num_workers"):
+        where = given["preprocessing_num_workers"].origin
+        notes.append(f"{where}: preprocessing_num_workers is for eval_dataset only: a stream is encoded in a thread")
     return values, faults, notes
 
 
@@ -111,6 +117,8 @@ def rules(given: Mapping[str, Any], command: str) -> Iterator[Rule]:
     if command in TRAINING:
         yield from _data(v)
         yield from _numbers(v)
+        if v.streaming:
+            yield from _streaming(v, command)
     if command == "train":
         yield from _evaluation(v)
 
@@ -166,6 +174,18 @@ def _data(v: SimpleNamespace) -> Iterator[Rule]:
         yield ("packing", "neat_packing"), "packing: false, but neat_packing packs: leave one of them out"
     if v.interleave_probs:
         yield from _interleaving(v)
+
+
+def _streaming(v: SimpleNamespace, command: str) -> Iterator[Rule]:
+    if v.max_steps < 1 and (command == "plan" or (command == "train" and v.do_train)):
+        message = "streaming needs max_steps: how many updates an epoch has is known when all rows have been read"
+        yield ("max_steps", "streaming"), f"{message}. Set it, or streaming: false"
+    if 0 < v.val_size < 1:
+        message = f"val_size: {v.val_size:g} is a share of rows that streaming does not count: give a number of rows"
+        yield ("val_size", "streaming"), message
+    if v.tokenized_path:
+        message = "tokenized_path keeps all encoded rows, and streaming never has them: leave one of the two out"
+        yield ("tokenized_path", "streaming"), message
 
 
 def _interleaving(v: SimpleNamespace) -> Iterator[Rule]:

@@ -158,8 +158,6 @@ GROUPS: tuple[Group, ...] = (
         hub_revision=None, push_to_hub_model_id=None, push_to_hub_organization=None, push_to_hub_token=None,
     ),
     # ---------------------------------------------------------------- data
-    _refused("streaming is not built yet: leave it out; rows are kept on disk, not in memory", streaming=False),
-    _ignored("it belongs to streaming", buffer_size=16384),
     _refused_in_training("padding never counts: leave it out", ignore_pad_token_for_loss=True),
     _refused_in_training(
         "rows are laid out with little padding by themselves (packing: true leaves almost none): leave it out",

@@ -5,27 +5,34 @@
 `load_datasets` goes the way from names to encoded sets; each step can be called alone (see pipeline.py).
 """
 
-from jtune.data.batches import BatchPlan, EvalBatch, EvalPlan, eval_batches, packing_windows, plan_batches
+from jtune.data.batches import EvalBatch, EvalPlan, eval_batches, packing_windows
 from jtune.data.encoded import Encoded, check_vocabulary
 from jtune.data.pipeline import Splits, load_datasets
 from jtune.data.report import Report
+from jtune.data.stream import Stream
+from jtune.data.stream_plan import StreamPlan
 from jtune.data.templates import Template, get_template, template_of
 from jtune.data.tokenizer import load_tokenizer
+from jtune.data.updates import Plan, order_seed, plan_updates, rows_are_packed
 
 __all__ = [
-    "BatchPlan",
     "Encoded",
     "EvalBatch",
     "EvalPlan",
+    "Plan",
     "Report",
     "Splits",
+    "Stream",
+    "StreamPlan",
     "Template",
     "check_vocabulary",
     "eval_batches",
     "get_template",
     "load_datasets",
     "load_tokenizer",
+    "order_seed",
     "packing_windows",
-    "plan_batches",
+    "plan_updates",
+    "rows_are_packed",
     "template_of",
 ]

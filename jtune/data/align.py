@@ -78,7 +78,7 @@ def align(
     """
     args = {"entry": entry, "stage": stage, "index": index}
     aligned = table.map(
-        partial(_align_batch, rows=rows, **args),
+        partial(_align_table, rows=rows, **args),
         with_indices=True,
         batched=True,
         remove_columns=table.column_names,
@@ -88,8 +88,21 @@ def align(
         new_fingerprint=fingerprint(table, "align", args, rows),
         desc=f"Aligning {entry.name}",
     )
-    _refuse_missing(aligned, entry, index)
+    refuse_missing(aligned, {index: entry})
     return aligned
+
+
+def align_stream(
+    table: datasets.IterableDataset, names: Sequence[str], entry: Entry, *, stage: str, index: int = 0
+) -> datasets.IterableDataset:
+    """`align` of rows that are read as they are iterated over; `names` are their columns. None is refused."""
+    return table.map(
+        partial(_align_batch, rows=None, entry=entry, stage=stage, index=index),
+        with_indices=True,
+        batched=True,
+        remove_columns=list(names),
+        features=ALIGNED,
+    )
 
 
 def is_faulty(table: datasets.Dataset) -> np.ndarray:
@@ -97,14 +110,15 @@ def is_faulty(table: datasets.Dataset) -> np.ndarray:
     return pc.call_function("not_equal", [arrow_column(table, "fault"), pa.scalar("")]).to_numpy()
 
 
-def _refuse_missing(aligned: datasets.Dataset, entry: Entry, index: int) -> None:
+def refuse_missing(aligned: datasets.Dataset, entries: Sequence[Entry] | Mapping[int, Entry]) -> None:
+    """Raise a DataError if a row has nothing in a column that it must have."""
     faulty = np.flatnonzero(is_faulty(aligned))
     faults = aligned.select(faulty)["fault"][:]
     lacking = faulty[np.array([fault.startswith(MISSING) for fault in faults], bool)]
     if len(lacking):
         name = aligned[int(lacking[0])]["fault"].removeprefix(MISSING)
         others = f" ({len(lacking)} rows have none)" if len(lacking) > 1 else ""
-        [where] = places({index: entry}, aligned.select(lacking[:1]))
+        [where] = places(entries, aligned.select(lacking[:1]))
         raise DataError(
             f"{where}: nothing in column {name!r}{others}. Fill it in, "
             "take the row out, or name the right column in dataset_info.json"
@@ -135,6 +149,11 @@ def align_row(row: Mapping[Any, Any], entry: Entry, stage: str = "sft") -> Conve
     return Conversation(messages, system, tools, desirable=desirable)
 
 
+def _align_table(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], **how: Any) -> pa.Table:
+    """As `_align_batch`, for files: Arrow itself takes the lists sooner than `datasets` does."""
+    return pa.Table.from_pydict(_align_batch(batch, indices, **how), schema=ALIGNED.arrow_schema)
+
+
 def _align_batch(
     batch: Mapping[str, Sequence[Any]],
     indices: Sequence[int],
@@ -144,16 +163,13 @@ def _align_batch(
     index: int,
     rows: np.ndarray | None,
 ) -> dict[str, list[Any]]:
-    out: dict[str, list[Any]] = {key: [] for key in ALIGNED}
-    names = list(batch)
+    names, made = list(batch), []
     for values in zip(*batch.values()):
-        fault, conversation = "", Conversation([])
         try:
-            conversation = align_row(dict(zip(names, values)), entry, stage)
+            made.append((*align_row(dict(zip(names, values)), entry, stage), ""))
         except FaultyRow as error:
-            fault = str(error)
-        for key, value in (conversation._asdict() | {"fault": fault}).items():
-            out[key].append(value)
+            made.append((*Conversation([]), str(error)))
+    out: dict[str, list[Any]] = dict(zip((*Conversation._fields, "fault"), map(list, zip(*made))))
     out["dataset"] = [index] * len(indices)
     out["row"] = list(indices) if rows is None else rows[indices].tolist()
     return out

@@ -67,6 +67,24 @@ class BatchPlan:
         """No microbatch of `shape` has more labelled targets than this on a shard; a multiple of 128, or all tokens."""
         return self.capacities[Shape(*shape)]
 
+    @property
+    def examples_per_update(self) -> int:
+        return len(self.examples(0))
+
+    def describe(self) -> str:
+        """What there is, and how often it is gone through."""
+        updates = f"{self.max_steps:,} updates in {self.num_epochs:g} epochs ({self.updates_per_epoch:,} an epoch)"
+        return f"{len(self.encoded):,} examples, {updates}"
+
+    def explain(self, step: int) -> str:
+        """Which examples update `step` holds, in words."""
+        return f"rows {', '.join(map(str, self.examples(step)[:8]))} ... of the data set"
+
+    def mean_tokens(self, most: int) -> float:
+        """Tokens of an update, of at most so many that are looked at."""
+        some = np.unique(np.linspace(0, self.max_steps - 1, min(most, self.max_steps)).astype(int))
+        return float(np.mean([self.tokens(int(step)) for step in some]))
+
     def examples(self, step: int) -> np.ndarray:
         """Indices of the examples of update `step`, int32, in the order of the run."""
         rows = self.epochs.rows(step)
@@ -75,15 +93,6 @@ class BatchPlan:
     def tokens(self, step: int) -> int:
         """Tokens of update `step`, padding not counted."""
         return int(self.encoded.lengths[self.examples(step)].sum())
-
-    def divisor(self, step: int) -> int:
-        """What the sum of the losses of update `step` is divided by: the number of its labels that are not -100.
-
-        As in Hugging Face's Trainer, the label of an example's first token is among them where there is one (stage pt,
-        train_on_prompt), though nothing predicts it.
-        """
-        examples = self.examples(step)
-        return int(self.encoded.labelled[examples].sum() + self.encoded.first_labelled[examples].sum())
 
     def shape(self, step: int) -> Shape:
         """`[accum, batch, seq]` of update `step`."""
@@ -111,19 +120,43 @@ class BatchPlan:
             examples = rows
             sizes = self.encoded.lengths[rows][None], self.encoded.labelled[rows][None]
             slots = place(*sizes, shape, self.shards)[0][0]
-        shards = self.shards
-        if only is not None and only != (0, shape.batch):
-            first, stop = only
-            microbatch, row = np.divmod(slots, shape.batch)
-            mine = (row >= first) & (row < stop)
-            examples, slots = examples[mine], (microbatch * (stop - first) + row - first)[mine]
-            shards = shards * (stop - first) // shape.batch
-            shape = shape._replace(batch=stop - first)
-        arrays = fill(self.encoded, examples, slots, shape.accum * shape.batch, shape.seq)
-        capacity = self.capacities[self.shape(step)]
-        _check_capacity(arrays["loss_weights"], shape.accum * shards, capacity, f"update {step}")
-        divisor = np.asarray(self.divisor(step), np.float32)
-        return {key: x.reshape(shape) for key, x in arrays.items()} | {"divisor": divisor}
+        layout = Layout(self.encoded, examples, slots, shape, self.capacities[shape])
+        return lay_out(layout, self.shards, only, f"update {step}")
+
+
+class Layout(NamedTuple):
+    """Where the examples of an update lie."""
+
+    encoded: Examples
+    examples: np.ndarray  # int32 [n]
+    slots: np.ndarray  # int64 [n], `microbatch * batch + row`
+    shape: Shape
+    capacity: int  # targets of a (microbatch, shard), at most
+
+
+def lay_out(layout: Layout, shards: int, only: tuple[int, int] | None, name: str) -> dict[str, np.ndarray]:
+    """The arrays of an update (see `BatchPlan.update`); `name` is what it is called when something is wrong."""
+    encoded, examples, slots, shape, capacity = layout
+    divisor = np.asarray(divisor_of(encoded, examples), np.float32)
+    if only is not None and only != (0, shape.batch):
+        first, stop = only
+        microbatch, row = np.divmod(slots, shape.batch)
+        mine = (row >= first) & (row < stop)
+        examples, slots = examples[mine], (microbatch * (stop - first) + row - first)[mine]
+        shards = shards * (stop - first) // shape.batch
+        shape = shape._replace(batch=stop - first)
+    arrays = fill(encoded, examples, slots, shape.accum * shape.batch, shape.seq)
+    _check_capacity(arrays["loss_weights"], shape.accum * shards, capacity, name)
+    return {key: x.reshape(shape) for key, x in arrays.items()} | {"divisor": divisor}
+
+
+def divisor_of(encoded: Examples, examples: np.ndarray) -> int:
+    """What the sum of the losses of these examples is divided by: the number of labels that are not -100.
+
+    As in Hugging Face's Trainer, the label of an example's first token is among them where there is one (stage pt,
+    train_on_prompt), though nothing predicts it.
+    """
+    return int(encoded.labelled[examples].sum() + encoded.first_labelled[examples].sum())
 
 
 def packing_windows(encoded: Encoded, data: Any, stage: str) -> np.ndarray | None:
@@ -177,7 +210,7 @@ def plan_batches(
     """
     if stage not in ("sft", "pt"):
         raise ValueError(f"stage {stage!r} has no single sequence per example: expected 'sft' or 'pt'")
-    packs = pack(encoded.lengths, _filled(encoded, cutoff_len), windows) if packing else None
+    packs = pack(encoded.lengths, filled(encoded, cutoff_len), windows) if packing else None
     epochs = plan_epochs(
         len(encoded) if packs is None else len(packs),
         batch=per_device_batch_size * batch_shards,
@@ -198,7 +231,7 @@ def plan_batches(
         peaks = [max(labelled[t].reshape(-1, per_device_batch_size).sum(axis=1).max() for t in tables)]
         slots = sum(int((t[:, :: epochs.batch] >= 0).sum()) for t in tables) * epochs.batch * cutoff_len
         lengths = np.append(packs.sums(encoded.lengths), 0)
-    capacities = {s: _capacity(peak, s.batch * s.seq // batch_shards) for s, peak in zip(shapes, peaks)}
+    capacities = {s: capacity_of(peak, s.batch * s.seq // batch_shards) for s, peak in zip(shapes, peaks)}
     real = sum(int(lengths[t].sum()) for t in tables)
     return BatchPlan(encoded, epochs, batch_shards, packs, tuple(shapes), shape_of, capacities, 1 - real / slots)
 
@@ -234,12 +267,12 @@ def _plan_layouts(encoded: Examples, epochs: Epochs, tables: list[np.ndarray], p
     return shapes, shape_of, peaks, slots
 
 
-def _filled(encoded: Examples, cutoff_len: int) -> int:
+def filled(encoded: Examples, cutoff_len: int) -> int:
     """Tokens that a packed row takes. LLaMA-Factory cuts examples to `cutoff_len - 1`; the last place stays empty."""
     return cutoff_len if encoded.lengths.max() >= cutoff_len else cutoff_len - 1
 
 
-def _capacity(peak: int, tokens: int) -> int:
+def capacity_of(peak: int, tokens: int) -> int:
     """`peak` rounded up to a multiple of 128 (an array of static size is gathered), at most all `tokens` of a shard."""
     return min(tokens, max(128, -(-int(peak) // 128) * 128))
 
@@ -343,7 +376,7 @@ class EvalPlan:
           losses, counts: float `[n]`, sum of the token losses of each example and number of its targets.
         """
         groups = len(self.group_weights)
-        counts = counts + self.encoded.first_labelled  # as in training (see BatchPlan.divisor)
+        counts = counts + self.encoded.first_labelled  # as in training (see divisor_of)
         losses, counts = (np.bincount(self.group_of, x, groups) for x in (losses, counts))
         weights = np.where(counts > 0, self.group_weights, 0)
         return float((weights * losses / np.maximum(counts, 1)).sum() / max(weights.sum(), 1))
@@ -375,7 +408,7 @@ def eval_batches(
     if len(encoded) == 0:
         raise DataError("no evaluation examples are left: see the data report for what was skipped, and why")
     seq = cutoff_len if packing else rung(int(encoded.lengths.max()))
-    packs = pack(encoded.lengths, _filled(encoded, cutoff_len) if packing else seq, windows)
+    packs = pack(encoded.lengths, filled(encoded, cutoff_len) if packing else seq, windows)
     per_device = min(per_device_batch_size, -(-len(packs) // batch_shards))
     batch = per_device * batch_shards
 
@@ -390,5 +423,5 @@ def eval_batches(
 
     peak = np.add.reduceat(packs.sums(encoded.labelled), np.arange(0, len(packs), per_device)).max()
     slots = 1 + int(np.add.reduceat(np.diff(packs.starts), np.arange(0, len(packs), batch)).max())
-    capacity = _capacity(peak, per_device * seq)
+    capacity = capacity_of(peak, per_device * seq)
     return EvalPlan(encoded, batch_shards, packs, (batch, seq), slots, capacity, group_of.astype(np.int32), weights)

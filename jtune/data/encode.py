@@ -8,7 +8,7 @@ The rules are LLaMA-Factory's, except:
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -23,6 +23,7 @@ from jtune.data.align import FaultyRow
 from jtune.data.cache import fingerprint
 from jtune.data.chat_format import Pieces
 from jtune.data.encoded import IGNORED
+from jtune.data.ids import Ids
 from jtune.data.templates import Template
 from jtune.data.tools import WHOLE
 from jtune.errors import DataError
@@ -166,20 +167,45 @@ def encode_rows(
     args: tuple[Any, ...] = (rules, template.key, told_the_day)
     if stage == "kto":  # an answer is also set against the next question of its batch
         args = (*args, batch_size, num_proc)
-    return table.map(
+    return _in_batches(
         partial(encode, template=template, rules=rules),
+        table,
+        features,
+        batch_size=batch_size,
+        num_proc=num_proc,
+        overwrite_cache=overwrite_cache,
+        name=fingerprint(table, stage, args),
+    )
+
+
+Aligned = Mapping[str, Sequence[Any]]  # a batch of aligned rows
+
+
+def _in_batches(
+    encode: Callable[[Aligned], pa.Table],
+    table: datasets.Dataset,
+    features: datasets.Features,
+    *,
+    batch_size: int,
+    num_proc: int | None,
+    overwrite_cache: bool,
+    name: str,
+) -> datasets.Dataset:
+    """What `encode` makes of every batch of rows: in the cache, as `name`, or in memory where the rows are."""
+    if not table.cache_files:  # a window of a stream: no file is left behind, no progress is shown
+        made = [encode(table[i : i + batch_size]) for i in range(0, len(table), batch_size)]
+        return datasets.Dataset(pa.concat_tables(made or [features.arrow_schema.empty_table()]), fingerprint=name)
+    return table.map(
+        encode,
         batched=True,
         batch_size=batch_size,
         remove_columns=table.column_names,
         features=features,
         num_proc=num_proc,
         load_from_cache_file=not overwrite_cache,
-        new_fingerprint=fingerprint(table, stage, args),
+        new_fingerprint=name,
         desc="Encoding",
     )
-
-
-Aligned = Mapping[str, Sequence[Any]]  # a batch of aligned rows
 
 
 def _render(batch: Aligned, template: Template, answers: Sequence[Any] | None = None, **how: bool) -> list[Any]:
@@ -202,12 +228,13 @@ def _render(batch: Aligned, template: Template, answers: Sequence[Any] | None = 
     return rendered
 
 
+def _sequences(rendered: Sequence[Any]) -> list[Pieces]:
+    return [pieces for turns in rendered if not isinstance(turns, str) for turn in turns for pieces in turn]
+
+
 def _tokenised(rendered: Sequence[Any], template: Template) -> list[Any]:
     """The ids of `_render`'s turns, `[(prompt, answer), ...]`, in one call; faults stay as they are."""
-    flat: list[Pieces] = [
-        pieces for turns in rendered if not isinstance(turns, str) for turn in turns for pieces in turn
-    ]
-    ids = iter(template.tokenise(flat))
+    ids = iter(template.tokenise(_sequences(rendered)).lists())
     return [turns if isinstance(turns, str) else [(next(ids), next(ids)) for _ in turns] for turns in rendered]
 
 
@@ -236,16 +263,14 @@ def _arrow(rows: Mapping[str, list[Any]], features: datasets.Features) -> pa.Tab
             columns.append(pa.array(rows[name], feature.pa_type))
             continue
         offsets = np.cumsum([0, *map(len, rows[name])], dtype=np.int32)
-        values: list[int] = []
-        for row in rows[name]:
-            values += row
-        columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.array(values, np.int32))))
+        values = np.concatenate([np.zeros(0, np.int32), *(np.asarray(row, np.int32) for row in rows[name])])
+        columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)))
     return pa.Table.from_arrays(columns, schema=features.arrow_schema)
 
 
-def _learns(labels: list[int]) -> bool:
+def _learns(labels: Sequence[int] | np.ndarray) -> bool:
     """Whether a token other than the first has a label: nothing comes before the first one that could predict it."""
-    return len(labels) - labels.count(IGNORED) > (labels[:1] != [IGNORED])
+    return bool((np.asarray(labels)[1:] != IGNORED).any())
 
 
 def _encode_conversations(batch: Aligned, *, template: Template, rules: Rules) -> pa.Table:
@@ -258,25 +283,57 @@ def _encode_conversations(batch: Aligned, *, template: Template, rules: Rules) -
         mask_history=rules.mask_history,
         train_on_prompt=rules.train_on_prompt,
     )
-    out = _table(list(CONVERSATIONS))
-    for i, turns in enumerate(_tokenised(_render(batch, template, discard_history=discard), template)):
-        if isinstance(turns, str):
-            _put(out, batch, i, turns, False)
+    rendered = _render(batch, template, discard_history=discard)
+    ids = template.tokenise(_sequences(rendered))
+    turns = np.array([0 if isinstance(row, str) else len(row) for row in rendered])
+    labels = _labels(ids, turns, template, rules)
+    end = np.array([template.eos_id] if template.efficient_eos else [], np.int32)
+    bounds = np.concatenate([[0], np.cumsum(ids.sizes)]).tolist()  # of sequences in `ids.values`
+    out, first = _table(list(CONVERSATIONS)), 0
+    for i, row in enumerate(rendered):
+        if isinstance(row, str):
+            _put(out, batch, i, row, False)
             continue
-        tokens, labels, cut = label(turns)
-        if cut and rules.overlong == "drop":
-            _put(out, batch, i, too_long(rules.cutoff_len), False)
-            continue
-        if cut and rules.overlong == "split":
-            parts = [label(part) for part in _split(batch, i, template, rules, discard)]
+        sequences = range(first, first + 2 * len(row))
+        first = sequences.stop
+        own = slice(bounds[sequences.start], bounds[sequences.stop])
+        if own.stop - own.start + len(end) < rules.cutoff_len:  # with as many, the rounding of proportions may cut one
+            parts: list[Any] = [(ids.values[own], labels[own], False)]
+            if len(end):
+                parts = [(np.append(ids.values[own], end), np.append(labels[own], end), False)]
         else:
-            parts = [(tokens, labels, cut)]
-        for tokens, labels, cut in parts:
-            if not _learns(labels):
+            lists = [ids.values[bounds[k] : bounds[k + 1]].tolist() for k in sequences]
+            parts = [label(list(zip(lists[::2], lists[1::2])))]
+            if parts[0][2] and rules.overlong == "drop":
+                _put(out, batch, i, too_long(rules.cutoff_len), False)
+                continue
+            if parts[0][2] and rules.overlong == "split":
+                parts = [label(part) for part in _split(batch, i, template, rules, discard)]
+        for tokens, learned, cut in parts:
+            if not _learns(learned):
                 _put(out, batch, i, NOTHING_TO_LEARN, cut)
             else:
-                _put(out, batch, i, "", cut, input_ids=tokens, labels=labels)
+                _put(out, batch, i, "", cut, input_ids=tokens, labels=learned)
     return _arrow(out, CONVERSATIONS)
+
+
+def _labels(ids: Ids, turns: np.ndarray, template: Template, rules: Rules) -> np.ndarray:
+    """The labels of rows that are not cut, as `label_turns` gives them, for all at once: int32 `[tokens]`.
+
+    Args:
+      ids: of prompt, answer, prompt, answer ...
+      turns: how many of these pairs each row has, int `[rows]`.
+    """
+    learned = np.zeros(len(ids.sizes), bool)
+    learned[2 * np.cumsum(turns)[turns > 0] - 1 if rules.mask_history else slice(1, None, 2)] = True
+    if rules.train_on_prompt:
+        learned[::2] = True
+    labels = np.where(np.repeat(learned, ids.sizes), ids.values, np.int32(IGNORED))
+    if template.efficient_eos and not rules.train_on_prompt and not rules.mask_history:
+        later = np.arange(len(ids.sizes)) % 2 == 0  # prompts behind an answer: what ends it is learned where they begin
+        later[2 * (np.cumsum(turns) - turns)[turns > 0]] = False
+        labels[ids.starts[later & (ids.sizes > 0)]] = template.eos_id
+    return labels
 
 
 def too_long(cutoff_len: int) -> str:
@@ -392,16 +449,14 @@ def encode_documents(
     """
     form = "split" if neat_packing else "blocks" if packing else overlong
     args = {"cutoff_len": cutoff_len, "form": form, "eos": document_end(template), "batch_size": batch_size}
-    return table.map(
+    return _in_batches(
         partial(_encode_texts, template=template, **{k: args[k] for k in ("cutoff_len", "form", "eos")}),
-        batched=True,
+        table,
+        DOCUMENTS,
         batch_size=batch_size,
-        remove_columns=table.column_names,
-        features=DOCUMENTS,
         num_proc=num_proc,
-        load_from_cache_file=not overwrite_cache,
-        new_fingerprint=fingerprint(table, "pt", (args, template.key)),
-        desc="Encoding",
+        overwrite_cache=overwrite_cache,
+        name=fingerprint(table, "pt", (args, template.key)),
     )
 
 
@@ -410,22 +465,24 @@ def document_end(template: Template) -> str:
     return "<|end_of_text|>" if template.name == "llama3" else template.tokenizer.eos_token
 
 
-def _encode_texts(batch: Aligned, *, template: Template, cutoff_len: int, form: str, eos: str) -> dict[str, list[Any]]:
+def _encode_texts(batch: Aligned, *, template: Template, cutoff_len: int, form: str, eos: str) -> pa.Table:
     tokenizer = template.tokenizer
     texts = [messages[0]["content"] + eos for messages, fault in zip(batch["messages"], batch["fault"]) if not fault]
     bos = tokenizer.bos_token_id if getattr(tokenizer, "add_bos_token", False) else None
     if bos is not None and form != "blocks":
         texts = [tokenizer.bos_token + text for text in texts]
-    documents = [np.array(ids, np.int32) for ids in template.token_ids(texts)]
+    ids = template.token_ids(texts)
+    documents = np.split(ids.values, np.cumsum(ids.sizes)[:-1]) if texts else []
     if form == "split":
         pieces = [ids[i : i + cutoff_len] for ids in documents for i in range(0, len(ids), cutoff_len)]
-        return {"input_ids": pieces, "cut": [False] * len(pieces)}
+        return _arrow({"input_ids": pieces, "cut": [False] * len(pieces)}, DOCUMENTS)
     if form != "blocks":
         cut = [len(ids) > cutoff_len for ids in documents]
         most = 0 if form == "drop" else cutoff_len
-        return {"input_ids": [ids[:most] if long else ids for ids, long in zip(documents, cut)], "cut": cut}
+        kept = [ids[:most] if long else ids for ids, long in zip(documents, cut)]
+        return _arrow({"input_ids": kept, "cut": cut}, DOCUMENTS)
     joined = np.concatenate([np.zeros(0, np.int32), *documents])
     blocks = joined[: len(joined) // cutoff_len * cutoff_len].reshape(-1, cutoff_len)
     if bos is not None:
         blocks[:, 0] = bos  # in the place of a token, as LLaMA-Factory does
-    return {"input_ids": list(blocks), "cut": [False] * len(blocks)}
+    return _arrow({"input_ids": list(blocks), "cut": [False] * len(blocks)}, DOCUMENTS)

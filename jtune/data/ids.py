@@ -7,13 +7,44 @@ it is used at all, and on every fiftieth text of the data.
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from jtune.errors import ConfigError, DataError
 
 log = logging.getLogger("jtune")
 
-TokenIds = Callable[[Sequence[str]], list[list[int]]]
+
+class Ids(NamedTuple):
+    """Lists of token ids, in one array: no token is ever a Python number on the way to the file."""
+
+    values: np.ndarray  # int32 [tokens]
+    sizes: np.ndarray  # int64 [lists]
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Where each list begins in `values`, int64 `[lists]`."""
+        return np.cumsum(self.sizes) - self.sizes
+
+    def take(self, index: np.ndarray) -> np.ndarray:
+        """The lists of these numbers, one after the other, int32."""
+        sizes = self.sizes[index]
+        ends = np.cumsum(sizes)
+        return self.values[np.repeat(self.starts[index] - ends + sizes, sizes) + np.arange(sizes.sum())]
+
+    def lists(self) -> list[list[int]]:
+        values, ends = self.values.tolist(), np.cumsum(self.sizes).tolist()
+        return [values[start:end] for start, end in zip([0, *ends], ends)]
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[int]]) -> "Ids":
+        sizes = np.fromiter(map(len, lists), np.int64, len(lists))
+        return cls(np.fromiter(chain.from_iterable(lists), np.int32, int(sizes.sum())), sizes)
+
+
+TokenIds = Callable[[Sequence[str]], Ids]
 CHECKED = 50  # one text of so many
 PROBES = (
     "",
@@ -32,18 +63,19 @@ PROBES = (
 )
 
 
-def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> Ids:
     """The ids of each text, no special tokens added."""
     if not texts:
-        return []
+        return Ids.of([])
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        plain = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        return Ids.of(tokenizer(list(texts), **plain)["input_ids"])
     # As the tokenizer itself calls it, without the places of tokens in the text, which take half of the time.
     backend.encode_special_tokens = getattr(tokenizer, "split_special_tokens", False)
     backend.no_truncation()
     backend.no_padding()
-    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    return Ids.of([encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)])
 
 
 def gigatoken_ids(tokenizer: Any) -> TokenIds | None:
@@ -58,7 +90,7 @@ def gigatoken_ids(tokenizer: Any) -> TokenIds | None:
         raise ConfigError("tokenizer_backend: gigatoken is not installed: pip install 'jtune[fast]'") from error
     special = list(tokenizer.get_added_vocab())
     texts = [*PROBES, *special, *(f" a{token} b\n{token}" for token in special)]
-    expected = token_ids(tokenizer, texts)
+    expected = token_ids(tokenizer, texts).lists()
     try:
         fast = gigatoken.Tokenizer.from_json(tokenizer.backend_tokenizer.to_str())
         found = fast.encode_batch_list(texts)
@@ -72,9 +104,17 @@ def gigatoken_ids(tokenizer: Any) -> TokenIds | None:
     return partial(_checked, fast, tokenizer)
 
 
-def _checked(fast: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    ids = fast.encode_batch_list(list(texts))
-    if ids[::CHECKED] != token_ids(tokenizer, texts[::CHECKED]):
+def _checked(fast: Any, tokenizer: Any, texts: Sequence[str]) -> Ids:
+    import awkward  # what gigatoken gives arrays of
+
+    if not texts:
+        return Ids.of([])
+    found = fast.encode_batch(list(texts))
+    sizes = awkward.to_numpy(awkward.num(found)).astype(np.int64)
+    ids = Ids(awkward.to_numpy(awkward.flatten(found)).astype(np.int32), sizes)
+    expected = token_ids(tokenizer, texts[::CHECKED])
+    sample = np.arange(0, len(texts), CHECKED)
+    if not (np.array_equal(ids.sizes[sample], expected.sizes) and np.array_equal(ids.take(sample), expected.values)):
         raise DataError(
             "gigatoken gives other ids than the tokenizer for a text of the data: set tokenizer_backend: huggingface"
         )

@@ -26,27 +26,69 @@ def load_table(
     Raises:
       DataError: nothing is there, the file is damaged (with file and line), or it has no rows.
     """
-    options: dict[str, Any] = {"split": entry.split, "cache_dir": cache_dir}
+    reader, options = _reading(entry, cache_dir, token)
     if entry.source == "hub":
-        options |= {"name": entry.subset, "data_dir": entry.folder, "revision": entry.revision, "token": token}
         options |= {"num_proc": num_proc}
-        reader, files = entry.path, []
-    else:
-        files = data_files(entry)
-        reader = _reader(files, entry)
-        # datasets cannot split fewer files than processes, and says so each time.
-        options |= {"data_files": files, "num_proc": min(num_proc or 1, len(files)) if len(files) > 1 else None}
+    else:  # datasets cannot split fewer files than processes, and says so each time
+        files = len(options["data_files"])
+        options |= {"num_proc": min(num_proc or 1, files) if files > 1 else None}
     try:
         table = datasets.load_dataset(reader, **options)
     except Exception as error:
-        if "corresponds to no data" in str(error):
-            raise DataError(f"dataset {entry.name!r} ({entry.path}) has 0 rows") from error
-        if entry.source == "file":
-            _diagnose(files, entry)
-        raise DataError(f"cannot read dataset {entry.name!r} ({entry.path}): {_deepest(error)}") from error
+        raise unreadable([entry], error) from error
     if len(table) == 0:
-        raise DataError(f"dataset {entry.name!r} ({entry.path}) has 0 rows")
+        raise _no_rows(entry)
     return table
+
+
+def open_table(
+    entry: Entry, *, cache_dir: str | None = None, token: str | None = None
+) -> tuple[datasets.IterableDataset, list[str]]:
+    """The rows of one dataset, unchanged, read as they are iterated over; and the names of its columns.
+
+    Raises:
+      DataError: as `load_table`, of the first rows.
+    """
+    reader, options = _reading(entry, cache_dir, token)
+    try:
+        table = datasets.load_dataset(reader, streaming=True, **options)
+        first = next(iter(table), None)
+    except Exception as error:
+        raise unreadable([entry], error) from error
+    if first is None:
+        raise _no_rows(entry)
+    return table, list(first)
+
+
+def unreadable(entries: Sequence[Entry], error: Exception) -> DataError:
+    """What to say of an error that came up while rows of `entries` were read: file and line where they have one."""
+    if isinstance(error, DataError):
+        return error
+    [*_, entry] = entries
+    if len(entries) == 1 and "corresponds to no data" in str(error):
+        return _no_rows(entry)
+    for entry in entries:
+        if entry.source == "file":
+            try:
+                _diagnose(data_files(entry), entry)
+            except DataError as found:
+                return found
+    names = ", ".join(f"{entry.name!r} ({entry.path})" for entry in entries)
+    return DataError(f"cannot read dataset {names}: {_deepest(error)}")
+
+
+def _reading(entry: Entry, cache_dir: str | None, token: str | None) -> tuple[str, dict[str, Any]]:
+    """The reader of `datasets` for an entry, and what it is told."""
+    options: dict[str, Any] = {"split": entry.split, "cache_dir": cache_dir}
+    if entry.source == "hub":
+        options |= {"name": entry.subset, "data_dir": entry.folder, "revision": entry.revision, "token": token}
+        return entry.path, options
+    files = data_files(entry)
+    return _reader(files, entry), options | {"data_files": files}
+
+
+def _no_rows(entry: Entry) -> DataError:
+    return DataError(f"dataset {entry.name!r} ({entry.path}) has 0 rows")
 
 
 def data_files(entry: Entry) -> list[str]:
@@ -144,6 +186,22 @@ def check_columns(entry: Entry, found: list[str], stage: str) -> None:
                 f"Its columns are {', '.join(found)}. In dataset_info.json, say which one it is: "
                 f'"columns": {{"{key}": "{suggestion}"}}'
             )
+
+
+def check_stage(entry: Entry, stage: str) -> None:
+    """Raise a DataError for sets that are not for `stage`."""
+    kind = "ranking" if entry.ranking else "kto_tag" if entry.columns.kto_tag else ""
+    if kind and not (stage == "pt" and kind == "kto_tag"):
+        stages = ("rm", "dpo") if kind == "ranking" else ("kto",)
+        if stage not in stages:
+            holds = f"dataset {entry.name!r} holds preferences ({kind})"
+            raise DataError(f"{holds}: it is for stage {' and '.join(stages)}, not {stage}")
+    elif stage in ("rm", "dpo", "kto"):
+        wanted = '"columns": {"kto_tag": "..."}' if stage == "kto" else '"ranking": true'
+        raise DataError(f"dataset {entry.name!r} holds no preferences, and stage {stage} learns from them: {wanted}")
+    media = [key for key in ("images", "videos", "audios") if getattr(entry.columns, key)]
+    if media:
+        raise DataError(f"dataset {entry.name!r} has {', '.join(media)}; jtune trains on text")
 
 
 def _reader(files: list[str], entry: Entry) -> str:

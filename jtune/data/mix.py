@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import TypeVar
 
 import datasets
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from jtune.errors import ConfigError, DataError
 
 log = logging.getLogger("jtune")
+
+Table = TypeVar("Table", datasets.Dataset, datasets.IterableDataset)
 
 STOPPING = {
     "interleave_under": "first_exhausted",
@@ -36,11 +39,11 @@ def pick_rows(
 
 
 def merge(
-    tables: Sequence[datasets.Dataset],
+    tables: Sequence[Table],
     strategy: str = "concat",
     probabilities: Sequence[float] | None = None,
     seed: int = 42,
-) -> datasets.Dataset:
+) -> Table:
     """One set after the other, or drawn in turn.
 
     Raises:

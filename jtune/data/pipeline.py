@@ -1,11 +1,13 @@
 """From names in dataset_info.json to encoded sets: every step is a function that can be called alone.
 
-find_datasets ── load_table ── pick_rows ── align ── merge ── hold_out ── encode
+find_datasets ── load_table ── pick_rows ── align ── merge ── hold_out ── encode_set
+
+With `streaming` the training sets go another way (see stream.py).
 """
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,14 @@ import datasets
 import numpy as np
 
 from jtune.data import saved
-from jtune.data.align import align, is_faulty
-from jtune.data.encode import NOTHING_TO_LEARN, Rules, encode_documents, encode_rows, too_long
-from jtune.data.encoded import Encoded, arrow_column
-from jtune.data.load import check_columns, load_table, not_utf8, places, resolve_format
+from jtune.data.align import align
+from jtune.data.encoded import Encoded
+from jtune.data.load import check_columns, check_stage, load_table, not_utf8, resolve_format
 from jtune.data.mix import hold_out, merge, pick_rows
 from jtune.data.registry import Entry, find_datasets
-from jtune.data.report import EXAMPLES, Dropped, Report, SetReport, reasons
+from jtune.data.report import EXAMPLES, Report, SetReport
+from jtune.data.sets import check_report, encode_set
+from jtune.data.stream import Stream, open_stream, windows
 from jtune.data.templates import Template
 from jtune.errors import ConfigError, DataError
 
@@ -30,11 +33,15 @@ STAGES = ("sft", "pt", "rm", "dpo", "kto")
 
 @dataclass(frozen=True)
 class Splits:
-    """Encoded sets. `eval`'s key "" is the unnamed set ("eval_loss"), others are names ("eval_name_loss")."""
+    """Encoded sets. `eval`'s key "" is the unnamed set ("eval_loss"), others are names ("eval_name_loss").
+
+    With `streaming`, `train` holds the first window of rows only, and `stream` leads to the others.
+    """
 
     train: Encoded | None
     eval: dict[str, Encoded]
     report: Report
+    stream: Stream | None = None
 
 
 def load_datasets(
@@ -70,13 +77,25 @@ def load_datasets(
     folder = Path(data_args.tokenized_path) if data_args.tokenized_path else None
     settings = saved.settings_of(data_args, stage, seed, template, evaluate=evaluate) if folder else {}
     sets = saved.load(folder, settings) if folder else None
+    stream = None
     if sets is None:
         load = {"cache_dir": cache_dir, "token": token}
         sets = {}
-        for name, (table, entries) in _aligned_sets(data_args, stage, seed, train, evaluate, **load).items():
+        if data_args.streaming and data_args.dataset and (train or evaluate):
+            stream, held_out = open_stream(data_args, stage, seed, template, most_examples=most_examples, **load)
+            if train:
+                first = next(windows(stream))
+                sets["train"] = first.encoded, first.report
+                log.info("streaming: a first look at %d rows", first.report.read)
+                _tell(first.report)
+            tables = {} if held_out is None or not evaluate else {"eval": (held_out, stream.entries)}
+            tables |= _aligned_sets(replace(data_args, dataset=()), stage, seed, False, evaluate, **load)
+        else:
+            tables = _aligned_sets(data_args, stage, seed, train, evaluate, **load)
+        for name, (table, entries) in tables.items():
             sets[name] = encode_set(name, table, entries, data_args, stage, template, most_examples)
-            report = sets[name][1]
-            (log.warning if report.dropped else log.info)("%s", report.sentence())
+            check_report(sets[name][1], data_args, stage)
+            _tell(sets[name][1])
         if folder:
             saved.save(folder, sets, settings)
             log.info("encoded sets written to %s", folder)
@@ -87,7 +106,12 @@ def load_datasets(
         train=encoded.pop("train", None),
         eval={name.removeprefix("eval").removeprefix("_"): rows for name, rows in encoded.items()},
         report=Report(tuple(report for _, report in sets.values())),
+        stream=stream,
     )
+
+
+def _tell(report: SetReport) -> None:
+    (log.warning if report.dropped else log.info)("%s", report.sentence())
 
 
 def _aligned_sets(
@@ -141,98 +165,6 @@ def load_aligned(
         raise not_utf8(entry, error) from error
 
 
-def check_stage(entry: Entry, stage: str) -> None:
-    """Raise a DataError for sets that are not for `stage`."""
-    kind = "ranking" if entry.ranking else "kto_tag" if entry.columns.kto_tag else ""
-    if kind and not (stage == "pt" and kind == "kto_tag"):
-        stages = ("rm", "dpo") if kind == "ranking" else ("kto",)
-        if stage not in stages:
-            holds = f"dataset {entry.name!r} holds preferences ({kind})"
-            raise DataError(f"{holds}: it is for stage {' and '.join(stages)}, not {stage}")
-    elif stage in ("rm", "dpo", "kto"):
-        wanted = '"columns": {"kto_tag": "..."}' if stage == "kto" else '"ranking": true'
-        raise DataError(f"dataset {entry.name!r} holds no preferences, and stage {stage} learns from them: {wanted}")
-    media = [key for key in ("images", "videos", "audios") if getattr(entry.columns, key)]
-    if media:
-        raise DataError(f"dataset {entry.name!r} has {', '.join(media)}; jtune trains on text")
-
-
-def encode_set(
-    name: str,
-    table: datasets.Dataset,
-    entries: Sequence[Entry],
-    data_args: Any,
-    stage: str,
-    template: Template,
-    most_examples: int = EXAMPLES,
-) -> tuple[Encoded, SetReport]:
-    """Encode aligned rows and count what is left out.
-
-    Raises:
-      DataError: nothing is left, with the reasons.
-    """
-    cutoff_len = data_args.cutoff_len
-    if data_args.packing and not (stage == "pt" and data_args.neat_packing):
-        cutoff_len -= 1  # LLaMA-Factory's packed rows end with one token of padding; only where packing is asked for
-    shared = {
-        "cutoff_len": cutoff_len,
-        "batch_size": data_args.preprocessing_batch_size,
-        "num_proc": data_args.preprocessing_num_workers,
-        "overwrite_cache": data_args.overwrite_cache,
-    }
-    policy = data_args.overlong
-    encoding = "truncate" if policy == "error" else policy
-    if stage == "pt":
-        packing = data_args.packing is None or data_args.packing
-        neat = data_args.neat_packing
-        made = encode_documents(table, template, packing=packing, neat_packing=neat, overlong=encoding, **shared)
-        encoded = Encoded(made)
-        short = np.flatnonzero(encoded.labelled == 0)
-        if len(short):
-            encoded = Encoded(made, np.flatnonzero(encoded.labelled))
-        dropped, joined = _count_faults(table, entries, most_examples), packing or encoding == "split"
-        long = np.flatnonzero(arrow_column(made, "cut").to_numpy())
-        if encoding == "drop" and len(long):
-            dropped = (
-                *dropped,
-                Dropped(too_long(cutoff_len), len(long), places(entries, table.select(long[:most_examples]))),
-            )
-            long = long[:0]
-        origin = table
-    else:
-        rules = Rules(cutoff_len, data_args.mask_history, data_args.train_on_prompt, encoding)
-        made = origin = encode_rows(
-            table, template, stage, rules, **{k: shared[k] for k in shared if k != "cutoff_len"}
-        )
-        dropped, joined = _count_faults(made, entries, most_examples), False
-        faulty = is_faulty(made)
-        prefix = "chosen_" if stage in ("rm", "dpo") else ""
-        encoded = Encoded(made, np.flatnonzero(~faulty) if faulty.any() else None, prefix)
-        long = np.flatnonzero(arrow_column(made, "cut").to_numpy())
-    if policy == "error" and len(long):
-        found = Dropped(too_long(cutoff_len), len(long), places(entries, origin.select(long[:EXAMPLES])))
-        raise DataError(
-            f"{name}: {found}. Raise it, or say what is to become of them: overlong: truncate, drop or split"
-        )
-    parts = [encoded, encoded.rejected] if stage in ("rm", "dpo") else [encoded]
-    report = SetReport(
-        name=name,
-        read=len(table),
-        encoded=len(encoded),
-        tokens=sum(int(part.lengths.sum(dtype=np.int64)) for part in parts),
-        trained=sum(int(part.labelled.sum(dtype=np.int64)) for part in parts),
-        cut=len(long),
-        dropped=dropped,
-        joined=joined,
-    )
-    if len(encoded) == 0:
-        raise DataError(_nothing_left(report, data_args.cutoff_len, stage))
-    most = data_args.max_dropped
-    if report.exceeds(most):
-        raise DataError(f"{report.too_many(most)}: {reasons(dropped)}. `jtune data CASE.yaml --check` names them all")
-    return encoded, report
-
-
 def _load_all(names: Sequence[str], data_args: Any, **load: Any) -> tuple[list[Entry], list[datasets.Dataset]]:
     entries, tables = [], []
     found = find_datasets(names, data_args.dataset_dir, allow_outside=data_args.allow_outside_dataset_dir)
@@ -253,26 +185,3 @@ def _load_all(names: Sequence[str], data_args: Any, **load: Any) -> tuple[list[E
 
 def _merge(tables: Sequence[datasets.Dataset], data_args: Any, seed: int) -> datasets.Dataset:
     return merge(tables, data_args.mix_strategy, data_args.interleave_probs, seed)
-
-
-def _count_faults(table: datasets.Dataset, entries: Sequence[Entry], most_examples: int) -> tuple[Dropped, ...]:
-    rows = np.flatnonzero(is_faulty(table))
-    faults = np.array(table.select(rows)["fault"][:], dtype=object)
-    dropped = []
-    for reason in dict.fromkeys(faults):
-        where = rows[faults == reason]
-        dropped.append(Dropped(reason, len(where), places(entries, table.select(where[:most_examples]))))
-    return tuple(dropped)
-
-
-def _nothing_left(report: SetReport, cutoff_len: int, stage: str) -> str:
-    text = f"{report.name}: nothing is left of {report.read} rows"
-    if report.dropped:
-        text += f": {reasons(report.dropped)}"
-    elif stage == "pt":
-        text += (
-            f": they do not fill one block of cutoff_len {cutoff_len} tokens. Make it smaller, or set packing: false"
-        )
-    if any(d.reason == NOTHING_TO_LEARN for d in report.dropped):
-        text += f". Is cutoff_len {cutoff_len} too small?"
-    return text

@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-from jtune.data.batches import packing_windows, plan_batches
 from jtune.data.encoded import IGNORED, Encoded
 from jtune.data.pipeline import Splits, load_datasets
 from jtune.data.report import EXAMPLES
+from jtune.data.stream import Stream
 from jtune.data.templates import Template, template_of
 from jtune.data.tokenizer import load_tokenizer
+from jtune.data.updates import plan_updates
 from jtune.errors import DataError
 
 log = logging.getLogger("jtune")
@@ -53,17 +54,19 @@ def run(config: Any, rows: int = 3, as_json: bool = False, html: str | None = No
             print(line, file=out)
         return 0
     if html is None:
-        show(config, encoded, template, rows, Console(file=out, highlight=False))
+        show(config, splits, template, rows, Console(file=out, highlight=False))
         return 0
     console = Console(file=io.StringIO(), record=True, force_terminal=True, width=120, highlight=False)
-    show(config, encoded, template, rows, console)
+    show(config, splits, template, rows, console)
     Path(html).write_text(console.export_html(theme=MONOKAI), encoding="utf-8")
     print(f"written to {html}", file=out)
     return 0
 
 
-def show(config: Any, encoded: Encoded, template: Template, rows: int, console: Console) -> None:
-    """The first rows, with what is learned marked, and the numbers of all."""
+def show(config: Any, splits: Splits, template: Template, rows: int, console: Console) -> None:
+    """The first rows, with what is learned marked, and the numbers of all; of a stream, of its first window."""
+    encoded = splits.train
+    assert encoded is not None
     for i in range(min(rows, len(encoded))):
         for name, side in sides(encoded).items():
             title = f"row {i + 1} of {len(encoded)}{name and f', {name}'}: {side.lengths[i]} tokens"
@@ -74,7 +77,9 @@ def show(config: Any, encoded: Encoded, template: Template, rows: int, console: 
         console.print(Text("trained on", style=TRAINED) + Text("  not trained on", style=GIVEN))
     else:
         console.print(Text(f"{BRACKETS[0]}trained on{BRACKETS[1]}  not trained on"))
-    console.print(Text(statistics(config, encoded)))
+    if splits.stream is not None:
+        console.print(Text(f"streaming: only the first rows were read, buffer_size {config.data.buffer_size}"))
+    console.print(Text(statistics(config, encoded, splits.stream)))
 
 
 def sides(encoded: Encoded) -> dict[str, Encoded]:
@@ -94,6 +99,8 @@ def check(config: Any, out: TextIO | None = None) -> int:
     out = out or sys.stdout
     unlimited = replace(config, data=replace(config.data, max_dropped=sys.maxsize))
     _, splits = encode_sets(unlimited, evaluate=True, most_examples=sys.maxsize)
+    if splits.stream is not None:
+        print(f"streaming: only the first {config.data.buffer_size} rows are read (all: streaming=false)", file=out)
     status = 0
     for report in splits.report.sets:
         for dropped in report.dropped:
@@ -150,8 +157,8 @@ def marked(row: dict[str, np.ndarray], tokenizer: Any, *, styled: bool = True) -
     return text
 
 
-def statistics(config: Any, encoded: Encoded) -> str:
-    """Tokens, lengths, and what an epoch is on one device."""
+def statistics(config: Any, encoded: Encoded, stream: Stream | None = None) -> str:
+    """Tokens, lengths, and what an epoch is on one device; or a run, of a stream whose first window `encoded` is."""
     lengths = np.concatenate([side.lengths for side in sides(encoded).values()])
     tokens = int(lengths.sum(dtype=np.int64))
     learned = sum(int(side.labelled.sum(dtype=np.int64)) for side in sides(encoded).values())
@@ -163,26 +170,10 @@ def statistics(config: Any, encoded: Encoded) -> str:
     ]
     if config.finetuning.stage not in ("sft", "pt"):
         return "\n".join(lines)
-    data, training = config.data, config.training
-    plan = plan_batches(
-        encoded,
-        stage=config.finetuning.stage,
-        packing=bool(data.neat_packing or (data.packing and config.finetuning.stage != "pt")),
-        cutoff_len=data.cutoff_len,
-        per_device_batch_size=training.per_device_train_batch_size,
-        batch_shards=1,
-        accumulation=training.gradient_accumulation_steps,
-        seed=training.seed if training.data_seed is None else training.data_seed,
-        shuffle=not config.finetuning.disable_shuffling,
-        num_epochs=training.num_train_epochs,
-        max_steps=training.max_steps,
-        windows=packing_windows(encoded, data, config.finetuning.stage),
-    )
+    plan = plan_updates(config, encoded, 1, stream)
     shapes = ", ".join("x".join(map(str, shape)) for shape in plan.shapes)
-    lines.append(
-        f"on one device: {plan.updates_per_epoch} steps an epoch, {plan.max_steps} in all; "
-        f"batches [accum x batch x seq] {shapes}, {plan.padding_share:.1%} padding"
-    )
+    steps = f"{plan.updates_per_epoch} steps an epoch, {plan.max_steps} in all" if stream is None else plan.describe()
+    lines.append(f"on one device: {steps}; batches [accum x batch x seq] {shapes}, {plan.padding_share:.1%} padding")
     return "\n".join(lines)
 
 

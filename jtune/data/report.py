@@ -1,7 +1,8 @@
 """What became of the rows: read, kept, left out and why, cut."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 EXAMPLES = 3  # places that are named for each reason
 REASONS = 6  # reasons that are named in a sentence
@@ -23,11 +24,11 @@ class SetReport:
     """One encoded set. Rows are rows of the data; `encoded` is what was made of them (blocks, in stage pt)."""
 
     name: str  # "train", "eval", "eval_<name>"
-    read: int
-    encoded: int
-    tokens: int
-    trained: int  # tokens the loss counts
-    cut: int  # rows longer than cutoff_len
+    read: int = 0
+    encoded: int = 0
+    tokens: int = 0
+    trained: int = 0  # tokens the loss counts
+    cut: int = 0  # rows longer than cutoff_len
     dropped: tuple[Dropped, ...] = ()
     joined: bool = False  # rows became blocks
 
@@ -67,6 +68,22 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join(s.sentence() for s in self.sets)
+
+
+def add(a: SetReport, b: SetReport) -> SetReport:
+    """The report of the rows of both; the places are those of the first."""
+    counts = {d.reason: d.count for d in b.dropped}
+    known = {d.reason for d in a.dropped}
+    dropped = [replace(d, count=d.count + counts.get(d.reason, 0)) for d in a.dropped]
+    sums = {key: getattr(a, key) + getattr(b, key) for key in ("read", "encoded", "tokens", "trained", "cut")}
+    more = (d for d in b.dropped if d.reason not in known)
+    return replace(a, **sums, dropped=(*dropped, *more), joined=a.joined or b.joined)
+
+
+def report_of(saved: Mapping[str, Any]) -> SetReport:
+    """The report that `dataclasses.asdict` made this of, also where JSON was in between."""
+    dropped = tuple(Dropped(d["reason"], d["count"], tuple(d["examples"])) for d in saved["dropped"])
+    return SetReport(**{**saved, "dropped": dropped})
 
 
 def reasons(dropped: Sequence[Dropped]) -> str:

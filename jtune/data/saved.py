@@ -10,13 +10,16 @@ import datasets
 import numpy as np
 
 from jtune.data.encoded import Encoded
-from jtune.data.report import Dropped, SetReport
+from jtune.data.report import SetReport, report_of
 from jtune.data.templates import Template
 from jtune.errors import DataError
 
 INDEX = "jtune_data.json"  # written last: a folder without it is not complete
 # Arguments that say how it is done, not what comes out.
-NO_MATTER = ("overwrite_cache", "tokenized_path", "preprocessing_num_workers", "max_dropped", "dataset_dir")
+NO_MATTER = (
+    *("overwrite_cache", "tokenized_path", "preprocessing_num_workers", "max_dropped", "dataset_dir"),
+    *("streaming", "buffer_size"),  # what is streamed is kept nowhere
+)
 
 
 def settings_of(data_args: Any, stage: str, seed: int, template: Template, *, evaluate: bool) -> dict[str, Any]:
@@ -66,8 +69,7 @@ def load(folder: Path, settings: Mapping[str, Any]) -> dict[str, tuple[Encoded, 
     sets = {}
     for name, about in index["sets"].items():
         kept = None if about["all"] else np.load(folder / f"{name}.npy", allow_pickle=False)
-        dropped = tuple(Dropped(d["reason"], d["count"], tuple(d["examples"])) for d in about["report"]["dropped"])
-        report = SetReport(**(about["report"] | {"dropped": dropped}))
+        report = report_of(about["report"])
         table = datasets.load_from_disk(str(folder / name))
         assert isinstance(table, datasets.Dataset)
         sets[name] = Encoded(table, kept, about["prefix"]), report

@@ -22,10 +22,12 @@ from datetime import date as Date
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
+
 from jtune.data import chat_template
 from jtune.data.cache import tokenizer_key
 from jtune.data.chat_format import CONTENT, EOS, ChatFormat, Pieces, Special, Token, Turn, render
-from jtune.data.ids import TokenIds, gigatoken_ids, token_ids
+from jtune.data.ids import Ids, TokenIds, gigatoken_ids, token_ids
 from jtune.data.template_table import TABLE
 from jtune.data.tokenizer import fix_special_tokens
 from jtune.data.tools import FORMATS
@@ -72,41 +74,38 @@ class Template:
           DataError: the messages are no conversation, or tools or calls are not JSON.
         """
         turns = self.render(messages, system, tools)
-        ids = self.tokenise([pieces for turn in turns for pieces in turn])
+        ids = self.tokenise([pieces for turn in turns for pieces in turn]).lists()
         return list(zip(ids[::2], ids[1::2]))
 
-    def tokenise(self, sequences: Sequence[Pieces]) -> list[list[int]]:
+    def tokenise(self, sequences: Sequence[Pieces]) -> Ids:
         """The ids of each sequence of pieces: every string is tokenised on its own, no special tokens are added.
 
         Strings are tokenised in one call, and each only once: what stands around messages is the same in all rows.
         """
-        texts = list({piece: None for pieces in sequences for piece in pieces if isinstance(piece, str) and piece})
-        encoded = self.token_ids(texts)
-        ids_of: dict[Any, list[int]] = dict(zip(texts, encoded))
-        ids_of |= {
-            "": [],
-            Special.BOS: [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id],
-            Special.EOS: [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id],
-        }
+        numbers: dict[str | Special | Token, int] = {}
+        index = [numbers.setdefault(piece, len(numbers)) for pieces in sequences for piece in pieces]
+        texts = [piece for piece in numbers if isinstance(piece, str)]
+        others = [piece for piece in numbers if not isinstance(piece, str)]
+        known = Ids(*map(np.concatenate, zip(self.token_ids(texts), Ids.of([self._special(x) for x in others]))))
+        place = np.empty(len(numbers), np.int64)  # in `known`, of each number
+        place[[numbers[piece] for piece in (*texts, *others)]] = np.arange(len(numbers))
+        index = place[np.array(index, np.int64)]
+        ends = np.cumsum([0, *known.sizes[index]])
+        counts = np.cumsum([0, *map(len, sequences)])
+        return Ids(known.take(index), np.diff(ends[counts]))
 
-        def ids(piece: str | Special | Token) -> list[int]:
-            if not isinstance(piece, Token):
-                return ids_of[piece]
+    def _special(self, piece: Special | Token) -> list[int]:
+        if isinstance(piece, Token):
             token = self.tokenizer.convert_tokens_to_ids(piece.name)
             if token is None:
                 raise DataError(
                     f"the template needs {piece.name}, which the tokenizer lacks: is it the model's template?"
                 )
             return [token]
+        token = self.tokenizer.bos_token_id if piece is Special.BOS else self.tokenizer.eos_token_id
+        return [] if token is None else [token]
 
-        joined: list[list[int]] = []
-        for pieces in sequences:
-            joined.append([])
-            for piece in pieces:
-                joined[-1] += ids(piece)  # whole lists: no token is touched by itself
-        return joined
-
-    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def token_ids(self, texts: Sequence[str]) -> Ids:
         """The ids of each text, no special tokens added."""
         return (self._fast or partial(token_ids, self.tokenizer))(texts)
 

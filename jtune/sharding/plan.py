@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jtune.config import Config
-from jtune.data import Encoded, load_tokenizer
+from jtune.data import Splits, load_tokenizer, plan_updates
 from jtune.errors import DataError
 from jtune.interop import hf
 from jtune.models import DecoderConfig
@@ -26,7 +26,7 @@ from jtune.sharding.shapes import Shapes, batch_shapes, bytes_by_kind, global_by
 from jtune.sharding.topology import device_memory, topology_devices, usable_memory
 from jtune.train import build
 from jtune.train.flops import flops_per_token, peak_flops, recomputed_per_token
-from jtune.train.run import load_data, plan_updates
+from jtune.train.run import load_data
 
 log = logging.getLogger("jtune")
 
@@ -53,7 +53,7 @@ class Case(NamedTuple):
 
     source: dict[str, Any]
     decoder: DecoderConfig
-    encoded: Encoded | None
+    splits: Splits | None
     why_no_data: str | None
     devices: list[Any]
     target: str  # the name of the topology, or of the kind of device
@@ -86,11 +86,11 @@ def plan(
     folder = hf.fetch(config.model.model_name_or_path, weights=False, **config.model.hub)
     source = hf.read_config(folder)
     decoder = build.decoder_of(source, config.model)
-    encoded, why = read_rows(config, folder, decoder)
+    splits, why = read_rows(config, folder, decoder)
     kind = devices[0].device_kind
     usable = usable_memory(devices[0]) if memory is None else memory
     memory = device_memory(devices[0]) if memory is None else memory
-    case = Case(source, decoder, encoded, why, devices, topology or kind, memory, usable)
+    case = Case(source, decoder, splits, why, devices, topology or kind, memory, usable)
     if not fit:
         return plan_case(config, case)
     best, tried = fastest(config, case)
@@ -180,13 +180,13 @@ def work_of(decoder: DecoderConfig, shapes: Shapes, batches: Batches) -> Work:
 # ---------------------------------------------------------------------- the batches
 
 
-def read_rows(config: Config, folder: Path, decoder: DecoderConfig) -> tuple[Encoded | None, str | None]:
-    """The encoded training set; or None, and why it cannot be read."""
+def read_rows(config: Config, folder: Path, decoder: DecoderConfig) -> tuple[Splits | None, str | None]:
+    """The encoded sets; or None, and why it cannot be read."""
     if not config.data.dataset:
         return None, "there is no dataset"
     try:
         tokenizer = load_tokenizer(str(folder), split_special_tokens=config.model.split_special_tokens)
-        return load_data(changed(config, do_train=True), tokenizer, decoder.vocab_size).train, None
+        return load_data(changed(config, do_train=True), tokenizer, decoder.vocab_size), None
     except DataError as error:
         return None, str(error).splitlines()[0]
 
@@ -194,24 +194,24 @@ def read_rows(config: Config, folder: Path, decoder: DecoderConfig) -> tuple[Enc
 def updates(config: Config, case: Case, shards: int) -> Batches:
     """The batches that the data gives, or, if it was not read, full rows in which every token is labelled."""
     training = config.training
-    if case.encoded is None:
+    if case.splits is None:
         rows, seq = training.per_device_train_batch_size, config.data.cutoff_len
         shape = (training.gradient_accumulation_steps, rows * shards, seq)
         steps = training.max_steps if training.max_steps > 0 else None
         assumed = f"every token counts, no padding, as the rows were not read: {case.why_no_data}"
         return Batches((shape,), (rows * seq,), math.prod(shape), np.array([seq]), 1.0, steps, 0.0, assumed)
-    encoded = case.encoded
-    found = plan_updates(config, encoded, shards)
-    some = np.unique(np.linspace(0, found.max_steps - 1, min(SAMPLED_UPDATES, found.max_steps)).astype(int))
+    assert case.splits.train is not None
+    encoded = case.splits.train
+    found = plan_updates(config, encoded, shards, case.splits.stream)
     return Batches(
         tuple((s.accum, s.batch, s.seq) for s in found.shapes),
         tuple(found.label_capacity(s) for s in found.shapes),
-        float(np.mean([found.tokens(int(step)) for step in some])),
+        found.mean_tokens(SAMPLED_UPDATES),
         encoded.lengths,
         float(encoded.labelled.sum() / encoded.lengths.sum()),
         found.max_steps,
         found.padding_share,
-        None,
+        f"all rows are like the first {len(encoded):,}: streaming" if case.splits.stream else None,
     )
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jtune import tuning
 from jtune.config import DataArguments, FinetuningArguments, ModelArguments, TrainingArguments
-from jtune.data import BatchPlan, Encoded, EvalPlan, eval_batches, packing_windows
+from jtune.data import Encoded, EvalPlan, Plan, eval_batches, packing_windows
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft
 from jtune.models import CausalLM, DecoderConfig, abstract_params, attention, init_params, logical_axes
@@ -244,7 +244,7 @@ def lower_step(
 def compile_steps(
     module: CausalLM,
     tx: optax.GradientTransformation,
-    plan: BatchPlan,
+    plan: Plan,
     frozen: Any,
     state_like: TrainState,
     mesh: Mesh,
@@ -288,7 +288,7 @@ def compile_steps(
     return update
 
 
-def place_batch(index: int, plan: BatchPlan, mesh: Mesh) -> dict[str, jax.Array]:
+def place_batch(index: int, plan: Plan, mesh: Mesh) -> dict[str, jax.Array]:
     """The batch of a 0-based update, on the devices: rows split, the scalar everywhere.
 
     Of several processes each reads and lays out the rows of its own devices only.
@@ -324,7 +324,7 @@ def check_schedule(training: TrainingArguments) -> None:
     make_schedule(training.lr_scheduler_type, training.learning_rate, 0, 1, training.lr_scheduler_kwargs)
 
 
-def make_cadence(training: TrainingArguments, plan: BatchPlan) -> Cadence:
+def make_cadence(training: TrainingArguments, plan: Plan) -> Cadence:
     """When to log, evaluate and save; a number of steps below 1 is a share of the run."""
 
     def steps(value: float) -> int:

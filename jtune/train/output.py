@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jtune.config import Config
-from jtune.data import BatchPlan
+from jtune.data import Plan
 from jtune.errors import CheckpointError, ConfigError
 from jtune.interop import hf, peft
 from jtune.models import DecoderConfig
@@ -103,7 +103,7 @@ def check_same_run(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> No
         )
 
 
-def trainer_state(progress: Progress, *, plan: BatchPlan, cadence: Cadence, batch_size: int) -> dict[str, Any]:
+def trainer_state(progress: Progress, *, plan: Plan, cadence: Cadence, batch_size: int) -> dict[str, Any]:
     """The content of `trainer_state.json`, with the fields of transformers' `TrainerState`."""
     return {
         "best_global_step": progress.best_step,

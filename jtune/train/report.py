@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from jtune.config import TrainingArguments
-from jtune.data import BatchPlan
+from jtune.data import Plan
 from jtune.sharding import hosts
 from jtune.train.events import Event, Subscriber
 from jtune.train.flops import peak_flops
@@ -84,14 +84,11 @@ def make_rates(flops_per_token: float, mesh: Mesh) -> Callable[[float], dict[str
     return rates
 
 
-def describe_plan(plan: BatchPlan, examples: int) -> None:
+def describe_plan(plan: Plan) -> None:
     """Say what the run will do, before it does it."""
     log.info(
-        "%s examples, %s updates in %g epochs (%s an epoch); batches [accum, batch, seq] %s, %.1f%% padding",
-        f"{examples:,}",
-        f"{plan.max_steps:,}",
-        plan.num_epochs,
-        f"{plan.updates_per_epoch:,}",
+        "%s; batches [accum, batch, seq] %s, %.1f%% padding",
+        plan.describe(),
         " ".join(str(list(shape)) for shape in plan.shapes),
         100 * plan.padding_share,
     )

@@ -18,14 +18,15 @@ from jax.sharding import Mesh
 from jtune import tuning
 from jtune.config import Config, TrainingArguments
 from jtune.data import (
-    BatchPlan,
-    Encoded,
+    Plan,
     Splits,
+    StreamPlan,
     check_vocabulary,
     load_datasets,
     load_tokenizer,
-    packing_windows,
-    plan_batches,
+    order_seed,
+    plan_updates,
+    rows_are_packed,
     template_of,
 )
 from jtune.errors import Preempted
@@ -107,12 +108,12 @@ def run(config: Config) -> dict[str, Any]:
 
     # ------------------------------------------------------------------ plan of all updates
     assert splits.train is not None
-    plan = plan_updates(config, splits.train, shards)
+    plan = plan_updates(config, splits.train, shards, splits.stream)
     warmup = warmup_updates(plan.max_steps, training.warmup_steps, training.warmup_ratio)
     schedule = make_schedule(
         training.lr_scheduler_type, training.learning_rate, warmup, plan.max_steps, training.lr_scheduler_kwargs
     )
-    report.describe_plan(plan, len(splits.train))
+    report.describe_plan(plan)
     for shape in plan.shapes:
         check_row_length(mesh, shape.seq)
 
@@ -150,7 +151,7 @@ def run(config: Config) -> dict[str, Any]:
     identity = {
         "data": build.data_fingerprint(splits.train),
         "examples per update": [training.per_device_train_batch_size * shards, training.gradient_accumulation_steps],
-        "order": [order_seed(config), not finetuning.disable_shuffling],
+        "order": [order_seed(config), not finetuning.disable_shuffling, *stream_order(config)],
         "rows": [rows_are_packed(config), config.data.cutoff_len],
         "updates": plan.max_steps,
         "frozen weights": build.tree_fingerprint(frozen),
@@ -172,6 +173,8 @@ def run(config: Config) -> dict[str, Any]:
             checkpoint, state = newest
         meta = read_meta(checkpoint)
         progress = Progress(**meta["progress"])
+        if isinstance(plan, StreamPlan):
+            plan.seek(meta["stream"])
         earlier = meta.get("seconds", {})
         ledger.add(earlier | {"lost": earlier.get("lost", 0.0) + lost(output_dir / "trainer_log.jsonl", earlier)})
         log.info("resumed from %s: %d of %d updates are done", checkpoint, progress.step, plan.max_steps)
@@ -204,6 +207,8 @@ def run(config: Config) -> dict[str, Any]:
         if progress.best_step is not None:
             saver.best = output_dir / f"checkpoint-{progress.best_step}"
         meta = {"identity": identity, "progress": progress.to_dict(), "seconds": ledger.total()}
+        if isinstance(plan, StreamPlan):
+            meta["stream"] = plan.position(progress.step)
         saver.save(progress.step, None if training.save_only_model else state, meta, files)
 
     hooks = Hooks(
@@ -215,7 +220,7 @@ def run(config: Config) -> dict[str, Any]:
         save=save,
         poll=saver.poll,
         rates=rates,
-        explain=lambda index: f"rows {', '.join(map(str, plan.examples(index)[:8]))} ... of the data set",
+        explain=plan.explain,
         agree=spread.agreement(mesh),
     )
     began, start = time.monotonic(), progress.step
@@ -244,7 +249,7 @@ def run(config: Config) -> dict[str, Any]:
     summary = report.train_summary(
         progress,
         seconds=time.monotonic() - began,
-        examples_per_update=len(plan.examples(0)),
+        examples_per_update=plan.examples_per_update,
         epoch=plan.epoch_at(progress.step),
         parameters=parameters,
     )
@@ -314,40 +319,21 @@ def load_data(config: Config, tokenizer: Any, vocab_size: int, first: bool = Tru
     for encoded in (splits.train, *splits.eval.values()):
         if encoded is not None:
             check_vocabulary(encoded, vocab_size)
-    return splits
+    if splits.stream is None:
+        return splits
+    return dataclasses.replace(splits, stream=dataclasses.replace(splits.stream, vocab_size=vocab_size))
 
 
-def plan_updates(config: Config, encoded: Encoded, shards: int) -> BatchPlan:
-    """All updates of a run over `encoded`: what `jtune train` runs and `jtune plan` counts."""
-    training, data = config.training, config.data
-    return plan_batches(
-        encoded,
-        stage=config.finetuning.stage,
-        packing=rows_are_packed(config),
-        cutoff_len=data.cutoff_len,
-        per_device_batch_size=training.per_device_train_batch_size,
-        batch_shards=shards,
-        accumulation=training.gradient_accumulation_steps,
-        seed=order_seed(config),
-        shuffle=not config.finetuning.disable_shuffling,
-        num_epochs=training.num_train_epochs,
-        max_steps=training.max_steps,
-        drop_last=training.dataloader_drop_last,
-        windows=packing_windows(encoded, data, config.finetuning.stage),
-    )
+def stream_order(config: Config) -> list[Any]:
+    """What else the order of rows depends on when they are streamed: all that says which row comes when."""
+    data = config.data
+    if not data.streaming:
+        return []
+    mix = [data.mix_strategy, *data.interleave_probs]
+    return ["streaming", list(data.dataset), data.buffer_size, mix, data.max_samples, data.val_size]
 
 
-def order_seed(config: Config) -> int:
-    """The seed of the order of rows."""
-    return config.training.seed if config.training.data_seed is None else config.training.data_seed
-
-
-def rows_are_packed(config: Config) -> bool:
-    """Whether several examples share a row: always with `packing`, but the blocks of stage pt are rows already."""
-    return bool(config.data.neat_packing or (config.data.packing and config.finetuning.stage != "pt"))
-
-
-def remat(config: Config, shapes: Shapes, plan: BatchPlan) -> str:
+def remat(config: Config, shapes: Shapes, plan: Plan) -> str:
     """What the backward pass computes again: what `config` says, or else as little as memory allows."""
     policy = build.asked_remat(config.training, config.model)
     if policy != "auto":

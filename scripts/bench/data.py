@@ -122,7 +122,8 @@ def write_case(work: Path, rows: int, workers: int | None, *, mean: int | None =
 
 
 def jtune(case: Path) -> list[str]:
-    return [sys.executable, str(Path(__file__).with_name("data_jtune.py")), str(case), "neat_packing=false"]
+    side = Path(__file__).with_name("data_jtune.py")
+    return [sys.executable, str(side), str(case), "neat_packing=false", "num_train_epochs=1"]
 
 
 def llamafactory(cli: Path, case: Path) -> list[str]:

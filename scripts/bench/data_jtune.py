@@ -26,7 +26,7 @@ def watch(peak: list[float]) -> None:
 
 def main(words: list[str]) -> None:
     from jtune.config import load_config
-    from jtune.data import load_tokenizer, packing_windows, plan_batches
+    from jtune.data import load_tokenizer, plan_updates
     from jtune.data.preview import encode_sets
 
     config = load_config(words, command="data")
@@ -39,21 +39,7 @@ def main(words: list[str]) -> None:
     encoded = splits.train
     assert encoded is not None
     at_encoded = time.perf_counter()
-    data, training = config.data, config.training
-    plan = plan_batches(
-        encoded,
-        stage="sft",
-        packing=bool(data.packing),
-        cutoff_len=data.cutoff_len,
-        per_device_batch_size=training.per_device_train_batch_size,
-        batch_shards=1,
-        accumulation=training.gradient_accumulation_steps,
-        seed=training.seed,
-        shuffle=True,
-        num_epochs=1,
-        max_steps=-1,
-        windows=packing_windows(encoded, data, "sft"),
-    )
+    plan = plan_updates(config, encoded, 1)
     at_packed = time.perf_counter()
     plan.update(plan.max_steps // 2)
     sought = time.perf_counter()

@@ -81,7 +81,6 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
         ("do_predict=true", "do_eval"),
         ("push_to_hub=true", "hf upload"),
         ("group_by_length=true", "packing: true"),
-        ("streaming=true", "leave it out"),
         ("neftune_noise_alpha=5", "cross-entropy"),
         ("ignore_pad_token_for_loss=false", "leave it out"),
         ("trust_remote_code=true", "leave it out"),

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from jtune.config import load_config
+from jtune.data import get_template
 from jtune.data.align import ALIGNED
-from jtune.data.encode import Rules, encode_documents, encode_rows
+from jtune.data.encode import Rules, encode_documents, encode_rows, label_turns
 from jtune.data.encoded import Encoded, check_vocabulary
 from jtune.data.preview import json_rows, marked, run
 from jtune.errors import DataError
@@ -66,6 +67,35 @@ def test_a_row_is_cut_to_cutoff_len_from_both_sides_of_a_turn(cutoff, template):
     whole, cut = encode(template, CHAT), encode(template, CHAT, cutoff_len=cutoff)
     assert cut.lengths[0] <= cutoff < whole.lengths[0]
     assert cut.table["cut"][0]
+
+
+@pytest.mark.parametrize("rules", [{}, {"mask_history": True}, {"train_on_prompt": True}])
+@pytest.mark.parametrize("name", ["chatml", "falcon"])
+def test_rows_encoded_together_are_what_each_is_by_itself(name, rules, template):
+    """All rows of a batch are labelled at once; only those that may have to be cut go turn by turn."""
+    template = get_template(name, template.tokenizer)
+    if template.efficient_eos and rules.get("train_on_prompt"):
+        pytest.skip("refused")
+    random = np.random.default_rng(1)
+    text = lambda: "x" * int(random.integers(0, 9))
+    chats = [[(("user", "assistant")[k % 2], text()) for k in range(2 * int(random.integers(1, 5)))] for _ in range(40)]
+    chats[3:3] = [[("user", "no answer")], [("user", ""), ("assistant", "")]]  # one fault, one that is nearly nothing
+    for cutoff in (20, 60, 200):
+        encoded = encode_rows(table(*chats), template, "sft", Rules(cutoff, **rules))
+        assert encoded["fault"][3].startswith("1 messages")
+        for i, chat in enumerate(chats):
+            if i == 3:
+                continue
+            turns = template.encode([{"role": role, "content": content} for role, content in chat])
+            ids, labels, cut = label_turns(
+                turns, cutoff_len=cutoff, eos_id=template.eos_id, efficient_eos=template.efficient_eos, **rules
+            )
+            kept = any(label != -100 for label in labels[1:])
+            found = encoded[i]
+            assert (found["input_ids"], found["labels"], found["cut"]) == (
+                (ids, labels, cut) if kept else ([], [], cut)
+            )
+            assert bool(found["fault"]) != kept
 
 
 def test_documents_are_joined_by_eos_and_cut_into_blocks(template):

@@ -1,0 +1,171 @@
+"""Rows that are never all there: read, aligned, mixed and encoded in windows of `buffer_size`, pass after pass.
+
+    open_table ── align_stream ── merge ── hold out the first ── windows: take `buffer_size` ── encode_set
+
+What is read when, and what becomes of it, depends on nothing but the arguments and the position: every process of a run
+reads the same windows, and a position that was saved leads to the same windows again.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import pyarrow as pa
+
+from jtune.data.align import ALIGNED, align_stream, refuse_missing
+from jtune.data.encoded import Encoded, check_vocabulary
+from jtune.data.load import check_columns, check_stage, open_table, resolve_format, unreadable
+from jtune.data.mix import merge
+from jtune.data.registry import Entry, find_datasets
+from jtune.data.report import EXAMPLES, SetReport, add, report_of
+from jtune.data.sets import check_report, encode_set
+from jtune.data.templates import Template
+from jtune.errors import DataError
+
+log = logging.getLogger("jtune")
+
+Position = Mapping[str, Any]  # JSON-able: where a window begins
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """The training sets, opened. Make it with `open_stream`; iterate over `windows` of it.
+
+    Attributes:
+      rows: one pass over them, aligned and mixed; always copied before it is read.
+      entries: what `dataset` of a row counts.
+      data_args: with LLaMA-Factory's names (jtune.config.DataArguments).
+      vocab_size: what every id must be below; None: it is not looked at.
+    """
+
+    rows: datasets.IterableDataset
+    entries: tuple[Entry, ...]
+    data_args: Any
+    stage: str
+    template: Template
+    most_examples: int = EXAMPLES
+    vocab_size: int | None = None
+
+    @property
+    def named(self) -> list[Entry]:
+        """The entries for naming rows by their number: for the line, a file would be read from its start each time."""
+        short = lambda entry: Path(entry.path).name if entry.source == "file" else entry.path
+        return [replace(entry, source="stream", path=short(entry)) for entry in self.entries]
+
+
+class Window(NamedTuple):
+    """Some rows in a line, encoded."""
+
+    number: int  # from 0, over all passes
+    encoded: Encoded
+    report: SetReport  # of these rows
+    begin: Position
+    end: Position  # where the next one begins
+
+
+def open_stream(
+    data_args: Any,
+    stage: str,
+    seed: int,
+    template: Template,
+    *,
+    cache_dir: str | None = None,
+    token: str | None = None,
+    most_examples: int = EXAMPLES,
+) -> tuple[Stream, datasets.Dataset | None]:
+    """The sets of `dataset` as a stream; and the rows held out for evaluation, the first `val_size` ones, if any.
+
+    Raises:
+      DataError: a set is missing, or damaged at its beginning, or asks for what a stream cannot give.
+    """
+    entries, parts = [], []
+    found = find_datasets(data_args.dataset, data_args.dataset_dir, allow_outside=data_args.allow_outside_dataset_dir)
+    for index, entry in enumerate(found):
+        if entry.num_samples is not None:
+            raise DataError(
+                f"dataset {entry.name!r}: num_samples draws from all rows, which a stream does not have. Take it out, "
+                "set max_samples for the first so many rows, or streaming: false"
+            )
+        log.info("opening dataset %s", entry.name)
+        table, names = open_table(entry, cache_dir=cache_dir, token=token)
+        entry = resolve_format(entry, names)
+        check_stage(entry, stage)
+        check_columns(entry, names, stage)
+        if data_args.max_samples is not None:
+            table = table.take(data_args.max_samples)
+        entries.append(entry)
+        parts.append(align_stream(table, names, entry, stage=stage, index=index))
+    rows = merge(parts, data_args.mix_strategy, data_args.interleave_probs, seed)
+    held = int(data_args.val_size)
+    # A window is encoded beside the training loop, in its process, and kept nowhere.
+    here = replace(data_args, preprocessing_num_workers=None, overwrite_cache=False)
+    stream = Stream(rows.skip(held) if held else rows, tuple(entries), here, stage, template, most_examples)
+    return stream, _read(iter(_fresh(rows)), held, stream) if held else None
+
+
+def windows(stream: Stream, position: Position | None = None) -> Iterator[Window]:
+    """One window after the other, for ever: when the rows are used up, they are read again. None is empty.
+
+    The last window of a pass has the rows that are left. A row that cannot be learned from is left out and counted, as
+    elsewhere; `max_dropped` holds for what a pass has read so far. A row that lacks a column stops the run in the first
+    window, where it says that the columns are named wrong, and is counted later on, where it does not.
+
+    Args:
+      position: of a `Window`, of a stream with the same arguments: go on from there.
+
+    Raises:
+      DataError: rows cannot be read or encoded; too many are left out; nothing is left of a whole pass.
+    """
+    begin = position or {"window": 0, "pass": 0, "rows": None, "report": asdict(SetReport("train"))}
+    number, passes, report = begin["window"], begin["pass"], report_of(begin["report"])
+    state = begin["rows"]
+    while True:
+        rows = _fresh(stream.rows)
+        if state is not None:
+            rows.load_state_dict(state)
+        reader = iter(rows)
+        while len(table := _read(reader, stream.data_args.buffer_size, stream)):
+            if number == 0:
+                refuse_missing(table, stream.entries)
+            encoded, read = encode_set(
+                "train", table, stream.named, stream.data_args, stream.stage, stream.template, stream.most_examples
+            )
+            report = add(report, read)
+            check_report(report, stream.data_args, stream.stage)
+            if stream.vocab_size is not None:
+                check_vocabulary(encoded, stream.vocab_size)
+            if read.dropped and number:
+                log.warning("window %d of the stream: %s", number + 1, read.sentence())
+            number += 1
+            end = {"window": number, "pass": passes, "rows": rows.state_dict(), "report": asdict(report)}
+            if len(encoded):
+                yield Window(number - 1, encoded, read, begin, end)
+            begin = end
+        if report.read == 0:
+            names = ", ".join(entry.name for entry in stream.entries)
+            raise DataError(
+                f"nothing to train on: {names}: the first {int(stream.data_args.val_size)} rows are held out"
+            )
+        passes += 1
+        log.info("the stream is used up, and read again (pass %d): %s", passes + 1, report.sentence())
+        state, report = None, SetReport("train")
+        begin = {"window": number, "pass": passes, "rows": None, "report": asdict(report)}
+
+
+def _fresh(rows: datasets.IterableDataset) -> datasets.IterableDataset:
+    """A copy to iterate over: what is iterated over remembers where it is, and so does all that was made of it."""
+    return datasets.concatenate_datasets([rows])
+
+
+def _read(reader: Iterator[Mapping[str, Any]], count: int, stream: Stream) -> datasets.Dataset:
+    """The next rows, at most `count`, in memory."""
+    try:
+        rows = list(islice(reader, count))
+    except Exception as error:  # whatever a reader, or the network, comes up with
+        raise unreadable(stream.entries, error) from error
+    # datasets would read all of it for a name.
+    return datasets.Dataset(pa.Table.from_pylist(rows, schema=ALIGNED.arrow_schema), fingerprint="window")
