@@ -11,7 +11,7 @@ import pytest
 from jtune import tuning
 from jtune.errors import ConfigError
 from jtune.models import CausalLM, DecoderConfig, init_params
-from jtune.models.config import Experts, Layer
+from jtune.models.config import Experts, Latent, Layer
 from jtune.sharding import (
     batch_sharding,
     batch_shards,
@@ -49,6 +49,20 @@ FAMILIES = {
     ),
     "mistral": replace(DENSE, layers=(Layer(5), Layer(5)), qkv_bias=True),
     "mixtral": replace(DENSE, layers=(), experts=Experts(4, 2, 64)),
+    # All that layers may have in other places than Llama's: a stack without experts before one with them.
+    "latent": replace(
+        DENSE, num_key_value_heads=4, latent=Latent(16, 8, 4, 6, 12), layers=(Layer(), Layer(sparse=True)),
+        experts=Experts(4, 2, 16, "sigmoid", scale=1.5, correction_bias=True, groups=2, shared_size=16, aux_coef=0.1),
+    ),
+    "sinks": replace(
+        DENSE, sinks=True, mlp="interleaved", hidden_act="clamped", qkv_bias=True, o_bias=True,
+        layers=(Layer(11, sparse=True), Layer(sparse=True)), experts=Experts(4, 2, 16, router_bias=True, bias=True),
+    ),
+    "joined": replace(
+        DENSE, qkv="joined", qkv_bias=True, mlp="joined", mlp_bias=True, norm="layer", norm_bias=True, qk_norm="heads",
+        block="parallel_two", layers=(Layer(rope=None),) * 2, alibi=0.5, learned_positions=64, embedding_norm=True,
+        head_bias=True,
+    ),
     "wide": replace(DENSE, intermediate_size=96),  # no other array has a dimension of 96
 }  # fmt: skip
 
@@ -156,6 +170,9 @@ def alone(family, method, packed):
         ("mixtral", "full", True, 1, {"fsdp": 2, "expert": 4}),
         ("mixtral", "lora", True, 2, {"fsdp": 1, "expert": 4, "tensor": 2}),
         ("mixtral", "lora", False, 1, {"data": 2, "fsdp": 1, "expert": 2, "context": 2}),
+        ("latent", "full", True, 1, {"fsdp": 2, "expert": 2, "tensor": 2}),
+        ("sinks", "full", True, 1, {"fsdp": 2, "expert": 2, "context": 2}),
+        ("joined", "full", True, 1, {"fsdp": 2, "tensor": 2, "context": 2}),
     ],
     ids=str,
 )

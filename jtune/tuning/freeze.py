@@ -10,6 +10,7 @@ import jax
 
 from jtune.errors import ConfigError
 from jtune.models.decoder import stacks
+from jtune.tuning.masks import learns
 
 PyTree = Any
 
@@ -59,9 +60,8 @@ def freeze(params: PyTree, layers: int, modules: Sequence[str], extra: Sequence[
     def in_stack(first: int, stack: PyTree) -> PyTree:
         def trains(path: Any, _: Any) -> bool:
             names = [key.key for key in path]
-            return (first in chosen and ("all" in modules or names[0] in modules)) or any(
-                word in ".".join(names) for word in extra
-            )
+            named = first in chosen and ("all" in modules or names[0] in modules)
+            return learns(path) and (named or any(word in ".".join(names) for word in extra))
 
         return jax.tree_util.tree_map_with_path(trains, stack)
 

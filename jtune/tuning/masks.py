@@ -27,8 +27,14 @@ def adapter_mask(params: PyTree) -> PyTree:
 
 
 def full_mask(params: PyTree) -> PyTree:
-    """True everywhere."""
-    return jax.tree.map(lambda _: True, params)
+    """True everywhere, but for what no gradient reaches."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: learns(path), params)
+
+
+def learns(path: Any) -> bool:
+    """Whether a path of `jax.tree_util` ends in a parameter. The bias of a router's choice is none: it only decides who
+    is among the best, and transformers keeps it as a buffer."""
+    return not (isinstance(path[-1], jax.tree_util.DictKey) and path[-1].key == "e_score_correction_bias")
 
 
 def trainable_mask(params: PyTree) -> PyTree:

@@ -9,12 +9,13 @@ import pytest
 
 from jtune import tuning
 from jtune.config import FinetuningArguments
-from jtune.errors import ConfigError
-from jtune.inspect import show
+from jtune.errors import ConfigError, DataError
+from jtune.inspect import show, tensor
 from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.models.config import Experts
 from jtune.models.families import file_names
 from jtune.tuning import lora
+from jtune.tuning.freeze import cut_layers
 from jtune.tuning.prepare import whole_modules
 
 DENSE = DecoderConfig(
@@ -292,3 +293,30 @@ def test_show_is_a_table_with_totals(capsys):
         "yes",
     ]
     assert "2,048 of them train" in text
+
+
+def test_show_may_tell_how_large_values_are(capsys):
+    show({"norm": {"scale": jnp.full((4,), -2.0)}}, norms=True)
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("norm.scale"))
+    assert row.split()[4:6] == ["B", "2"]
+
+
+@pytest.mark.parametrize("stacks", ["one", "two"])
+def test_a_tensor_is_found_by_its_name_in_the_files(stacks):
+    model, params = CausalLM(DENSE), lora.add(weights(), ["q_proj"])
+    kernel = weights()["layers"]["self_attn"]["q_proj"]["kernel"]
+    params = params if stacks == "one" else cut_layers(params, [1])
+    np.testing.assert_array_equal(tensor(model, params, "model.layers.2.self_attn.q_proj.weight"), kernel[2].T)
+    np.testing.assert_array_equal(tensor(model, params, "lm_head.weight"), weights()["lm_head"]["kernel"].T)
+    with pytest.raises(DataError, match=r"Did you mean model\.layers\.2\.self_attn\.q_proj\.weight\?"):
+        tensor(model, params, "model.layers.2.attention.q_proj.weight")
+
+
+def test_what_no_gradient_reaches_does_not_train():
+    experts = Experts(4, 2, 16, "sigmoid", correction_bias=True)
+    config = DecoderConfig(**{**vars(DENSE), "family": "deepseek_v3", "experts": experts, "layers": ()})
+    name = "e_score_correction_bias"
+    for mask in (tuning.full_mask(weights(config)), tuning.freeze(weights(config), 4, ("all",), ())[1]):
+        mlp = mask["layers"]["mlp"]
+        assert mlp["gate"]["kernel"]
+        assert not mlp[name]
