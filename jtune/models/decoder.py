@@ -22,7 +22,7 @@ from jtune.models.kernels import Linear, matmul, parameter
 from jtune.models.layer import ATTENDED, LAYER_INPUT, DecoderLayer, Remembered, Shared, norm
 from jtune.models.moe import Load
 from jtune.models.rope import cos_sin
-from jtune.sharding import constrain, spec
+from jtune.sharding import constrain, divides, spec
 
 REMAT = ("none", "dots", "attention", "full", "offload")
 
@@ -233,7 +233,10 @@ def look_up(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any, mesh: Mesh | Non
     rows, columns = lies
     tokens = spec(("batch", "sequence"), ids_BT.shape, mesh)
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(lies, tokens), out_specs=P(*tokens, None))
+    # Where tokens do not divide (a few prompts, one token each), devices do the same work, which cannot be inferred.
+    apart = divides(tokens, mesh)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(lies, tokens), out_specs=P(*tokens, None), check_vma=apart)
     def local(table_VD, ids_BT):
         ids_ZBT = ids_BT[None] if columns is None else jax.lax.all_gather(ids_BT, columns)
         if rows is None:

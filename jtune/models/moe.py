@@ -22,7 +22,7 @@ from jtune.models.config import DecoderConfig
 from jtune.models.config import Experts as ExpertConfig
 from jtune.models.kernels import Kernel, Linear, parameter
 from jtune.models.mlp import ACTIVATIONS, MLP, gated
-from jtune.sharding import gather, named, spec
+from jtune.sharding import divides, gather, named, spec
 
 
 class Load(NamedTuple):
@@ -176,6 +176,7 @@ def mix_on_mesh(
         mesh=mesh,
         in_specs=(specs, tokens, tokens, P(), P(*tokens[:2]), P()),
         out_specs=(tokens, P()),
+        check_vma=divides(tokens, mesh),  # else devices do the same work for the same tokens, which cannot be inferred
     )
     def local(params, x_BTD, router_BTE, correction_E, segment_ids_BT, key):
         params = jax.tree.map(partial(_cast, dtype=x_BTD.dtype), params, is_leaf=lambda x: isinstance(x, Kernel))

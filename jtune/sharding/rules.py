@@ -64,6 +64,12 @@ def named(part: Any) -> tuple[str, ...]:
     return () if part is None else part if isinstance(part, tuple) else (part,)
 
 
+def divides(tokens: P, mesh: Mesh) -> bool:
+    """Whether each device has tokens of its own, but for those along `tensor`: what `tokens` says of them."""
+    split = {axis for part in tokens for axis in named(part)}
+    return all(axis in split for axis in (*BATCH_AXES, "context") if mesh.shape[axis] > 1)
+
+
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
     """`x`, said to lie as its logical axes tell; without a mesh, or on one device, nothing is said.
 
