@@ -113,6 +113,8 @@ def rules(given: Mapping[str, Any], command: str) -> Iterator[Rule]:
         yield from _numbers(v)
     if command == "train":
         yield from _evaluation(v)
+    if command == "chat":
+        yield from _generating(v, command)
 
 
 def _required(v: SimpleNamespace, command: str) -> Iterator[Rule]:
@@ -141,6 +143,14 @@ def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
     if command in TRAINING and command != "data" and v.stage not in ("pt", "sft"):
         message = f"stage: {v.stage}: preference training is not built yet; jtune trains stages pt and sft"
         yield ("stage",), message
+
+
+def _generating(v: SimpleNamespace, command: str) -> Iterator[Rule]:
+    if v.stage == "rm":
+        yield ("stage",), f"stage: rm: a reward model gives scores, not answers: {command} is not for it"
+    if v.num_beams > 1 and v.do_sample:
+        message = f"num_beams: {v.num_beams} searches, but do_sample: true (the default) draws: set do_sample: false"
+        yield ("num_beams", "do_sample"), message
 
 
 def _data(v: SimpleNamespace) -> Iterator[Rule]:

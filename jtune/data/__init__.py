@@ -6,7 +6,7 @@
 """
 
 from jtune.data.batches import BatchPlan, EvalBatch, EvalPlan, eval_batches, packing_windows, plan_batches
-from jtune.data.encoded import Encoded, check_vocabulary
+from jtune.data.encoded import Encoded, check_id, check_vocabulary
 from jtune.data.pipeline import Splits, load_datasets
 from jtune.data.report import Report
 from jtune.data.templates import Template, get_template, template_of
@@ -20,6 +20,7 @@ __all__ = [
     "Report",
     "Splits",
     "Template",
+    "check_id",
     "check_vocabulary",
     "eval_batches",
     "get_template",
