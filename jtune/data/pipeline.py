@@ -46,6 +46,7 @@ def load_datasets(
     *,
     train: bool,
     evaluate: bool,
+    predict: bool = False,
     cache_dir: str | None = None,
     token: str | None = None,
     most_examples: int = EXAMPLES,
@@ -57,6 +58,7 @@ def load_datasets(
       stage: "sft", "pt", "rm" or "dpo" (pairs of answers), "kto" (answers that are good or not).
       seed: of the draws of num_samples, of interleaving and of val_size.
       train, evaluate: which sets to encode. Which rows are held out does not depend on it.
+      predict: evaluation sets are to be answered: of each row the last answer is labelled, and nothing else.
       cache_dir, token: for downloads from the hub.
       most_examples: rows of which the report says where they are, of each reason for which rows are left out.
 
@@ -68,13 +70,16 @@ def load_datasets(
     if template.tokenizer is not tokenizer:
         raise ValueError("the template was made for another tokenizer")
     folder = Path(data_args.tokenized_path) if data_args.tokenized_path else None
-    settings = saved.settings_of(data_args, stage, seed, template, evaluate=evaluate) if folder else {}
+    eval_stage = "predict" if predict else stage
+    evaluated = eval_stage if evaluate else None
+    settings = saved.settings_of(data_args, stage, seed, template, evaluated=evaluated) if folder else {}
     sets = saved.load(folder, settings) if folder else None
     if sets is None:
         load = {"cache_dir": cache_dir, "token": token}
         sets = {}
         for name, (table, entries) in _aligned_sets(data_args, stage, seed, train, evaluate, **load).items():
-            sets[name] = encode_set(name, table, entries, data_args, stage, template, most_examples)
+            kind = stage if name == "train" else eval_stage
+            sets[name] = encode_set(name, table, entries, data_args, kind, template, most_examples)
             report = sets[name][1]
             (log.warning if report.dropped else log.info)("%s", report.sentence())
         if folder:
@@ -168,11 +173,14 @@ def encode_set(
 ) -> tuple[Encoded, SetReport]:
     """Encode aligned rows and count what is left out.
 
+    Args:
+      stage: as of `encode_rows`, or "pt".
+
     Raises:
       DataError: nothing is left, with the reasons.
     """
     cutoff_len = data_args.cutoff_len
-    if data_args.packing and not (stage == "pt" and data_args.neat_packing):
+    if data_args.packing and stage != "predict" and not (stage == "pt" and data_args.neat_packing):
         cutoff_len -= 1  # LLaMA-Factory's packed rows end with one token of padding; only where packing is asked for
     shared = {
         "cutoff_len": cutoff_len,
@@ -181,7 +189,7 @@ def encode_set(
         "overwrite_cache": data_args.overwrite_cache,
     }
     policy = data_args.overlong
-    encoding = "truncate" if policy == "error" else policy
+    encoding = "truncate" if policy == "error" or (policy == "split" and stage == "predict") else policy
     if stage == "pt":
         packing = data_args.packing is None or data_args.packing
         neat = data_args.neat_packing
