@@ -17,6 +17,7 @@ def test_the_quickstart_trains_shows_answers_and_says_what_is_next(tmp_path, cap
     assert "exact match on 300 unseen questions: 0% before" in said
     assert "Write this date in words." in said
     assert f"jtune train {tmp_path}/quickstart.yaml" in said
+    assert f"jtune chat {tmp_path}/quickstart.yaml" in said
     assert (tmp_path / "run" / "training_loss.png").stat().st_size > 0
 
 

@@ -215,6 +215,14 @@ def _export(argv: list[str]) -> int:
     return 0
 
 
+def _chat(argv: list[str]) -> int:
+    config = _load(argv, "chat")
+    from jtune.cli.chat import run
+
+    run(config)
+    return 0
+
+
 def _inspect(argv: list[str]) -> int:
     config = _load(argv, "inspect")
     from jtune.train.run import inspect
@@ -248,6 +256,7 @@ COMMANDS = {
     "plan": Command(_plan, "what a run takes, before it runs: memory, time; --topology v5p:4x4x4, --fit, --json"),
     "inspect": Command(_inspect, "show the parameter tree: shapes, dtypes, bytes, sharding, what trains"),
     "export": Command(_export, "merge the adapter and write a Hugging Face checkpoint"),
+    "chat": Command(_chat, "talk with the model, or with what the same YAML has trained; questions may come by a pipe"),
     "quickstart": Command(_quickstart, "make a small model and data set on the spot and train it, offline"),
     "version": Command(_version, "versions and devices"),
 }

@@ -165,6 +165,8 @@ class TrainingArguments:
     overwrite_output_dir: bool = arg(False, "start from the beginning, not from the folder's last checkpoint")
     do_train: bool = arg(False, "train")
     do_eval: bool = arg(False, "evaluate at the end; implied by eval_strategy")
+    do_predict: bool = arg(False, "answer the evaluation sets at the end: generated_predictions.jsonl")
+    predict_with_generate: bool = arg(False, "evaluation answers, too, and tells BLEU and ROUGE (stage sft)")
     per_device_train_batch_size: int = arg(8, "examples a device takes at a time", at_least(1))
     per_device_eval_batch_size: int = arg(8, "the same at evaluation", at_least(1))
     gradient_accumulation_steps: int = arg(1, "batches summed for one update", at_least(1))
@@ -229,6 +231,7 @@ class TrainingArguments:
     mesh_tensor: int = arg(1, "devices over which each matrix product is split", SIZE_OR_REST)
     mesh_context: int = arg(1, "devices over which the tokens of each row are split", SIZE_OR_REST)
     mesh_expert: int = arg(1, "devices over which a mixture's experts are split; they take other rows", SIZE_OR_REST)
+    eval_samples: int = arg(0, "at each evaluation, show the answers to the first so many examples", at_least(0))
     remat: Literal["auto", "none", "dots", "attention", "full", "offload"] = arg(
         "auto",
         "what the backward pass computes again: nothing, all but matrix products, all but attention, whole layers, "

@@ -60,6 +60,7 @@ def check(
     return values, faults, notes
 
 
+SIMILARITY = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")  # what predict_with_generate measures
 _FASTEST = "jtune takes the fastest kernel of the platform, as with auto"
 _ATTENTION = {"sdpa": "here it means plain attention by XLA; auto is faster", "fa2": _FASTEST, "fa3": _FASTEST}
 
@@ -121,6 +122,8 @@ def rules(given: Mapping[str, Any], command: str) -> Iterator[Rule]:
             yield from _streaming(v, command)
     if command == "train":
         yield from _evaluation(v)
+    if command == "chat" or (command == "train" and v.predict_with_generate):
+        yield from _generating(v, command)
 
 
 def _required(v: SimpleNamespace, command: str) -> Iterator[Rule]:
@@ -135,8 +138,9 @@ def _required(v: SimpleNamespace, command: str) -> Iterator[Rule]:
             yield ("dataset", "do_train"), "do_train needs a dataset: a name in dataset_info.json"
         if not v.output_dir:
             yield ("output_dir",), "output_dir is empty: give a folder"
-        if not (v.do_train or v.do_eval or v.eval_strategy != "no"):
-            yield ("do_train", "do_eval"), "there is nothing to do: set do_train: true, or do_eval: true"
+        if not (v.do_train or v.do_eval or v.do_predict or v.eval_strategy != "no"):
+            message = "there is nothing to do: set do_train: true, do_eval: true, or do_predict: true"
+            yield ("do_train", "do_eval", "do_predict"), message
 
 
 def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
@@ -149,6 +153,14 @@ def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
     if command in TRAINING and command != "data" and v.stage not in ("pt", "sft"):
         message = f"stage: {v.stage}: preference training is not built yet; jtune trains stages pt and sft"
         yield ("stage",), message
+
+
+def _generating(v: SimpleNamespace, command: str) -> Iterator[Rule]:
+    if v.stage == "rm":
+        yield ("stage",), f"stage: rm: a reward model gives scores, not answers: {command} is not for it"
+    if v.num_beams > 1 and v.do_sample:
+        message = f"num_beams: {v.num_beams} searches, but do_sample: true (the default) draws: set do_sample: false"
+        yield ("num_beams", "do_sample"), message
 
 
 def _data(v: SimpleNamespace) -> Iterator[Rule]:
@@ -223,10 +235,26 @@ def _numbers(v: SimpleNamespace) -> Iterator[Rule]:
 
 def _evaluation(v: SimpleNamespace) -> Iterator[Rule]:
     scheduled = v.eval_strategy != "no"
-    if (v.do_eval or scheduled or v.eval_on_start) and not (v.eval_dataset or v.val_size):
-        asked = "do_eval" if v.do_eval else f"eval_strategy: {v.eval_strategy}" if scheduled else "eval_on_start"
-        message = f"{asked} needs something to evaluate on: eval_dataset, or val_size to hold rows out of dataset"
-        yield ("eval_strategy" if scheduled and not v.do_eval else "do_eval", "eval_dataset", "val_size"), message
+    shown = bool(v.eval_samples and v.dataset)  # answers to training rows are something to look at, too
+    asked = {
+        "do_predict": v.do_predict,
+        "predict_with_generate": v.predict_with_generate,
+        "do_eval": v.do_eval,
+        f"eval_strategy: {v.eval_strategy}": scheduled and not shown,
+        "eval_on_start": v.eval_on_start and not shown,
+    }
+    if any(asked.values()) and not (v.eval_dataset or v.val_size):
+        name = next(name for name in asked if asked[name])
+        message = f"{name} needs something to evaluate on: eval_dataset, or val_size to hold rows out of dataset"
+        yield (name.split(":")[0], "eval_dataset", "val_size", "do_eval"), message
+    if v.eval_samples and not (v.do_eval or scheduled or v.eval_on_start):
+        yield ("eval_samples", "eval_strategy"), "eval_samples are shown at evaluations: set eval_strategy: steps"
+    for wanted in ("do_predict", "predict_with_generate"):
+        if getattr(v, wanted) and v.stage != "sft":
+            yield (wanted, "stage"), f"{wanted} is only for stage sft, not {v.stage}: do_eval gives the loss"
+    if v.do_predict and not v.predict_with_generate and v.stage == "sft":
+        message = "do_predict writes answers: set predict_with_generate: true (do_eval gives the loss)"
+        yield ("do_predict", "predict_with_generate"), message
     if v.load_best_model_at_end and v.save_only_model:
         message = (
             "load_best_model_at_end reads a whole checkpoint, but save_only_model leaves half of it out: choose one"
@@ -246,7 +274,7 @@ def _evaluation(v: SimpleNamespace) -> Iterator[Rule]:
 
 
 def _known_metric(v: SimpleNamespace, wanted_by: str) -> Iterator[Rule]:
-    kinds = ["loss", "accuracy"] if v.compute_accuracy else ["loss"]
+    kinds = ["loss", *(["accuracy"] if v.compute_accuracy else []), *(SIMILARITY if v.predict_with_generate else ())]
     each = v.eval_on_each_dataset and v.eval_dataset
     known = [f"{name}_{kind}" for name in v.eval_dataset for kind in kinds] if each else kinds
     name = (v.metric_for_best_model or "loss").removeprefix("eval_")

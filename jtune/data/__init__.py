@@ -6,7 +6,7 @@
 """
 
 from jtune.data.batches import EvalBatch, EvalPlan, eval_batches, packing_windows
-from jtune.data.encoded import Encoded, check_vocabulary
+from jtune.data.encoded import Encoded, check_id, check_vocabulary
 from jtune.data.pipeline import Splits, load_datasets
 from jtune.data.report import Report
 from jtune.data.stream import Stream
@@ -25,6 +25,7 @@ __all__ = [
     "Stream",
     "StreamPlan",
     "Template",
+    "check_id",
     "check_vocabulary",
     "eval_batches",
     "get_template",

@@ -133,6 +133,19 @@ def render(
     return turns
 
 
+def ask(
+    form: ChatFormat, messages: Sequence[Mapping[str, str]], system: str | None = None, tools: str | None = None
+) -> Pieces:
+    """The pieces of what comes before the answer to the last message; thoughts of earlier answers as in training.
+
+    Raises:
+      FaultyRow: as `render`.
+    """
+    answered = [*messages, {"role": "assistant", "content": ""}]
+    turns = render(form, answered, system, tools, discard_history=not form.preserve_thinking, last_only=True)
+    return [piece for turn in turns[:-1] for part in turn for piece in part] + turns[-1].prompt
+
+
 def with_content(slots: Slots, text: str) -> Pieces:
     return [slot.replace(CONTENT, text, 1) if isinstance(slot, str) else slot for slot in slots]
 

@@ -7,6 +7,7 @@ refused.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from jtune.data.align import FaultyRow
@@ -44,33 +45,58 @@ def render(
 ) -> list[Turn]:
     """As `chat_format.render`, by the tokenizer's chat template: what becomes of thoughts is its own business.
 
+    With `last_only` all earlier turns are part of the one prompt, so that they may be rewritten.
+
     Raises:
       FaultyRow: the template refuses the conversation, or a beginning of it is not rendered as in the whole.
     """
     if len(messages) % 2 or not messages:
         raise FaultyRow(f"{len(messages)} messages: question and answer must alternate, and the last is an answer")
-    chat: list[dict[str, Any]] = [_message(message) for message in messages]
-    system = system or default_system
-    opening = [{"role": "system", "content": system}] if system else []
-    given = {"tools": _parse(tools, "tools")} if tools else {}
-
-    def text(count: int, *, open_answer: bool) -> str:
-        try:
-            return tokenizer.apply_chat_template(
-                opening + chat[:count], tokenize=False, add_generation_prompt=open_answer, **given, **options
-            )
-        except Exception as error:  # Jinja, and whatever the template raises
-            raise FaultyRow(f"the chat template refuses it: {str(error).splitlines()[0][:120]}") from error
-
-    whole = text(len(chat), open_answer=False)
+    text = partial(_text, tokenizer, messages, system or default_system, tools, options)
+    whole = text(len(messages), open_answer=False)
     turns, position = [], 0
-    for k in range(0, len(chat), 2):
+    for k in range(len(messages) - 2 if last_only else 0, len(messages), 2):
         asked, answered = text(k + 1, open_answer=True), text(k + 2, open_answer=False)
         if not (whole.startswith(asked) and whole.startswith(answered) and position <= len(asked) <= len(answered)):
             raise FaultyRow(REWRITES)
         turns.append(Turn([whole[position : len(asked)]], [whole[len(asked) : len(answered)]]))
         position = len(answered)
     return turns
+
+
+def ask(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],
+    system: str | None = None,
+    tools: str | None = None,
+    *,
+    default_system: str = "",
+    options: Mapping[str, Any],
+) -> Pieces:
+    """As `chat_format.ask`, by the tokenizer's chat template. One that rewrites earlier turns will do."""
+    return [_text(tokenizer, messages, system or default_system, tools, options, len(messages), open_answer=True)]
+
+
+def _text(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],
+    system: str,
+    tools: str | None,
+    options: Mapping[str, Any],
+    count: int,
+    *,
+    open_answer: bool,
+) -> str:
+    """The first `count` messages as the template writes them, with the words that open an answer or without."""
+    opening: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    chat = opening + [_message(message) for message in messages[:count]]
+    given = {"tools": _parse(tools, "tools")} if tools else {}
+    try:
+        return tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=open_answer, **given, **options
+        )
+    except Exception as error:  # Jinja, and whatever the template raises
+        raise FaultyRow(f"the chat template refuses it: {str(error).splitlines()[0][:120]}") from error
 
 
 def check(tokenizer: Any, own: Callable[..., list[Turn]]) -> None:

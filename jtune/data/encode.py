@@ -143,7 +143,8 @@ def encode_rows(
     """Ids and labels of aligned rows: a row for each, empty where `fault` says why it is left out.
 
     Args:
-      stage: "sft": the columns of `CONVERSATIONS`; "rm" or "dpo": of `PAIRS`; "kto": of `FEEDBACK`.
+      stage: "sft": the columns of `CONVERSATIONS`; "predict": the same, but only the last answer is labelled, and all
+        of it; "rm" or "dpo": of `PAIRS`; "kto": of `FEEDBACK`.
 
     Raises:
       DataError: `train_on_prompt` with a template that cannot.
@@ -161,9 +162,11 @@ def encode_rows(
             template.name,
             WHOLE[template.tool_format],
         )
-    encode, features = {"sft": (_encode_conversations, CONVERSATIONS), "kto": (_encode_feedback, FEEDBACK)}.get(
-        stage, (_encode_pairs, PAIRS)
-    )
+    encode, features = {
+        "sft": (_encode_conversations, CONVERSATIONS),
+        "predict": (_encode_last_answers, CONVERSATIONS),
+        "kto": (_encode_feedback, FEEDBACK),
+    }.get(stage, (_encode_pairs, PAIRS))
     args: tuple[Any, ...] = (rules, template.key, told_the_day)
     if stage == "kto":  # an answer is also set against the next question of its batch
         args = (*args, batch_size, num_proc)
@@ -365,6 +368,27 @@ def _one_turn(turns: Sequence[tuple[list[int], list[int]]], template: Template) 
 
 def _last_only(template: Template) -> dict[str, Any]:
     return {"last_only": True, "discard_history": not template.preserve_thinking}
+
+
+def _encode_last_answers(batch: Aligned, *, template: Template, rules: Rules) -> pa.Table:
+    """The last answer, and all before it as the prompt that asks for it."""
+    out = _table(list(CONVERSATIONS))
+    for i, turns in enumerate(_tokenised(_render(batch, template, **_last_only(template)), template)):
+        if isinstance(turns, str):
+            _put(out, batch, i, turns, False)
+            continue
+        prompt, answer = _one_turn(turns, template)
+        source, target = infer_seqlen(len(prompt), len(answer), rules.cutoff_len)
+        cut = source < len(prompt) or target < len(answer)
+        if cut and rules.overlong == "drop":
+            _put(out, batch, i, too_long(rules.cutoff_len), False)
+        elif not source or not target:
+            _put(out, batch, i, NOTHING_TO_LEARN, cut)
+        else:
+            answer = answer[:target]
+            ids, labels = prompt[:source] + answer, [IGNORED] * source + answer
+            _put(out, batch, i, "", cut, input_ids=ids, labels=labels)
+    return _arrow(out, CONVERSATIONS)
 
 
 def _encode_pairs(batch: Aligned, *, template: Template, rules: Rules) -> pa.Table:

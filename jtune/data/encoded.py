@@ -136,7 +136,11 @@ class Lists:
 
 def check_vocabulary(encoded: Encoded, vocab_size: int) -> None:
     """Raise a DataError if an id is outside a vocabulary of `vocab_size`: the model has no embedding for it."""
-    highest = encoded._ids.max()
+    check_id(encoded._ids.max(), vocab_size)
+
+
+def check_id(highest: int, vocab_size: int) -> None:
+    """`check_vocabulary`, of the highest id that there is."""
     if highest >= vocab_size:
         raise DataError(
             f"token id {highest} is outside the model's vocabulary of {vocab_size}: the tokenizer has more tokens than "

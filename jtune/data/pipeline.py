@@ -53,6 +53,7 @@ def load_datasets(
     *,
     train: bool,
     evaluate: bool,
+    predict: bool = False,
     cache_dir: str | None = None,
     token: str | None = None,
     most_examples: int = EXAMPLES,
@@ -64,6 +65,7 @@ def load_datasets(
       stage: "sft", "pt", "rm" or "dpo" (pairs of answers), "kto" (answers that are good or not).
       seed: of the draws of num_samples, of interleaving and of val_size.
       train, evaluate: which sets to encode. Which rows are held out does not depend on it.
+      predict: evaluation sets are to be answered: of each row the last answer is labelled, and nothing else.
       cache_dir, token: for downloads from the hub.
       most_examples: rows of which the report says where they are, of each reason for which rows are left out.
 
@@ -75,7 +77,9 @@ def load_datasets(
     if template.tokenizer is not tokenizer:
         raise ValueError("the template was made for another tokenizer")
     folder = Path(data_args.tokenized_path) if data_args.tokenized_path else None
-    settings = saved.settings_of(data_args, stage, seed, template, evaluate=evaluate) if folder else {}
+    eval_stage = "predict" if predict else stage
+    evaluated = eval_stage if evaluate else None
+    settings = saved.settings_of(data_args, stage, seed, template, evaluated=evaluated) if folder else {}
     sets = saved.load(folder, settings) if folder else None
     stream = None
     if sets is None:
@@ -93,8 +97,9 @@ def load_datasets(
         else:
             tables = _aligned_sets(data_args, stage, seed, train, evaluate, **load)
         for name, (table, entries) in tables.items():
-            sets[name] = encode_set(name, table, entries, data_args, stage, template, most_examples)
-            check_report(sets[name][1], data_args, stage)
+            kind = stage if name == "train" else eval_stage
+            sets[name] = encode_set(name, table, entries, data_args, kind, template, most_examples)
+            check_report(sets[name][1], data_args, kind)
             _tell(sets[name][1])
         if folder:
             saved.save(folder, sets, settings)

@@ -125,7 +125,8 @@ def encode_sets(config: Any, *, evaluate: bool = False, most_examples: int = EXA
         template,
         train=bool(data.dataset),
         # What is kept in tokenized_path is for training, too.
-        evaluate=evaluate or bool(data.tokenized_path and config.training.do_eval),
+        evaluate=evaluate or bool(data.tokenized_path and (config.training.do_eval or config.training.do_predict)),
+        predict=config.training.predict_with_generate,
         cache_dir=model.cache_dir,
         token=model.hf_hub_token,
         most_examples=most_examples,

@@ -22,10 +22,14 @@ NO_MATTER = (
 )
 
 
-def settings_of(data_args: Any, stage: str, seed: int, template: Template, *, evaluate: bool) -> dict[str, Any]:
-    """What encoded sets depend on, as JSON has it."""
+def settings_of(data_args: Any, stage: str, seed: int, template: Template, *, evaluated: str | None) -> dict[str, Any]:
+    """What encoded sets depend on, as JSON has it.
+
+    Args:
+      evaluated: the stage that evaluation sets are encoded for; None: there are none.
+    """
     given = {key: value for key, value in asdict(data_args).items() if key not in NO_MATTER}
-    made = given | {"stage": stage, "seed": seed, "tokenizer and template": template.key, "evaluation sets": evaluate}
+    made = given | {"stage": stage, "seed": seed, "tokenizer and template": template.key, "evaluation sets": evaluated}
     return json.loads(json.dumps(made, default=str))
 
 

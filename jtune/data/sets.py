@@ -27,11 +27,14 @@ def encode_set(
 ) -> tuple[Encoded, SetReport]:
     """Encode aligned rows and count what is left out.
 
+    Args:
+      stage: as of `encode_rows`, or "pt".
+
     Raises:
       DataError: a row is too long, and `overlong` is "error".
     """
     cutoff_len = data_args.cutoff_len
-    if data_args.packing and not (stage == "pt" and data_args.neat_packing):
+    if data_args.packing and stage != "predict" and not (stage == "pt" and data_args.neat_packing):
         cutoff_len -= 1  # LLaMA-Factory's packed rows end with one token of padding; only where packing is asked for
     shared = {
         "cutoff_len": cutoff_len,
@@ -40,7 +43,7 @@ def encode_set(
         "overwrite_cache": data_args.overwrite_cache,
     }
     policy = data_args.overlong
-    encoding = "truncate" if policy == "error" else policy
+    encoding = "truncate" if policy == "error" or (policy == "split" and stage == "predict") else policy
     if stage == "pt":
         packing = data_args.packing is None or data_args.packing
         neat = data_args.neat_packing

@@ -26,7 +26,7 @@ import numpy as np
 
 from jtune.data import chat_template
 from jtune.data.cache import tokenizer_key
-from jtune.data.chat_format import CONTENT, EOS, ChatFormat, Pieces, Special, Token, Turn, render
+from jtune.data.chat_format import CONTENT, EOS, ChatFormat, Pieces, Special, Token, Turn, ask, render
 from jtune.data.ids import Ids, TokenIds, gigatoken_ids, token_ids
 from jtune.data.template_table import TABLE
 from jtune.data.tokenizer import fix_special_tokens
@@ -42,8 +42,10 @@ class Template:
 
     Attributes:
       render: (messages, system, tools, *, discard_history) -> the pieces of each turn.
+      ask: (messages, system, tools) -> the pieces of a prompt; the last message is the one to be answered.
       eos_id, efficient_eos, preserve_thinking: what encoding needs to know (see `ChatFormat`).
       stop_ids: tokens that end an answer.
+      thought: what opens and closes the thinking of an answer.
       tool_format: how tools and calls are written; None: in the tokenizer's own way.
       backend: what tokenises: "huggingface", or "gigatoken" (see ids.py).
       key: changes with whatever the ids depend on, but for `day`, which only rows with tools may depend on.
@@ -52,11 +54,13 @@ class Template:
     name: str | None
     tokenizer: Any
     render: Callable[..., list[Turn]]
+    ask: Callable[..., Pieces]
     eos_id: int
     stop_ids: tuple[int, ...]
     key: str
     efficient_eos: bool = False
     preserve_thinking: bool = False
+    thought: tuple[str, str] = ("<think>", "</think>")
     day: Date | None = None
     tool_format: str | None = None
     backend: str = "huggingface"
@@ -76,6 +80,21 @@ class Template:
         turns = self.render(messages, system, tools)
         ids = self.tokenise([pieces for turn in turns for pieces in turn]).lists()
         return list(zip(ids[::2], ids[1::2]))
+
+    def prompt(
+        self, messages: Sequence[Mapping[str, str]], system: str | None = None, tools: str | None = None
+    ) -> list[int]:
+        """What the model is given to answer the last of `messages`, as it was when the model learned to answer it.
+
+        Args:
+          messages: as for `encode`, but the last is a question.
+
+        Raises:
+          DataError: the messages are no conversation that ends with a question, or tools or calls are not JSON.
+        """
+        if len(messages) % 2 == 0:
+            raise DataError(f"{len(messages)} messages: question and answer must alternate, and the last is a question")
+        return self.tokenise([self.ask(messages, system, tools)]).lists()[0]
 
     def tokenise(self, sequences: Sequence[Pieces]) -> Ids:
         """The ids of each sequence of pieces: every string is tokenised on its own, no special tokens are added.
@@ -128,6 +147,7 @@ def get_template(
     preserve_thinking: bool = False,
     date: Date | None = None,
     backend: str = "huggingface",
+    for_training: bool = True,
 ) -> Template:
     """The template `name`, or the tokenizer's own for None. Adds to `tokenizer` the special tokens that it needs.
 
@@ -141,6 +161,7 @@ def get_template(
       default_system: system message of rows that have none; "" for none.
       enable_thinking, preserve_thinking: see `ChatFormat`; only for templates of thinking models.
       backend: see `Template`.
+      for_training: False: only prompts are wanted, for which the tokenizer's own chat template need give no loss mask.
 
     Raises:
       ConfigError: an unknown name.
@@ -155,8 +176,11 @@ def get_template(
         fix_special_tokens(tokenizer)
         options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         own = partial(chat_template.render, tokenizer, default_system=default_system or "", options=options)
-        chat_template.check(tokenizer, own)
-        bound = _bind(None, tokenizer, own, (), f"{tokenizer.chat_template!r} {default_system!r} {options} {backend}")
+        if for_training:
+            chat_template.check(tokenizer, own)
+        own_ask = partial(chat_template.ask, tokenizer, default_system=default_system or "", options=options)
+        key = f"{tokenizer.chat_template!r} {default_system!r} {options} {backend}"
+        bound = _bind(None, tokenizer, own, own_ask, (), key)
         return replace(bound, backend=backend)
 
     form = chat_format(name)
@@ -173,22 +197,25 @@ def get_template(
     if own is not None and (difference := chat_template.difference(tokenizer, own, form)):
         log.info("template %s is not the model's own chat template: it writes %s", name, difference)
     day = date or Date.today()  # one day for the whole run, also over midnight
-    template = _bind(name, tokenizer, partial(render, replace(form, day=day)), form.stop_words, f"{form} {backend}")
+    today = replace(form, day=day)
+    template = _bind(name, tokenizer, partial(render, today), partial(ask, today), form.stop_words, f"{form} {backend}")
     return replace(
         template,
         backend=backend,
         efficient_eos=form.efficient_eos,
         preserve_thinking=form.preserve_thinking,
+        thought=form.thought,
         day=day,
         tool_format=form.tool_format,
     )
 
 
-def template_of(data_args: Any, tokenizer: Any) -> Template:
+def template_of(data_args: Any, tokenizer: Any, *, for_training: bool = True) -> Template:
     """`get_template` of the arguments of a run.
 
     Args:
       data_args: with LLaMA-Factory's names (jtune.config.DataArguments).
+      for_training: see `get_template`.
     """
     return get_template(
         data_args.template,
@@ -198,6 +225,7 @@ def template_of(data_args: Any, tokenizer: Any) -> Template:
         enable_thinking=data_args.enable_thinking,
         preserve_thinking=data_args.preserve_thinking,
         backend=data_args.tokenizer_backend,
+        for_training=for_training,
     )
 
 
@@ -212,12 +240,15 @@ def chat_format(name: str) -> ChatFormat:
     raise ConfigError(f"template {name!r} is unknown: {_near(name, TABLE)}")
 
 
-def _bind(name: str | None, tokenizer: Any, render: Callable, stop_words: Sequence[str], key: str) -> Template:
+def _bind(
+    name: str | None, tokenizer: Any, render: Callable, ask: Callable, stop_words: Sequence[str], key: str
+) -> Template:
     stops = {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(word) for word in stop_words)}
     return Template(
         name=name,
         tokenizer=tokenizer,
         render=render,
+        ask=ask,
         eos_id=tokenizer.eos_token_id,
         stop_ids=tuple(sorted(stops)),
         key=f"{key} {tokenizer_key(tokenizer)}",

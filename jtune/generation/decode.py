@@ -18,6 +18,7 @@ from jtune.generation.forward import read_prompt, read_token
 from jtune.generation.sampling import Sampling, penalised, pick
 from jtune.models import CausalLM
 from jtune.models.decoder import Cache
+from jtune.sharding import batch_shards, spread
 
 BUCKET = 64  # prompts and answers are given room in steps of it, so that few shapes are compiled
 
@@ -67,13 +68,14 @@ def generate(
     check_length(model, max(map(len, prompts), default=0) + s.max_new_tokens)
     keys = row_keys(prompts, seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike with alike: less padding
+    batch_size = divisible(model, min(batch_size, len(order)))
     answers: dict[int, list[int]] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         # The last batch is filled up with its first prompt, so that it has the shape of the others.
-        filled = rows + rows[:1] * (min(batch_size, len(order)) - len(rows))
+        filled = rows + rows[:1] * (batch_size - len(rows))
         input_ids, mask = pad([prompts[i] for i in filled])
-        found = np.asarray(answer(model, s, params, input_ids, mask, keys[jnp.asarray(filled)]))
+        found = np.asarray(spread.whole(answer(model, s, params, input_ids, mask, keys[np.asarray(filled)])))
         answers |= {i: [int(t) for t in row if t >= 0] for i, row in zip(rows, found)}
     return [answers[i] for i in range(len(prompts))]
 
@@ -87,8 +89,10 @@ def stream(
     if s.num_beams > 1:  # it knows no token before it knows them all
         yield from generate(model, params, [prompt], s, seed=seed)[0]
         return
-    input_ids, mask = pad([prompt])
-    state = first(model, s, params, input_ids, mask, row_keys([prompt], seed))
+    # Twice as much room each time: a conversation that grows is compiled a few times, not with every turn.
+    rows = [prompt] * divisible(model, 1)
+    input_ids, mask = pad(rows, BUCKET << ((len(prompt) - 1) // BUCKET).bit_length())
+    state = first(model, s, params, input_ids, mask, row_keys(rows, seed))
     for i in range(s.max_new_tokens):
         state = following(model, s, params, state)
         token = int(state.tokens[0, i])
@@ -97,9 +101,16 @@ def stream(
         yield token
 
 
-def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts in one array, filled up on the right to a multiple of `BUCKET`, and where they are; int32 `[B, T]`."""
-    width = -(-max(map(len, prompts)) // BUCKET) * BUCKET
+def divisible(model: CausalLM, rows: int) -> int:
+    """The number of rows, made larger so that the devices of the model's mesh can each take as many."""
+    shards = batch_shards(model.mesh) if model.mesh is not None else 1
+    return -(-rows // shards) * shards
+
+
+def pad(prompts: Sequence[Sequence[int]], width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts in one array, filled up on the right to `width` (default: a multiple of `BUCKET`), and where they are;
+    int32 `[B, T]`."""
+    width = width or -(-max(map(len, prompts)) // BUCKET) * BUCKET
     input_ids, mask = np.zeros((2, len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         input_ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1

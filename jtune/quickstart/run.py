@@ -5,16 +5,12 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from shutil import which
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from jtune.config import load_config
-from jtune.data import Template, get_template, load_tokenizer
+from jtune.data import get_template, load_tokenizer
+from jtune.generation import Sampling, generate
 from jtune.interop.load import load_model
 from jtune.quickstart.make_data import FOLDER as DATA
 from jtune.quickstart.make_model import FOLDER as MODEL
@@ -23,7 +19,7 @@ from jtune.train.run import run as train
 log = logging.getLogger("jtune")
 
 SHOWN = 5  # answers printed at the end
-LONGEST = 64  # tokens of a question and its answer
+LONGEST = 32  # tokens of an answer
 
 
 def run(argv: Sequence[str] = ()) -> int:
@@ -58,6 +54,7 @@ def run(argv: Sequence[str] = ()) -> int:
         "the model:     %s, which transformers loads too\n"
         "the run:       %s\n"
         "look at it:    %s data %s\n"
+        "talk to it:    %s chat %s\n"
         "change it:     %s train %s num_train_epochs=3 output_dir=out/shorter\n"
         "your own data: see README.md",
         len((DATA / "dates_test.jsonl").read_text().splitlines()),
@@ -66,6 +63,8 @@ def run(argv: Sequence[str] = ()) -> int:
         time.monotonic() - began,
         output / "training_loss.png",
         output,
+        case,
+        command,
         case,
         command,
         case,
@@ -94,23 +93,10 @@ def show_answers(model_folder: Path, questions: Path) -> None:
     model, params = load_model(str(model_folder))
     tokenizer = load_tokenizer(str(model_folder))
     template = get_template("chatml", tokenizer)
-    answer = partial(_answer, jax.jit(model.apply), params, template)
-    for line in questions.read_text().splitlines()[:SHOWN]:
-        row = json.loads(line)
-        given = answer(f"{row['instruction']}\n{row['input']}")
-        verdict = "" if given == row["output"] else f"   (expected: {row['output']})"
-        log.info("  %-34s %-12s -> %s%s", row["instruction"], row["input"], given, verdict)
-
-
-def _answer(apply: Any, params: Any, template: Template, question: str) -> str:
-    """The likeliest answer, token by token. Rows of one length, so that it is compiled once."""
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
-    ids = list(template.encode(messages)[-1][0])
-    start = len(ids)
-    while len(ids) < LONGEST:
-        row = jnp.asarray([ids + [0] * (LONGEST - len(ids))], jnp.int32)
-        token = int(jnp.argmax(apply({"params": params}, row)[0, len(ids) - 1]))
-        if token in template.stop_ids:
-            break
-        ids.append(token)
-    return template.tokenizer.decode(ids[start:])
+    rows = [json.loads(line) for line in questions.read_text().splitlines()[:SHOWN]]
+    asked = [[{"role": "user", "content": f"{row['instruction']}\n{row['input']}"}] for row in rows]
+    greedy = Sampling(max_new_tokens=LONGEST, eos_ids=template.stop_ids)
+    answers = generate(model, params, [template.prompt(messages) for messages in asked], greedy)
+    for row, answer in zip(rows, map(tokenizer.decode, answers)):
+        verdict = "" if answer == row["output"] else f"   (expected: {row['output']})"
+        log.info("  %-34s %-12s -> %s%s", row["instruction"], row["input"], answer, verdict)

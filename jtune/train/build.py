@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jtune import tuning
 from jtune.config import DataArguments, FinetuningArguments, ModelArguments, TrainingArguments
-from jtune.data import Encoded, EvalPlan, Plan, eval_batches, packing_windows
+from jtune.data import Encoded, EvalBatch, EvalPlan, Plan, eval_batches, packing_windows
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft
 from jtune.models import CausalLM, DecoderConfig, abstract_params, attention, init_params, logical_axes
@@ -33,7 +33,7 @@ from jtune.sharding import (
 )
 from jtune.sharding.mesh import AXES
 from jtune.train.digest import digests, named_leaves
-from jtune.train.evaluate import evaluate, make_eval_step
+from jtune.train.evaluate import ExampleSums, evaluate, make_eval_step
 from jtune.train.ledger import Ledger
 from jtune.train.loop import Cadence, Improvement
 from jtune.train.optimizer import make_optimizer
@@ -369,33 +369,45 @@ def make_evaluation(
     accuracy: bool,
 ) -> Callable[[Any], dict[str, float]]:
     """`measure(params)`: the metrics of every evaluation set, under `eval_` or `eval_<name>_`."""
-    shards = batch_shards(mesh)
-    rows, everywhere = batch_sharding(mesh, accumulated=False), replicated(mesh)
-
-    def place(arrays: Any) -> Any:
-        return jax.tree.map(lambda x: spread.put(x, rows), arrays)
-
-    def prepare(encoded: Encoded) -> tuple[EvalPlan, Callable]:
-        plan = eval_batches(
+    prepared = {
+        name: prepare_evaluation(
+            module,
             encoded,
+            mesh,
             stage=stage,
             per_device_batch_size=per_device_batch_size,
-            batch_shards=shards,
             packing=packing,
             cutoff_len=data.cutoff_len,
             windows=packing_windows(encoded, data, stage),
         )
-        check_row_length(mesh, plan.shape[1])
-        step = make_eval_step(module, label_capacity=plan.label_capacity, batch_shards=shards, slots=plan.slots)
-        return plan, jax.jit(step, out_shardings=everywhere)
-
-    prepared = {name: prepare(encoded) for name, encoded in sets.items()}
+        for name, encoded in sets.items()
+    }
 
     def measure(params: Any) -> dict[str, float]:
         found: dict[str, float] = {}
         for name, (plan, step) in prepared.items():
-            call = lambda batch, step=step: step(params, *place((batch.arrays, batch.example)))
-            found |= evaluate(call, plan, prefix=f"eval_{name}".rstrip("_"), accuracy=accuracy)
+            found |= evaluate(partial(step, params), plan, prefix=f"eval_{name}".rstrip("_"), accuracy=accuracy)
         return found
 
     return measure
+
+
+def prepare_evaluation(
+    module: CausalLM, encoded: Encoded, mesh: Mesh, *, per_device_batch_size: int, **how: Any
+) -> tuple[EvalPlan, Callable[[Any, EvalBatch], ExampleSums]]:
+    """The batches of an evaluation over `encoded`, and `step(params, batch)`: the sums of the examples in one of them.
+
+    Args:
+      how: as of `jtune.data.eval_batches`.
+    """
+    shards = batch_shards(mesh)
+    rows, everywhere = batch_sharding(mesh, accumulated=False), replicated(mesh)
+    plan = eval_batches(encoded, per_device_batch_size=per_device_batch_size, batch_shards=shards, **how)
+    check_row_length(mesh, plan.shape[1])
+    sums = make_eval_step(module, label_capacity=plan.label_capacity, batch_shards=shards, slots=plan.slots)
+    compiled = jax.jit(sums, out_shardings=everywhere)
+
+    def step(params: Any, batch: EvalBatch) -> ExampleSums:
+        return compiled(params, *jax.tree.map(lambda x: spread.put(x, rows), (batch.arrays, batch.example)))
+
+    return plan, step

@@ -70,6 +70,16 @@ def make_eval_step(model: CausalLM, *, label_capacity: int, batch_shards: int, s
     return eval_step
 
 
+def example_sums(eval_step: Callable[[EvalBatch], ExampleSums], plan: EvalPlan) -> ExampleSums:
+    """The sums of all examples, float64 `[n]` on the host."""
+    totals = ExampleSums(*(np.zeros(len(plan.encoded)) for _ in range(3)))
+    running = [(batch.indices, eval_step(batch)) for batch in plan]  # dispatched, not awaited
+    for indices, sums in running:
+        for total, part in zip(totals, jax.device_get(sums)):
+            total[indices] = part[: len(indices)]
+    return totals
+
+
 def evaluate(
     eval_step: Callable[[EvalBatch], ExampleSums], plan: EvalPlan, *, prefix: str, accuracy: bool
 ) -> dict[str, float]:
@@ -81,13 +91,8 @@ def evaluate(
     """
     began = time.monotonic()
     count = len(plan.encoded)
-    totals = ExampleSums(*(np.zeros(count) for _ in range(3)))
-    running = [(batch.indices, eval_step(batch)) for batch in plan]  # dispatched, not awaited
-    for indices, sums in running:
-        for total, part in zip(totals, jax.device_get(sums)):
-            total[indices] = part[: len(indices)]
+    nll, tokens, correct = example_sums(eval_step, plan)
     seconds = max(1e-9, time.monotonic() - began)
-    nll, tokens, correct = totals
     loss = plan.mean_loss(nll, tokens)
     found = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
     if accuracy:

@@ -4,13 +4,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["train_begin", "step", "log", "evaluate", "save", "train_end"]
+Kind = Literal["train_begin", "step", "log", "evaluate", "samples", "save", "train_end"]
 Ask = Literal["save", "evaluate", "stop"]
 
 
 @dataclass(frozen=True)
 class Event:
-    """One event. `record` is what was logged or measured: the training log of `log`, the metrics of `evaluate`."""
+    """One event. `record` is what was logged or measured: the training log of `log`, the metrics of `evaluate`; of
+    `samples`, a list of {prompt, predict, label}.
+    """
 
     kind: Kind
     step: int  # updates done

@@ -95,6 +95,7 @@ class Hooks(NamedTuple):
     poll: Callable[[], None]  # between updates
     explain: Callable[[int], str]  # 0-based update -> which rows it holds, for the message of a non-finite stop
     rates: Callable[[float], dict[str, float]] = lambda speed: {"tokens_per_second": speed}  # what follows from it
+    samples: Callable[[Any], list[dict[str, str]]] | None = None  # state -> answers to look at, at each evaluation
     agree: Callable[[bool], bool] = bool  # once for every update: was any process told to stop (`spread.agreement`)
 
 
@@ -205,7 +206,7 @@ def run_loop(
 
     event("train_begin")
     try:
-        if cadence.eval_on_start and progress.step == 0 and hooks.evaluate is not None:
+        if cadence.eval_on_start and progress.step == 0:
             with ledger.spent("evaluation"):
                 _evaluate(state, progress, hooks, improvement, event)
         outcome = "done"
@@ -227,7 +228,7 @@ def run_loop(
                     asked |= read(queue.popleft())
                 due |= asked & {"evaluate", "save"}
 
-                if "evaluate" in due and hooks.evaluate is not None:
+                if "evaluate" in due:
                     with ledger.spent("evaluation"):
                         better, more = _evaluate(state, progress, hooks, improvement, event)
                     asked |= more
@@ -279,9 +280,14 @@ def _count_bad(progress: Progress, step: int, metrics: Metrics, hooks: Hooks) ->
 
 
 def _evaluate(state, progress: Progress, hooks: Hooks, improvement: Improvement, event) -> tuple[bool, set[Ask]]:
-    assert hooks.evaluate is not None
+    where = {"epoch": hooks.epoch_at(progress.step), "step": progress.step}
+    asked: set[Ask] = set()
+    if hooks.samples is not None:
+        asked |= event("samples", where | {"samples": hooks.samples(state)})
+    if hooks.evaluate is None:
+        return False, asked
     metrics = hooks.evaluate(state)
-    record = metrics | {"epoch": hooks.epoch_at(progress.step), "step": progress.step}
+    record = metrics | where
     progress.log_history.append(record)
     value = metrics.get(improvement.metric)
     better = False
@@ -291,4 +297,4 @@ def _evaluate(state, progress: Progress, hooks: Hooks, improvement: Improvement,
         if better:
             progress.best_metric, progress.best_step = value, progress.step
     progress.evaluations_without_gain = 0 if better else progress.evaluations_without_gain + 1
-    return better, event("evaluate", record)
+    return better, asked | event("evaluate", record)

@@ -84,7 +84,9 @@ def clear(output_dir: Path) -> None:
     for name in (
         "trainer_log.jsonl",
         "trainer_state.json",
-        *(f"{kind}_results.json" for kind in ("all", "train", "eval")),
+        "eval_samples.jsonl",
+        "generated_predictions.jsonl",
+        *(f"{kind}_results.json" for kind in ("all", "train", "eval", "predict")),
     ):
         (output_dir / name).unlink(missing_ok=True)
 

@@ -27,6 +27,7 @@ log = logging.getLogger("jtune")
 
 # Fields of a log record that are counts and times of jtune's own; Trainer's records do not have them.
 _NOT_PLOTTED = ("step", "epoch")
+SHOWN = 100  # characters of a prompt that are shown with an answer to it
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -54,6 +55,26 @@ def finish_evaluation(metrics: dict[str, float], output_dir: Path) -> None:
     """Write `eval_results.json` and say what was measured."""
     save_results(output_dir, "eval", metrics)
     log.info("evaluation: %s", "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+
+
+def finish_prediction(lines: list[dict[str, str]], metrics: dict[str, float], output_dir: Path) -> None:
+    """Write `generated_predictions.jsonl` and `predict_results.json`, and say what was measured."""
+    path = output_dir / "generated_predictions.jsonl"
+    if hosts.is_first():
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        partial.replace(path)
+    save_results(output_dir, "predict", metrics)
+    log.info("answers: %s", path)
+    log.info("prediction: %s", "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+
+
+def describe_sample(line: Mapping[str, str]) -> str:
+    """A prompt, what was answered, and what was expected, for a person to look at."""
+    prompt, answer, label = (" ".join(line[key].split()) for key in ("prompt", "predict", "label"))
+    prompt = prompt if len(prompt) <= SHOWN else f"... {prompt[-SHOWN:]}"
+    return f"  {prompt}\n    answer:   {answer[: 2 * SHOWN]}\n    expected: {label[: 2 * SHOWN]}"
 
 
 def train_summary(
@@ -99,6 +120,8 @@ def subscribers(training: TrainingArguments, output_dir: Path, start: int, max_s
     if not hosts.is_first():
         return []
     found = [log_file(output_dir / "trainer_log.jsonl", start)]
+    if training.eval_samples:
+        found.append(samples_file(output_dir / "eval_samples.jsonl", start))
     if training.profile_steps is not None:
         first, last = map(int, training.profile_steps.split("-"))
         found.append(profile(output_dir / "profile", first, last, start))
@@ -158,13 +181,33 @@ def _hms(seconds: float) -> str:
     return str(timedelta(seconds=int(seconds)))
 
 
+def _cut(path: Path, key: str, start_step: int) -> None:
+    """Leave the lines of a log up to `start_step`: a resumed run goes on after its checkpoint, and later lines belong
+    to the run that was cut short.
+    """
+    if path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line).get(key, 0) <= start_step]
+        path.write_text("".join(line + "\n" for line in kept if start_step), encoding="utf-8")
+
+
+def samples_file(path: Path, start_step: int) -> Subscriber:
+    """Append each sampled answer to `eval_samples.jsonl`: step, and prompt, predict and label as of predictions."""
+    _cut(path, "step", start_step)
+
+    def subscriber(event: Event) -> None:
+        if event.kind == "samples":
+            with path.open("a", encoding="utf-8") as file:
+                for line in event.record["samples"]:
+                    file.write(json.dumps({"step": event.step, **line}, ensure_ascii=False) + "\n")
+
+    return subscriber
+
+
 def log_file(path: Path, start_step: int) -> Subscriber:
     """Append each logged record to `trainer_log.jsonl`, with LLaMA-Factory's field names."""
     clock = Clock(start_step)
-    if path.exists():  # a resumed run goes on after its checkpoint: later lines belong to the run that was cut short
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line).get("current_steps", 0) <= start_step]
-        path.write_text("".join(line + "\n" for line in kept if start_step))
+    _cut(path, "current_steps", start_step)
 
     def subscriber(event: Event) -> None:
         if event.kind not in ("log", "evaluate", "train_end"):
@@ -216,6 +259,8 @@ def _describe(record: Mapping[str, Any]) -> str:
         "eval_loss": "eval loss {:.4f}",
         "eval_accuracy": "accuracy {:.4f}",
         "eval_exact_match": "exact match {:.1%}",
+        "eval_bleu-4": "BLEU-4 {:.2f}",
+        "eval_rouge-l": "ROUGE-L {:.2f}",
         "grad_norm": "grad norm {:.3g}",
         "learning_rate": "lr {:.3g}",
         "tokens_per_second": "{:,.0f} tok/s",
@@ -239,6 +284,8 @@ def progress_lines(start_step: int, out=None) -> Subscriber:
                 file=out,
                 flush=True,
             )
+        for line in event.record.get("samples", ()):
+            print(describe_sample(line), file=out, flush=True)
 
     return subscriber
 
@@ -274,6 +321,8 @@ def progress_bar(start_step: int, max_steps: int) -> Subscriber:
             bar.update(task, latest=_describe({k: v for k, v in event.record.items() if k != "grad_norm"}))
         if event.kind == "evaluate":
             bar.print(f"step {event.step}: {_describe(event.record)}")
+        for line in event.record.get("samples", ()):
+            bar.print(describe_sample(line), markup=False, highlight=False)
         if event.kind == "train_end":
             bar.stop()
 

@@ -30,13 +30,15 @@ from jtune.data import (
     template_of,
 )
 from jtune.errors import Preempted
+from jtune.generation.settings import describe as describe_sampling
+from jtune.generation.settings import read_generation_config, sampling_of
 from jtune.inspect import show
 from jtune.interop import hf
 from jtune.sharding import batch_shards, check_row_length, describe_unsplit, hosts, spread, unsplit
 from jtune.sharding.advice import largest, sound_remat
 from jtune.sharding.shapes import Shapes
 from jtune.sharding.topology import usable_memory
-from jtune.train import build, preflight, report
+from jtune.train import build, predict, preflight, report, similarity
 from jtune.train.checkpoint import Checkpointer, read_meta, restore, restore_newest
 from jtune.train.flops import flops_per_token
 from jtune.train.ledger import Ledger, describe, goodput, lost
@@ -57,11 +59,13 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
       JtuneError: see `jtune.errors` for the kinds and the exit codes they stand for.
     """
-    training, finetuning = config.training, config.finetuning
+    training, finetuning, generating = config.training, config.finetuning, config.generating
     ledger = Ledger()
     for note in config.notes:
         log.info("note: %s", note)
     build.check_schedule(training)
+    if training.predict_with_generate:
+        similarity.check_installed()
     output_dir = Path(training.output_dir)
     checkpoint = start_point(output_dir, training)
     preflight.check_processes(config, output_dir)
@@ -91,7 +95,7 @@ def run(config: Config) -> dict[str, Any]:
         log.info("%s", tuning.describe(model.params, model.mask))
     if config.model.print_param_status and hosts.is_first():
         show(model.params, model.mask)
-    measure = build.make_evaluation(
+    measure_loss = build.make_evaluation(
         model.module,
         splits.eval,
         mesh,
@@ -101,10 +105,42 @@ def run(config: Config) -> dict[str, Any]:
         data=config.data,
         accuracy=finetuning.compute_accuracy,
     )
-    if not training.do_train:
-        if training.do_eval:
-            report.finish_evaluation(measure(model.params), output_dir)
+    ask = samples = None
+    if training.predict_with_generate:
+        own = read_generation_config(folder)
+        sampling = sampling_of(generating, config.origins, own, predict.stop_ids(tokenizer))
+        log.info("answers: %s", describe_sampling(sampling))
+        ask = predict.make_prediction(
+            model.module,
+            splits.eval,
+            tokenizer,
+            sampling,
+            generating,
+            seed=training.seed,
+            batch_size=training.per_device_eval_batch_size * shards,
+        )
+    looked_at = next(iter(splits.eval.values()), splits.train)
+    if training.eval_samples and looked_at is not None:
+        samples = predict.make_samples(model.module, looked_at, training.eval_samples, tokenizer, generating)
+
+    def measure(params: Any) -> dict[str, float]:
+        found = measure_loss(params)
+        return predict.joined(found, ask(params, "eval")[1]) if ask else found
+
+    def finish(params: Any) -> dict[str, Any]:
+        """What is asked for of the finished model."""
+        if training.do_eval and splits.eval:
+            report.finish_evaluation(measure(params), output_dir)
+        if ask and training.do_predict:
+            answers, metrics = ask(params, "predict")
+            text = predict.lines(tokenizer, answers, skip_special_tokens=generating.skip_special_tokens)
+            report.finish_prediction(text, metrics, output_dir)
         return report.read_results(output_dir)
+
+    if not training.do_train:
+        for line in samples(model.params) if samples else ():
+            log.info("%s", report.describe_sample(line))
+        return finish(model.params)
 
     # ------------------------------------------------------------------ plan of all updates
     assert splits.train is not None
@@ -217,6 +253,7 @@ def run(config: Config) -> dict[str, Any]:
         tokens=plan.tokens,
         epoch_at=plan.epoch_at,
         evaluate=(lambda state: measure(whole(state))) if splits.eval else None,
+        samples=(lambda state: samples(whole(state))) if samples else None,
         save=save,
         poll=saver.poll,
         rates=rates,
@@ -261,10 +298,9 @@ def run(config: Config) -> dict[str, Any]:
     report.write_json(output_dir / "trainer_state.json", state_file())
     title = f"Training loss of {training.run_name or output_dir}"
     report.plot_losses(progress.log_history, output_dir / "training_loss.png", title)
-    if training.do_eval:
-        report.finish_evaluation(measure(params), output_dir)
+    results = finish(params)
     log.info("wrote %s", output_dir)
-    return report.read_results(output_dir)
+    return results
 
 
 def start_point(output_dir: Path, training: TrainingArguments) -> Path | None:
@@ -304,15 +340,18 @@ def load_data(config: Config, tokenizer: Any, vocab_size: int, first: bool = Tru
       first: False where another process has just encoded them into the same cache: `overwrite_cache` has been done.
     """
     data = config.data if first else dataclasses.replace(config.data, overwrite_cache=False)
-    template = template_of(data, tokenizer)
+    training = config.training
+    only_prompts = not training.do_train and training.predict_with_generate
+    template = template_of(data, tokenizer, for_training=not only_prompts)
     splits = load_datasets(
         data,
         config.finetuning.stage,
         config.training.seed,
         tokenizer,
         template,
-        train=config.training.do_train,
-        evaluate=config.training.do_eval,
+        train=training.do_train,
+        evaluate=training.do_eval or training.do_predict,
+        predict=training.predict_with_generate,
         cache_dir=config.model.cache_dir,
         token=config.model.hf_hub_token,
     )

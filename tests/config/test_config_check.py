@@ -78,7 +78,6 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
         ("use_badam=true", "finetuning_type: lora"),
         ("resize_vocab=true", "vocabulary"),
         ("rope_scaling=yarn", "config.json"),
-        ("do_predict=true", "do_eval"),
         ("push_to_hub=true", "hf upload"),
         ("group_by_length=true", "packing: true"),
         ("neftune_noise_alpha=5", "cross-entropy"),

@@ -1,0 +1,87 @@
+"""From the arguments of a run to a model that can be asked."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jtune import tuning
+from jtune.config import Config, ModelArguments
+from jtune.data import load_tokenizer
+from jtune.errors import ConfigError
+from jtune.interop import hf, peft
+from jtune.models import CausalLM, abstract_params, attention, logical_axes
+from jtune.models.families import decoder_config
+from jtune.sharding import check_experts, tree_shardings
+from jtune.train import build
+
+log = logging.getLogger("jtune")
+
+
+class Loaded(NamedTuple):
+    model: CausalLM
+    params: Any
+    tokenizer: Any
+    folder: Path  # of the model
+
+
+def load(config: Config) -> Loaded:
+    """The model and its adapters, not merged, on the devices that are there, split as the arguments `mesh_*` say.
+
+    Where no adapter is given, what the same arguments have trained is taken: see `trained`.
+
+    Raises:
+      ConfigError: there are no weights yet.
+      DataError: what is wrong with the files.
+    """
+    args = trained(config)
+    build.use_compile_cache(config.training.compile_cache_dir)
+    mesh = build.mesh_of(config.training)
+    folder = build.fetch_model(args)
+    source = hf.read_config(folder)
+    decoder = decoder_config(source)
+    check_experts(mesh, decoder.experts.count if decoder.experts else 0)
+    tokenizer = load_tokenizer(str(folder), split_special_tokens=args.split_special_tokens)
+    if args.infer_dtype == "auto":
+        dtype = build.compute_dtype(config.training, config.finetuning.pure_bf16, hf.stored_dtype(source))
+    else:
+        dtype = jnp.dtype(args.infer_dtype)
+    log.info("reading weights of %s", args.model_name_or_path)
+    shardings = tree_shardings(logical_axes(decoder), abstract_params(decoder), mesh)
+    params: Any = hf.load_params(folder, decoder, shardings=shardings)
+    for i, path in enumerate(args.adapter_name_or_path):
+        log.info("adapter %s", path)
+        params = tuning.lora.merge(params) if i else params
+        params, _ = peft.load_adapter(params, decoder, path, subfolder=args.adapter_folder, **args.hub)
+    smaller = lambda x: x.astype(dtype) if dtype.itemsize < x.dtype.itemsize else x
+    params = jax.device_put(jax.tree.map(smaller, params), build.placement(params, decoder, mesh))
+    backend, _ = attention.choose(
+        args.flash_attn, mesh.devices.flat[0].platform, sinks=decoder.sinks, alibi=decoder.alibi is not None
+    )
+    return Loaded(CausalLM(decoder, dtype=dtype, attention=backend, mesh=mesh), params, tokenizer, folder)
+
+
+def trained(config: Config) -> ModelArguments:
+    """Which model is meant: of a training file without an adapter, the one that it has trained, if it has.
+
+    Raises:
+      ConfigError: the file trains a model from random weights, and has not yet.
+    """
+    args, out = config.model, Path(config.training.output_dir)
+    asked = config.training.do_train or "output_dir" in config.origins
+    if asked and not args.adapter_name_or_path:
+        if config.finetuning.finetuning_type == "lora" and (out / peft.CONFIG).exists():
+            log.info("the adapter is the one in output_dir, %s", out)
+            return replace(args, adapter_name_or_path=(str(out),), adapter_folder=None)
+        if config.finetuning.finetuning_type != "lora" and (out / "config.json").exists():
+            log.info("the model is the one in output_dir, %s", out)
+            return replace(args, model_name_or_path=str(out))
+    if args.train_from_scratch:
+        raise ConfigError(
+            f"train_from_scratch: {args.model_name_or_path} has no weights, and there is no model in output_dir "
+            f"({out}) yet: `jtune train` writes one there"
+        )
+    return args
