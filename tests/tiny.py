@@ -29,6 +29,19 @@ OLMO3 = {
     "full_attention": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 64},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+DELTA = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,  # another than that of keys
+}
+QWEN_EXPERTS = {
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
 FAMILIES = {
     "llama": {"rope_parameters": LLAMA3},
     "arcee": {"head_dim": 16},
@@ -97,6 +110,9 @@ FAMILIES = {
         "mlp_only_layers": [0],
     },
     "qwen3_moe": {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "qwen3_next": DELTA | QWEN_EXPERTS,
+    "qwen3_5_text": DELTA,
+    "qwen3_5_moe_text": DELTA | QWEN_EXPERTS,
     "seed_oss": {"head_dim": 16},
     "smollm3": {},
     "stablelm": {},
@@ -123,9 +139,11 @@ def make_model(family: str, seed: int = 0, **changes):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
     rng = np.random.default_rng(seed)
     with torch.no_grad():
-        for _, p in sorted(model.named_parameters()):
+        for name, p in sorted(model.named_parameters()):
             x = torch.from_numpy(rng.standard_normal(p.shape, dtype=np.float32))
             p.add_(0.1 * x) if p.ndim == 1 else p.copy_(x / np.sqrt(p.shape[-1]))
+            if name.endswith("A_log"):  # states that last: one token's query and key alone may be near to orthogonal,
+                p.copy_(0.5 * x - 2)  # and what is near to zero has no direction, which is all that a norm leaves
         for name, b in sorted(model.named_buffers()):
             if name.endswith("e_score_correction_bias"):
                 b.copy_(torch.from_numpy(0.2 * rng.standard_normal(b.shape, dtype=np.float32)))

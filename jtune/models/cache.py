@@ -1,4 +1,4 @@
-"""What decoding remembers of the tokens so far: for each layer, keys and values, or what they are made from.
+"""What decoding remembers of the tokens so far: for each layer, keys and values, what they are made from, or a state.
 
 The slot of a token follows from its position in its own sequence alone, `position mod slots`, so padding takes none,
 left or right, and a layer with a window needs no more slots than the window is long.
@@ -6,18 +6,34 @@ left or right, and a layer with a window needs no more slots than the window is 
 Shape suffixes: R layers of a stack that are alike, B batch, T new tokens, S slots.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jtune.models.config import DecoderConfig, Layer
 
-Entry = dict[str, jax.Array]  # [R, B, S, ...] each
+Entry = dict[str, jax.Array]  # [R, B, S, ...] each; of a linear layer [R, B, ...]
+
+
+class Remembered(NamedTuple):
+    """The cache of a stack of layers, and which of them this is."""
+
+    entry: Entry
+    index: jax.Array
 
 
 def layer_cache(config: DecoderConfig, layer: Layer, repeats: int, batch: int, slots: int, dtype: Any) -> Entry:
     """An empty cache of `repeats` layers of one kind."""
+    if layer.linear:
+        assert config.delta is not None
+        d = config.delta
+        channels = 2 * d.key_heads * d.key_dim + d.value_heads * d.value_dim
+        return {
+            "inputs": jnp.zeros((repeats, batch, d.taps - 1, channels), dtype),  # of the convolution
+            # The state adds up over all tokens, in float32.
+            "state": jnp.zeros((repeats, batch, d.value_heads, d.key_dim, d.value_dim), jnp.float32),
+        }
     if layer.window is not None:
         slots = min(slots, layer.window)
     empty = lambda *shape: jnp.zeros((repeats, batch, slots, *shape), dtype)

@@ -31,6 +31,7 @@ class Layer:
     window: int | None = None  # how many tokens a token sees, itself included; None: all
     rope: int | None = 0  # which of DecoderConfig.ropes turns its queries and keys; None: none
     sparse: bool = False  # a mixture of experts in the place of the MLP
+    linear: bool = False  # the gated delta rule in the place of attention
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,18 @@ class Latent:
     rope_dim: int  # of a query or key, that turns; one such key serves all heads
     value_dim: int
     q_rank: int | None = None  # None: queries come straight from the hidden state
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The gated delta rule (arXiv:2412.06464) of the layers that have no attention."""
+
+    key_heads: int  # of queries as well; each serves as many value heads as there are more of these
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int  # how many tokens the convolution sees, the last one included
+    joined: bool  # one kernel for queries, keys, values and gates, by key head, and one for betas and decays; or four
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class DecoderConfig:
 
     >>> DecoderConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
     ...               num_attention_heads=4, num_key_value_heads=2, head_dim=16).layers
-    (Layer(window=None, rope=0, sparse=False), Layer(window=None, rope=0, sparse=False))
+    (Layer(window=None, rope=0, sparse=False, linear=False), Layer(window=None, rope=0, sparse=False, linear=False))
     """
 
     vocab_size: int
@@ -115,7 +128,9 @@ class DecoderConfig:
     attention_scale: float | None = None  # default: 1 / sqrt(head_dim)
     attention_softcap: float | None = None  # cap * tanh(scores / cap)
     sinks: bool = False  # a learned score for each head that takes weight and gives nothing
+    attention_gate: bool = False  # what attention gives is weighted by a sigmoid, which queries' kernel has besides
     latent: Latent | None = None
+    delta: Delta | None = None  # of the layers that are linear
     # MLP
     mlp: Literal["gated", "joined", "interleaved", "plain"] = "gated"  # gate and up: two kernels, one; or no gate
     mlp_bias: bool = False

@@ -17,9 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from jtune.models import cache as caches
 from jtune.models.attention import RESIDUALS as ATTENTION_RESIDUALS
+from jtune.models.cache import Remembered
 from jtune.models.config import DecoderConfig
 from jtune.models.kernels import Linear, matmul, parameter
-from jtune.models.layer import ATTENDED, LAYER_INPUT, DecoderLayer, Remembered, Shared, norm
+from jtune.models.layer import ATTENDED, LAYER_INPUT, DecoderLayer, Shared, norm
 from jtune.models.moe import Load
 from jtune.models.rope import cos_sin
 from jtune.sharding import constrain, divides, spec
@@ -337,7 +338,7 @@ def _no_load(config: DecoderConfig) -> Load | None:
 def runs(config: DecoderConfig) -> list[range]:
     """The layers of each stack: runs of layers that have the same parameters."""
     found, start = [], 0
-    for _, group in groupby(config.layers, key=lambda layer: layer.sparse):
+    for _, group in groupby(config.layers, key=lambda layer: (layer.sparse, layer.linear)):
         stop = start + len(list(group))
         found.append(range(start, stop))
         start = stop

@@ -1,4 +1,4 @@
-"""One layer of the decoder: attention, an MLP or experts, and the norms between them.
+"""One layer of the decoder: attention or the delta rule, an MLP or experts, and the norms between them.
 
 Shape suffixes: B batch, T tokens, D embed, H query heads, K key/value heads, R rank of a latent vector.
 """
@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 
 from jtune.models import cache as caches
 from jtune.models.attention import alibi_bias, attend, attend_cached
+from jtune.models.cache import Remembered
 from jtune.models.config import DecoderConfig, Layer
+from jtune.models.delta import GatedDelta
 from jtune.models.kernels import Linear, parameter
 from jtune.models.mlp import MLP
 from jtune.models.moe import MoE
@@ -33,13 +35,6 @@ class Shared(NamedTuple):
     turns: tuple[Any, ...]  # of each of DecoderConfig.ropes: (cos, sin), float32 [B, T, 1, frequencies]
     positions: jax.Array  # int32 [B, T]
     segment_ids: jax.Array  # int32 [B, T]
-
-
-class Remembered(NamedTuple):
-    """The cache of a stack of layers, and which of them this is."""
-
-    entry: caches.Entry
-    index: jax.Array
 
 
 class Norm(nn.Module):
@@ -92,7 +87,7 @@ class Attention(nn.Module):
     def __call__(self, x_BTD: jax.Array, shared: Shared, remembered: Remembered | None = None):
         """What attention gives, `[batch, seq, embed]`, and the cache with the new tokens in it."""
         c = self.config
-        q_BTHD, new = (self._latent if c.latent else self._plain)(x_BTD, shared)
+        q_BTHD, new, gate = (self._latent if c.latent else self._plain)(x_BTD, shared)
         fixed: dict[str, Any] = {
             "scale": c.qk_dim**-0.5 if c.attention_scale is None else c.attention_scale,
             "window": self.layer.window,
@@ -128,6 +123,8 @@ class Attention(nn.Module):
             )
             out = place(out, "heads")
         joined = checkpoint_name(out.reshape(*x_BTD.shape[:-1], -1), ATTENDED)
+        if gate is not None:
+            joined = joined * jax.nn.sigmoid(gate)
         return Linear(c.hidden_size, ("heads", "embed"), use_bias=c.o_bias, name="o_proj")(joined), entry
 
     def _turn(self, x_BTHD: jax.Array, shared: Shared) -> jax.Array:
@@ -136,13 +133,19 @@ class Attention(nn.Module):
         cos_BT1F, sin_BT1F = shared.turns[self.layer.rope]
         return rotate(x_BTHD, cos_BT1F, sin_BT1F, self.config.ropes[self.layer.rope].interleaved)
 
-    def _plain(self, x_BTD: jax.Array, shared: Shared) -> tuple[jax.Array, caches.Entry]:
-        """Queries `[batch, seq, heads, head_dim]`, and the keys and values that a cache holds."""
+    def _plain(self, x_BTD: jax.Array, shared: Shared) -> tuple[jax.Array, caches.Entry, jax.Array | None]:
+        """Queries `[batch, seq, heads, head_dim]`; the keys and values that a cache holds; `[batch, seq, heads *
+        head_dim]`, the gate of what attention gives, if there is one."""
         c = self.config
         H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         linear = lambda n, axis, name: Linear(n * D, ("embed", axis), use_bias=c.qkv_bias, name=name)(x_BTD)
         split = lambda x, n: x.reshape(*x.shape[:-1], n, D)
-        if c.qkv == "separate":
+        gate = None
+        if c.attention_gate:  # of each head the query, then the gate
+            both = linear(2 * H, "heads", "q_proj").reshape(*x_BTD.shape[:-1], H, 2 * D)
+            q, gate = (x.reshape(*x_BTD.shape[:-1], -1) for x in jnp.split(both, 2, axis=-1))
+            k, v = linear(K, "kv_heads", "k_proj"), linear(K, "kv_heads", "v_proj")
+        elif c.qkv == "separate":
             q, k, v = linear(H, "heads", "q_proj"), linear(K, "kv_heads", "k_proj"), linear(K, "kv_heads", "v_proj")
         else:
             joined = linear(H + 2 * K, "heads", "qkv_proj")
@@ -164,9 +167,9 @@ class Attention(nn.Module):
         q, k = self._turn(q, shared), self._turn(k, shared)
         if normed and c.qk_norm_after_rope:
             q, k = kind(name="q_norm")(q), kind(name="k_norm")(k)
-        return q, {"k": k, "v": v}
+        return q, {"k": k, "v": v}, gate
 
-    def _latent(self, x_BTD: jax.Array, shared: Shared) -> tuple[jax.Array, caches.Entry]:
+    def _latent(self, x_BTD: jax.Array, shared: Shared) -> tuple[jax.Array, caches.Entry, None]:
         c, latent = self.config, self.config.latent
         assert latent is not None
         down = lambda n, name: Linear(n, ("embed", None), use_bias=c.qkv_bias, name=name)(x_BTD)
@@ -182,7 +185,7 @@ class Attention(nn.Module):
         )
         rope_key = self._turn(rope_key[:, :, None, :], shared)[:, :, 0, :]
         q_BTHD = jnp.concatenate([q_nope, self._turn(q_rope, shared)], axis=-1)
-        return q_BTHD, {"latent": inner("kv_a_layernorm")(kv), "rope_key": rope_key}
+        return q_BTHD, {"latent": inner("kv_a_layernorm")(kv), "rope_key": rope_key}, None
 
     def _keys_values(self, held: caches.Entry) -> tuple[jax.Array, jax.Array]:
         """Keys and values of all heads, from what a cache holds of them."""
@@ -211,7 +214,11 @@ class DecoderLayer(nn.Module):
         named = partial(norm, c)
         settle = lambda x: constrain(x, self.mesh, "batch", "sequence", None)
         add = lambda x, y: settle(x + (y if c.residual_multiplier == 1.0 else y * c.residual_multiplier))
-        attention = Attention(c, self.layer, self.backend, self.mesh, name="self_attn")
+
+        def attention(x, shared, remembered):
+            if self.layer.linear:
+                return GatedDelta(c, self.mesh, name="linear_attn")(x, shared.segment_ids, remembered)
+            return Attention(c, self.layer, self.backend, self.mesh, name="self_attn")(x, shared, remembered)
 
         def feed_forward(x):
             if self.layer.sparse:

@@ -26,6 +26,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
     # activations; heads, kv_heads, mlp and vocab are the same ones
     "batch": BATCH_AXES,
     "sequence": ("context",),
+    "whole_row_heads": ("tensor", "context"),  # where no row can be split
     "shards": (*BATCH_AXES, "context"),  # labelled positions, dealt out to all who split tokens
     None: (),
 }

@@ -23,7 +23,9 @@ import jax
 import numpy as np
 
 from jtune.models import DecoderConfig
+from jtune.models.config import Layer
 from jtune.models.decoder import stacks
+from jtune.models.delta import delta_config
 
 # Dense bfloat16 FLOP/s of a chip, as its vendor states them, by jax's name of the kind (lower case, a part of it is
 # enough; the first that matches). TPU7x shows its two cores as two devices: half a chip's figure.
@@ -104,7 +106,7 @@ def flops_per_token(
     total = sum(_of_product(p, input_gradient=lowest < p.depth) for p in products)
     for number, layer in enumerate(config.layers):
         passes = 3 if lowest < number * _STAGES_OF_A_LAYER + _ATTENTION else 1  # the backward pass has four products
-        total += passes * _attention(config, layer.window, lengths)
+        total += passes * _mixing(config, layer, lengths)
     return total
 
 
@@ -112,12 +114,22 @@ def recomputed_per_token(config: DecoderConfig, params: Any, *, lengths: Sequenc
     """What `remat: full` computes a second time, the forward pass of all layers. It is not among the model FLOPs."""
     nothing = jax.tree.map(lambda _: False, params)
     products = sum(2 * (p.weights + p.adapter) for p in _products(config, params, nothing, 0.0))
-    return products + sum(_attention(config, layer.window, lengths) for layer in config.layers)
+    return products + sum(_mixing(config, layer, lengths) for layer in config.layers)
 
 
-def _attention(config: DecoderConfig, window: int | None, lengths: Sequence[int] | np.ndarray) -> float:
-    """The forward pass of one layer's attention: two products, of queries with keys and of weights with values."""
-    return 2 * config.num_attention_heads * (config.qk_dim + config.value_dim) * mean_attended(lengths, window)
+def _mixing(config: DecoderConfig, layer: Layer, lengths: Sequence[int] | np.ndarray) -> float:
+    """The forward pass of what mixes the tokens of one layer, without its products with parameters.
+
+    Attention is two products, of queries with keys and of weights with values. The gated delta rule takes the state
+    three times, however long the sequence is: what it gives for the key, what is written, what it gives for the query.
+    Its convolution has a product for each tap. That it is computed in chunks costs more, and is no model FLOPs.
+    """
+    if layer.linear:
+        d = delta_config(config)
+        channels = 2 * d.key_heads * d.key_dim + d.value_heads * d.value_dim
+        return 6 * d.value_heads * d.key_dim * d.value_dim + 2 * d.taps * channels
+    seen = mean_attended(lengths, layer.window)
+    return 2 * config.num_attention_heads * (config.qk_dim + config.value_dim) * seen
 
 
 def _of_product(p: Product, *, input_gradient: bool) -> float:
@@ -147,8 +159,8 @@ def _products(config: DecoderConfig, params: Any, mask: Any, label_share: float)
 
 def _stage(names: tuple[str, ...]) -> int:
     last = names[-1]
-    if names[0] == "self_attn":
-        return _OUT_OF_ATTENTION if last == "o_proj" else _INTO_ATTENTION
+    if names[0] in ("self_attn", "linear_attn"):
+        return _OUT_OF_ATTENTION if last in ("o_proj", "out_proj") else _INTO_ATTENTION
     return _OUT_OF_MLP if last == "down_proj" else _INTO_MLP
 
 

@@ -51,6 +51,6 @@ def decay_mask(trainable: PyTree) -> PyTree:
 
     def decays(path: Any, _: Any) -> bool:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        return names[-1] not in ("scale", "bias")
+        return names[-1] != "scale" and not names[-1].endswith("bias")
 
     return jax.tree_util.tree_map_with_path(decays, trainable)

@@ -8,7 +8,7 @@ import pytest
 
 from jtune import tuning
 from jtune.models import DecoderConfig, abstract_params
-from jtune.models.config import Experts
+from jtune.models.config import Delta, Experts, Layer
 from jtune.models.families import decoder_config
 from jtune.train.flops import flops_per_token, mean_attended, peak_flops, recomputed_per_token
 from jtune.tuning.freeze import freeze
@@ -113,6 +113,24 @@ def test_of_a_mixture_only_the_experts_of_a_token_count():
     nothing = jax.tree.map(lambda _: False, params)
     layer = Q + K + V + O + 2 * (GATE + UP + DOWN) + 8 * 4
     assert flops_per_token(config, params, nothing, lengths=[4]) == 3 * (2 * layer + ATTENTION) + 2 * HEAD
+
+
+def test_a_delta_layer_costs_the_same_in_rows_of_any_length():
+    delta = Delta(key_heads=2, value_heads=4, key_dim=2, value_dim=3, taps=4, joined=True)
+    layers = (Layer(linear=True), Layer(linear=True), Layer())
+    config = DecoderConfig(**{**vars(TINY), "delta": delta, "layers": layers})
+    params, mask = tuned(config, "full")
+    # q, k, v and their gate; beta and decay; out. The state of 4 heads, three times; 4 taps of q, k, v.
+    into, out, rule = 8 * (4 + 4 + 12 + 12) + 8 * 8, 12 * 8, 3 * 4 * 2 * 3 + 4 * 20
+    linear = 2 * (into + out + GATE + UP + DOWN + rule)
+    count = lambda mask, n: flops_per_token(config, params, mask, lengths=[n])
+    assert count(mask, 4) == 3 * (2 * linear + 2 * LAYER + ATTENTION + 2 * HEAD)
+    assert count(mask, 8) - count(mask, 4) == 3 * 4 * 8 * (4.5 - 2.5)
+    # Nothing below the last layer's attention has a gradient if only that layer trains.
+    frozen, last = tuned(config, "freeze", layers=1, modules=("all",), extra=())
+    nothing = jax.tree.map(lambda _: False, params)
+    backward = 2 * LAYER + 2 * (O + GATE + UP + DOWN) + 2 * ATTENTION + 2 * HEAD
+    assert flops_per_token(config, frozen, last, lengths=[4]) == count(nothing, 4) + backward
 
 
 def test_how_far_tokens_see():

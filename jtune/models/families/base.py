@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from jtune.errors import DataError
-from jtune.models.config import DecoderConfig, Experts, Layer, Rope
+from jtune.models.config import DecoderConfig, Delta, Experts, Layer, Rope
 
 Fields = dict[str, Any]  # of DecoderConfig
 
@@ -129,6 +129,22 @@ def windows(c: Asked) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
+def delta(c: Asked, *, joined: bool) -> Fields:
+    """Layers of the gated delta rule between those of full attention, whose output is gated."""
+    for kind in c["layer_types"]:
+        if kind not in ("full_attention", "linear_attention"):
+            raise DataError(f"config.json: layer_types: {kind!r} is not supported")
+    key_heads, value_heads = c["linear_num_key_heads"], c["linear_num_value_heads"]
+    if value_heads % key_heads:
+        raise DataError(f"config.json: linear_num_value_heads {value_heads} is no multiple of {key_heads} key heads")
+    dims = c["linear_key_head_dim"], c["linear_value_head_dim"]
+    return {
+        "delta": Delta(key_heads, value_heads, *dims, c["linear_conv_kernel_dim"], joined),
+        "layers": tuple(Layer(linear=kind == "linear_attention") for kind in c["layer_types"]),
+        "attention_gate": True,
+    }
+
+
 def sliding(c: Asked) -> Fields:
     """Layers that differ by their windows, and by their rotations where each kind of layer has its own."""
     if not _by_kind(c["rope_parameters"]):
@@ -153,7 +169,7 @@ def sparse_layers(c: Asked, layers: list[Layer]) -> tuple[Layer, ...]:
     """Which layers have experts: every `decoder_sparse_step`th, but for `mlp_only_layers`."""
     step, dense = c["decoder_sparse_step"], c["mlp_only_layers"] or ()
     is_sparse = lambda i: i not in dense and (i + 1) % step == 0
-    return tuple(Layer(layer.window, layer.rope, is_sparse(i)) for i, layer in enumerate(layers))
+    return tuple(replace(layer, sparse=is_sparse(i)) for i, layer in enumerate(layers))
 
 
 def rope(parameters: Mapping[str, Any], max_positions: int, head_dim: int, **fields: Any) -> Rope:

@@ -1,0 +1,234 @@
+"""The gated delta rule (arXiv:2412.06464), which a layer may have in the place of attention.
+
+A head keeps a matrix S, from keys to values, that is all it knows of the past. With each token it forgets some of it,
+and then corrects what it gives for the token's key, by a share beta of how far that is from the token's value:
+
+    S_t = a_t S_{t-1} + beta_t k_t (v_t - a_t S_{t-1}^T k_t)^T,    what is given: S_t^T q_t
+
+Shape suffixes: B batch, T tokens, D embed, M channels of the convolution, S taps of it, H value heads, K dimensions of
+a key, V dimensions of a value; in the rule: N chunks, C tokens of a chunk.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jtune.models.cache import Entry, Remembered
+from jtune.models.config import DecoderConfig
+from jtune.models.config import Delta as DeltaConfig
+from jtune.models.kernels import Linear, parameter
+from jtune.models.mlp import ACTIVATIONS
+from jtune.sharding import constrain
+
+CHUNK = 64  # tokens whose corrections are found at once
+
+# States add up over a whole row: on TPUs, products of float32 are otherwise rounded to bfloat16.
+_dot = partial(jnp.matmul, precision="high")
+
+
+class GatedDelta(nn.Module):
+    """Queries, keys and values through a short convolution, the gated delta rule, and a norm with a gate."""
+
+    config: DecoderConfig
+    mesh: Mesh | None = None
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, segment_ids_BT: jax.Array, remembered: Remembered | None = None
+    ) -> tuple[jax.Array, Entry | None]:
+        """What the rule gives, `[batch, seq, embed]`, and the cache with the new tokens in it."""
+        c, d = self.config, delta_config(self.config)
+        B, T, _ = x_BTD.shape
+        qkv_BTM, z_BTHV, beta_BTH, a_BTH = self._project(x_BTD)
+
+        run_BT, real_BT, state = number_runs(segment_ids_BT), segment_ids_BT > 0, None
+        if remembered is not None and T == 1:  # the token goes on from what the cache holds
+            held = {name: x[remembered.index] for name, x in remembered.entry.items()}
+            qkv_BTM = jnp.concatenate([held["inputs"].astype(x_BTD.dtype), qkv_BTM], axis=1)
+            run_BT, state = run_BT * 0, held["state"]
+            before = ((0, 0), (d.taps - 1, 0))
+            convolved = Convolution(d.taps, name="conv1d")(qkv_BTM, jnp.pad(run_BT, before))
+            inputs_BSM = qkv_BTM[:, 1:]
+        else:
+            convolved = Convolution(d.taps, name="conv1d")(qkv_BTM, run_BT)
+            inputs_BSM = last_inputs(qkv_BTM, run_BT, real_BT, d.taps - 1)
+        convolved = ACTIVATIONS[c.hidden_act](convolved[:, -T:]).astype(x_BTD.dtype)
+
+        # Rows are whole here: a state passes along all of its tokens. What splits them elsewhere splits heads instead.
+        heads = lambda x, n: constrain(
+            x.astype(jnp.float32).reshape(B, T, n, -1), self.mesh, "batch", None, "whole_row_heads", None
+        )
+        q, k, v = jnp.split(convolved, [d.key_heads * d.key_dim, 2 * d.key_heads * d.key_dim], axis=-1)
+        share = lambda x: jnp.repeat(heads(x, d.key_heads), d.value_heads // d.key_heads, axis=2)
+        q_BTHK, k_BTHK, v_BTHV = unit(share(q)) * d.key_dim**-0.5, unit(share(k)), heads(v, d.value_heads)
+        rate_H = jnp.exp(parameter(self, "A_log", _log_uniform, (d.value_heads,), (None,)).astype(jnp.float32))
+        bias_H = parameter(self, "dt_bias", nn.initializers.ones, (d.value_heads,), (None,)).astype(jnp.float32)
+        log_decay_BTH = -rate_H * jax.nn.softplus(a_BTH.astype(jnp.float32) + bias_H)
+        beta_BTH = jax.nn.sigmoid(beta_BTH.astype(jnp.float32))
+        log_decay_BTH, beta_BTH = (jnp.where(real_BT[..., None], x, 0.0) for x in (log_decay_BTH, beta_BTH))
+        out_BTHV, state = gated_delta_rule(
+            q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, run_BT, state, chunk=min(CHUNK, T)
+        )
+        normed = GatedNorm(c.norm_eps, name="norm")(out_BTHV.astype(x_BTD.dtype), z_BTHV).reshape(B, T, -1)
+        normed = constrain(normed, self.mesh, "batch", "sequence", "heads")
+        y_BTD = Linear(c.hidden_size, ("heads", "embed"), name="out_proj")(normed)
+        if remembered is None:
+            return y_BTD, None
+        new = {"inputs": inputs_BSM, "state": state}
+        entry = {name: x.at[remembered.index].set(new[name].astype(x.dtype)) for name, x in remembered.entry.items()}
+        return y_BTD, entry
+
+    def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """What the convolution takes, the gate of the norm, and of each head what becomes beta and the decay."""
+        d = delta_config(self.config)
+        B, T, _ = x_BTD.shape
+        K, V = d.key_heads * d.key_dim, d.value_heads * d.value_dim
+        linear = lambda n, axis, name: Linear(n, ("embed", axis), name=name)(x_BTD)
+        if d.joined:  # kernels have all of one key head, then all of the next
+            per = d.value_heads // d.key_heads
+            by_head = lambda x: x.reshape(B, T, d.key_heads, -1)
+            ends = [d.key_dim, 2 * d.key_dim, 2 * d.key_dim + per * d.value_dim]
+            *qkv, z = jnp.split(by_head(linear(2 * K + 2 * V, "heads", "in_proj_qkvz")), ends, axis=-1)
+            qkv_BTM = jnp.concatenate([x.reshape(B, T, -1) for x in qkv], axis=-1)
+            beta, a = jnp.split(by_head(linear(2 * d.value_heads, None, "in_proj_ba")), 2, axis=-1)
+        else:
+            qkv_BTM, z = linear(2 * K + V, "heads", "in_proj_qkv"), linear(V, "heads", "in_proj_z")
+            beta, a = linear(d.value_heads, None, "in_proj_b"), linear(d.value_heads, None, "in_proj_a")
+        return qkv_BTM, z.reshape(B, T, d.value_heads, -1), beta.reshape(B, T, -1), a.reshape(B, T, -1)
+
+
+class Convolution(nn.Module):
+    """Each channel's own weighted sum of its last `taps` inputs, within a run of tokens; float32."""
+
+    taps: int
+
+    @nn.compact
+    def __call__(self, x_BTM: jax.Array, run_BT: jax.Array) -> jax.Array:
+        # Not called a kernel: it multiplies no vectors, and has no adapter. Its shape is that of files.
+        shape, axes = (x_BTM.shape[-1], 1, self.taps), (None, None, None)
+        weight_MS = parameter(self, "weight", nn.initializers.normal(0.02), shape, axes)[:, 0].astype(jnp.float32)
+        y_BTM = x_BTM * weight_MS[:, -1]
+        for back in range(1, self.taps):
+            earlier = lambda x, back=back: jnp.pad(x, ((0, 0), (back, 0), *((0, 0),) * (x.ndim - 2)))[:, :-back]
+            same_BT1 = (earlier(run_BT + 1) == run_BT + 1)[..., None]  # before the row there is no run
+            y_BTM += jnp.where(same_BT1, earlier(x_BTM), 0) * weight_MS[:, -1 - back]
+        return y_BTM
+
+
+class GatedNorm(nn.Module):
+    """RMSNorm over the last axis, then times silu(gate), in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        scale = parameter(self, "scale", nn.initializers.ones, x.shape[-1:], (None,)).astype(x.dtype)
+        return (normed.astype(x.dtype) * scale * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
+
+
+def gated_delta_rule(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHV: jax.Array,
+    log_decay_BTH: jax.Array,
+    beta_BTH: jax.Array,
+    run_BT: jax.Array,
+    state_BHKV: jax.Array | None = None,
+    *,
+    chunk: int = CHUNK,
+) -> tuple[jax.Array, jax.Array]:
+    """The rule over rows, chunk by chunk (arXiv:2412.06464, section 3.3; arXiv:2406.06484 for the chunks).
+
+    Within a chunk, a token corrects what the tokens before it have left: a triangular system, whose solution is what
+    each writes, but for what the chunk's first state gives for its key. From chunk to chunk there is only that state.
+
+    Args:
+      q, k, v, log_decay, beta: float32. A token of beta 0 and log_decay 0 changes nothing.
+      run: int32, never falling along a row: a state is that of a run, and the next one starts from nothing.
+      state: what run 0 goes on from; default: nothing.
+      chunk: how many tokens at a time; the result does not depend on it.
+
+    Returns:
+      What each token is given, float32 `[B, T, H, V]`, and the state after the last one, float32 `[B, H, K, V]`.
+    """
+    B, T, H, K = q_BTHK.shape
+    V, fill = v_BTHV.shape[-1], -T % chunk
+
+    def cut(x, mode="constant"):
+        """`[B, T, ...]` -> `[N, B, C, ...]`; the last chunk is filled up with tokens that change nothing."""
+        x = jnp.pad(x, ((0, 0), (0, fill), *((0, 0),) * (x.ndim - 2)), mode=mode)
+        return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
+
+    by_head = lambda x_BTHX: jnp.moveaxis(cut(x_BTHX), 3, 2)
+    q_NBHCK, k_NBHCK, v_NBHCV = by_head(q_BTHK), by_head(k_BTHK), by_head(v_BTHV)
+    beta_NBHC1, total_NBHC = by_head(beta_BTH)[..., None], jnp.cumsum(by_head(log_decay_BTH), axis=-1)
+    run_NBC = cut(run_BT, "edge")
+    before_NB1 = jnp.pad(run_NBC[:-1, :, -1:], ((1, 0), (0, 0), (0, 0)))  # the run of the token before the chunk
+
+    # What is left of something when token i reads it: of what token j wrote, and of the state before the chunk.
+    sees_NBCC = (run_NBC[..., :, None] == run_NBC[..., None, :]) & jnp.tri(chunk, dtype=bool)
+    left_NBHCC = jnp.exp(
+        jnp.where(sees_NBCC[:, :, None], total_NBHC[..., :, None] - total_NBHC[..., None, :], -jnp.inf)
+    )
+    left_NBHC1 = jnp.where((run_NBC == before_NB1)[:, :, None], jnp.exp(total_NBHC), 0)[..., None]
+
+    transposed = lambda x: jnp.swapaxes(x, -1, -2)
+    system_NBHCC = _dot(k_NBHCK * beta_NBHC1, transposed(k_NBHCK)) * left_NBHCC
+    sides = jnp.concatenate([v_NBHCV * beta_NBHC1, k_NBHCK * beta_NBHC1 * left_NBHC1], axis=-1)
+    solved = jax.lax.linalg.triangular_solve(system_NBHCC, sides, left_side=True, lower=True, unit_diagonal=True)
+    written_NBHCV, read_NBHCK = jnp.split(solved, [V], axis=-1)
+    within_NBHCC = _dot(q_NBHCK, transposed(k_NBHCK)) * left_NBHCC
+    lasting_NBHCK = k_NBHCK * left_NBHCC[..., -1, :, None]
+
+    def turn(state_BHKV, x):
+        q_BHCK, within_BHCC, written_BHCV, read_BHCK, lasting_BHCK, left_BH1 = x
+        written_BHCV = written_BHCV - _dot(read_BHCK, state_BHKV)
+        out_BHCV = _dot(q_BHCK, state_BHKV) + _dot(within_BHCC, written_BHCV)
+        state_BHKV = state_BHKV * left_BH1[..., None] + _dot(transposed(lasting_BHCK), written_BHCV)
+        return state_BHKV, out_BHCV
+
+    if state_BHKV is None:
+        state_BHKV = jnp.zeros((B, H, K, V), jnp.float32)
+    chunks = q_NBHCK * left_NBHC1, within_NBHCC, written_NBHCV, read_NBHCK, lasting_NBHCK, left_NBHC1[..., -1, :]
+    state_BHKV, out_NBHCV = jax.lax.scan(turn, state_BHKV, chunks)
+    out_BTHV = out_NBHCV.transpose(1, 0, 3, 2, 4).reshape(B, T + fill, H, V)
+    return out_BTHV[:, :T], state_BHKV
+
+
+def number_runs(segment_ids_BT: jax.Array) -> jax.Array:
+    """Runs of tokens that share a state, int32: 1, 2, ... Padding belongs to the run before it; at the start, to 0.
+
+    >>> number_runs(jnp.array([[0, 0, 7, 7, 8, 0]])).tolist()
+    [[0, 0, 1, 1, 2, 2]]
+    """
+    earlier_BT = jnp.pad(segment_ids_BT, ((0, 0), (1, 0)))[:, :-1]
+    return jnp.cumsum((segment_ids_BT > 0) & (segment_ids_BT != earlier_BT), axis=1, dtype=jnp.int32)
+
+
+def last_inputs(x_BTM: jax.Array, run_BT: jax.Array, real_BT: jax.Array, count: int) -> jax.Array:
+    """The last `count` inputs up to each row's last real token, `[B, count, M]`, zeros where its run has no more."""
+    last_B1 = (run_BT.shape[1] - 1 - jnp.argmax(real_BT[:, ::-1], axis=1))[:, None]
+    place_BS = last_B1 + jnp.arange(1 - count, 1)
+    take = lambda x: jnp.take_along_axis(x, jnp.maximum(place_BS, 0).reshape(*place_BS.shape, *(1,) * (x.ndim - 2)), 1)
+    there_BS = (place_BS >= 0) & (take(run_BT) == jnp.take_along_axis(run_BT, last_B1, 1))
+    return jnp.where(there_BS[..., None], take(x_BTM), 0)
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Vectors of the last axis, made one long."""
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
+def delta_config(config: DecoderConfig) -> DeltaConfig:
+    """The gated delta layers of a config that has some."""
+    assert config.delta is not None
+    return config.delta
+
+
+def _log_uniform(key, shape, dtype):
+    return jnp.log(jax.random.uniform(key, shape, dtype, 0.01, 16.0))
