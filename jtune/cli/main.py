@@ -223,6 +223,24 @@ def _chat(argv: list[str]) -> int:
     return 0
 
 
+def _eval(argv: list[str]) -> int:
+    tasks, include_path = _option(argv, "--tasks"), _option(argv, "--include_path")
+    limit = _option(argv, "--limit")
+    if not tasks:
+        raise ConfigError("--tasks is missing: names of the harness's tasks, with commas")
+    try:
+        most = None if limit is None else float(limit)
+    except ValueError:
+        raise ConfigError(f"--limit takes a number of documents, or a share below 1, not {limit!r}") from None
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("the lm-evaluation-harness is not installed: pip install 'jtune[eval]'")
+    config = _load(argv, "eval")
+    from jtune.generation.harness import run
+
+    run(config, tasks.split(","), include_path=include_path, limit=most)
+    return 0
+
+
 def _inspect(argv: list[str]) -> int:
     config = _load(argv, "inspect")
     from jtune.train.run import inspect
@@ -257,6 +275,7 @@ COMMANDS = {
     "inspect": Command(_inspect, "show the parameter tree: shapes, dtypes, bytes, sharding, what trains"),
     "export": Command(_export, "merge the adapter and write a Hugging Face checkpoint"),
     "chat": Command(_chat, "talk with the model, or with what the same YAML has trained; questions may come by a pipe"),
+    "eval": Command(_eval, "benchmarks of the lm-evaluation-harness; --tasks NAME,NAME, --include_path DIR, --limit N"),
     "quickstart": Command(_quickstart, "make a small model and data set on the spot and train it, offline"),
     "version": Command(_version, "versions and devices"),
 }

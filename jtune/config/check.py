@@ -122,8 +122,10 @@ def rules(given: Mapping[str, Any], command: str) -> Iterator[Rule]:
             yield from _streaming(v, command)
     if command == "train":
         yield from _evaluation(v)
+    if command in ("chat", "eval") and v.stage == "rm":
+        yield ("stage",), f"stage: rm: a reward model gives scores, not text: {command} is not for it"
     if command == "chat" or (command == "train" and v.predict_with_generate):
-        yield from _generating(v, command)
+        yield from _generating(v)
 
 
 def _required(v: SimpleNamespace, command: str) -> Iterator[Rule]:
@@ -155,9 +157,7 @@ def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
         yield ("stage",), message
 
 
-def _generating(v: SimpleNamespace, command: str) -> Iterator[Rule]:
-    if v.stage == "rm":
-        yield ("stage",), f"stage: rm: a reward model gives scores, not answers: {command} is not for it"
+def _generating(v: SimpleNamespace) -> Iterator[Rule]:
     if v.num_beams > 1 and v.do_sample:
         message = f"num_beams: {v.num_beams} searches, but do_sample: true (the default) draws: set do_sample: false"
         yield ("num_beams", "do_sample"), message

@@ -272,7 +272,7 @@ GROUPS: tuple[Group, ...] = (
         profiler_output_dir=None, profiler_wait_steps=1, profiler_warmup_steps=1, profiler_active_steps=1,
         profiler_repeat=1, profiler_record_shapes=True, profiler_profile_memory=True, profiler_with_stack=True,
     ),
-    _refused("benchmarks of multiple choice are not built: do_eval on an eval_dataset", task=None),
+    _refused("`jtune eval CASE.yaml --tasks NAME` runs benchmarks: leave it out", task=None),
     _ignored(
         "it belongs to task",
         task_dir="evaluation", batch_size=4, lang="en", n_shot=5, save_dir=None,
