@@ -120,23 +120,23 @@ def test_a_chat_template_that_rewrites_earlier_turns_will_do_for_prompts():
 # ---------------------------------------------------------------------- how answers are chosen
 
 
-def test_what_is_given_comes_before_the_models_file_and_that_before_the_defaults():
-    args = GeneratingArguments(top_p=0.5, temperature=0.3)
+def test_the_arguments_count_and_of_the_models_file_what_they_do_not_have():
+    args = GeneratingArguments(top_p=0.5)
     own = {"top_p": 0.8, "temperature": 0.6, "top_k": 20, "min_p": 0.1, "eos_token_id": [7, 2]}
-    found = sampling_of(args, {"top_p"}, own, [2, 3])
-    assert found == Sampling(1024, True, 0.6, 20, 0.5, 0.1, eos_ids=(2, 3, 7))
-    assert sampling_of(GeneratingArguments(), (), {}, [2]) == Sampling(1024, True, 0.95, 50, 0.7, eos_ids=(2,))
+    found = sampling_of(args, own, [2, 3])
+    assert found == Sampling(1024, True, 0.95, 50, 0.5, 0.1, eos_ids=(2, 3, 7))
+    assert sampling_of(GeneratingArguments(), {}, [2]) == Sampling(1024, True, 0.95, 50, 0.7, eos_ids=(2,))
 
 
 def test_a_temperature_of_0_is_the_likeliest_token():
-    assert sampling_of(GeneratingArguments(temperature=0), {"temperature"}, {}, []).do_sample is False
-    assert sampling_of(GeneratingArguments(top_k=-1), {"top_k"}, {}, []).top_k == 0
+    assert sampling_of(GeneratingArguments(temperature=0), {}, []).do_sample is False
+    assert sampling_of(GeneratingArguments(top_k=-1), {}, []).top_k == 0
 
 
 def test_max_length_counts_the_prompt_and_max_new_tokens_does_not():
     def most(prompt, positions=0, **given):
         args = GeneratingArguments(**given)
-        return most_tokens(args, sampling_of(args, given, {}, []), prompt, positions)
+        return most_tokens(args, sampling_of(args, {}, []), prompt, positions)
 
     assert most(100) == 1024
     assert most(100, max_new_tokens=10, max_length=50) == 10

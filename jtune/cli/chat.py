@@ -64,7 +64,7 @@ def make_ask(config: Config) -> Ask:
     loaded = load(config)
     args, positions = config.generating, loaded.model.config.learned_positions
     template = template_of(config.data, loaded.tokenizer, for_training=False)
-    sampling = sampling_of(args, config.origins, read_generation_config(loaded.folder), template.stop_ids)
+    sampling = sampling_of(args, read_generation_config(loaded.folder), template.stop_ids)
     log.info("answers: %s", describe(sampling))
     # Each start draws other answers, unless a seed is given.
     seed = config.training.seed if "seed" in config.origins else secrets.randbits(31)

@@ -1,7 +1,7 @@
-"""How answers are chosen: by the user's arguments, the model's generation_config.json, LLaMA-Factory's defaults."""
+"""How answers are chosen: by the arguments, as in LLaMA-Factory, and by what else the model's own file says."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from jtune.config import GeneratingArguments
 from jtune.errors import DataError
 from jtune.generation.sampling import Sampling
 
-# Arguments that a generation_config.json may hold a default for.
+# What the arguments say, whatever a generation_config.json says of it.
 SHARED = (
     "do_sample", "temperature", "top_k", "top_p", "num_beams", "max_new_tokens", "repetition_penalty", "length_penalty",
 )  # fmt: skip
@@ -63,30 +63,24 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     return found
 
 
-def sampling_of(
-    args: GeneratingArguments, given: Collection[str], own: Mapping[str, Any], stop_ids: Sequence[int]
-) -> Sampling:
-    """What the user gave, else what the model's file says, else LLaMA-Factory's default.
+def sampling_of(args: GeneratingArguments, own: Mapping[str, Any], stop_ids: Sequence[int]) -> Sampling:
+    """What the arguments say, with LLaMA-Factory's defaults, and what the model's file says that they do not have.
 
     Args:
-      given: names of the arguments that the user gave.
       own: `read_generation_config`.
       stop_ids: of the template; the model's own ends of an answer are added.
 
     Raises:
       DataError: a value of the model's file is out of its range.
 
-    >>> sampling_of(GeneratingArguments(top_p=0.5), {"top_p"}, {"top_p": 0.8, "top_k": 20}, [2])  # doctest: +ELLIPSIS
-    Sampling(max_new_tokens=1024, do_sample=True, temperature=0.95, top_k=20, top_p=0.5, ..., eos_ids=(2,), ...)
+    >>> sampling_of(GeneratingArguments(top_p=0.5), {"top_p": 0.8, "min_p": 0.1}, [2])  # doctest: +ELLIPSIS
+    Sampling(max_new_tokens=1024, do_sample=True, temperature=0.95, top_k=50, top_p=0.5, min_p=0.1, ...)
     """
     chosen = {name: getattr(args, name) for name in SHARED}
-    chosen |= {name: own[name] for name in SHARED if name not in given and own.get(name) is not None}
     if chosen["max_new_tokens"] < 1:
         chosen["max_new_tokens"] = args.max_length
     if not chosen["temperature"] or not chosen["top_p"]:  # the likeliest only
         chosen |= {"do_sample": False, "temperature": 1.0, "top_p": 1.0}
-    if chosen["num_beams"] > 1 and "num_beams" not in given:
-        chosen["do_sample"] = False
     chosen["top_k"] = max(0, chosen["top_k"])
     eos = own.get("eos_token_id")
     eos = [] if eos is None else [eos] if isinstance(eos, int) else eos

@@ -108,7 +108,7 @@ def run(config: Config) -> dict[str, Any]:
     ask = samples = None
     if training.predict_with_generate:
         own = read_generation_config(folder)
-        sampling = sampling_of(generating, config.origins, own, predict.stop_ids(tokenizer))
+        sampling = sampling_of(generating, own, predict.stop_ids(tokenizer))
         log.info("answers: %s", describe_sampling(sampling))
         ask = predict.make_prediction(
             model.module,
