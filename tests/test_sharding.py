@@ -11,7 +11,7 @@ import pytest
 from jtune import tuning
 from jtune.errors import ConfigError
 from jtune.models import CausalLM, DecoderConfig, init_params
-from jtune.models.config import Experts, Latent, Layer
+from jtune.models.config import Delta, Experts, Latent, Layer
 from jtune.sharding import (
     batch_sharding,
     batch_shards,
@@ -62,6 +62,11 @@ FAMILIES = {
         DENSE, qkv="joined", qkv_bias=True, mlp="joined", mlp_bias=True, norm="layer", norm_bias=True, qk_norm="heads",
         block="parallel_two", layers=(Layer(rope=None),) * 2, alibi=0.5, learned_positions=64, embedding_norm=True,
         head_bias=True,
+    ),
+    # A state that passes along whole rows, four heads.
+    "qwen3_5": replace(
+        DENSE, layers=(Layer(linear=True), Layer()), attention_gate=True, norm_offset=True,
+        delta=Delta(key_heads=2, value_heads=4, key_dim=8, value_dim=8, taps=4, joined=False),
     ),
     "wide": replace(DENSE, intermediate_size=96),  # no other array has a dimension of 96
 }  # fmt: skip
@@ -165,6 +170,8 @@ def alone(family, method, packed):
         ("gemma2", "full", True, 2, {"fsdp": 2, "context": 4}),
         ("gemma2", "lora", False, 1, {"data": 2, "context": 2, "fsdp": 2}),
         ("mistral", "freeze", True, 1, {"data": 2, "fsdp": 1, "context": 4}),
+        ("qwen3_5", "full", True, 2, {"fsdp": 1, "context": 4, "tensor": 2}),
+        ("qwen3_5", "lora", True, 1, {"fsdp": 2, "context": 2, "tensor": 2}),
         ("mixtral", "full", True, 1, {"fsdp": 8}),
         ("mixtral", "full", False, 2, {"fsdp": 2, "expert": 2, "tensor": 2}),
         ("mixtral", "full", True, 1, {"fsdp": 2, "expert": 4}),

@@ -57,24 +57,27 @@ class GatedDelta(nn.Module):
             inputs_BSM = last_inputs(qkv_BTM, run_BT, real_BT, d.taps - 1)
         convolved = ACTIVATIONS[c.hidden_act](convolved[:, -T:]).astype(x_BTD.dtype)
 
-        # Rows are whole here: a state passes along all of its tokens. What splits them elsewhere splits heads instead.
-        heads = lambda x, n: constrain(
-            x.astype(jnp.float32).reshape(B, T, n, -1), self.mesh, "batch", None, "whole_row_heads", None
-        )
         q, k, v = jnp.split(convolved, [d.key_heads * d.key_dim, 2 * d.key_heads * d.key_dim], axis=-1)
-        share = lambda x: jnp.repeat(heads(x, d.key_heads), d.value_heads // d.key_heads, axis=2)
-        q_BTHK, k_BTHK, v_BTHV = unit(share(q)) * d.key_dim**-0.5, unit(share(k)), heads(v, d.value_heads)
+        heads = lambda x, n: jnp.repeat(x.reshape(B, T, n, -1), d.value_heads // n, axis=2).astype(jnp.float32)
+        q_BTHK, k_BTHK = unit(heads(q, d.key_heads)) * d.key_dim**-0.5, unit(heads(k, d.key_heads))
         rate_H = jnp.exp(parameter(self, "A_log", _log_uniform, (d.value_heads,), (None,)).astype(jnp.float32))
         bias_H = parameter(self, "dt_bias", nn.initializers.ones, (d.value_heads,), (None,)).astype(jnp.float32)
         log_decay_BTH = -rate_H * jax.nn.softplus(a_BTH.astype(jnp.float32) + bias_H)
         beta_BTH = jax.nn.sigmoid(beta_BTH.astype(jnp.float32))
         log_decay_BTH, beta_BTH = (jnp.where(real_BT[..., None], x, 0.0) for x in (log_decay_BTH, beta_BTH))
+
+        # A state passes along all tokens of a row: devices that split rows elsewhere split heads here. In two steps
+        # each way, which XLA can each do with one exchange.
+        split_rows = lambda x: constrain(x, self.mesh, "batch", "sequence", "heads", *(None,) * (x.ndim - 3))
+        whole_rows = lambda x: constrain(x, self.mesh, "batch", None, "whole_row_heads", *(None,) * (x.ndim - 3))
+        given = q_BTHK, k_BTHK, heads(v, d.value_heads), log_decay_BTH, beta_BTH
+        q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH = (whole_rows(split_rows(x)) for x in given)
         out_BTHV, state = gated_delta_rule(
             q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, run_BT, state, chunk=min(CHUNK, T)
         )
-        normed = GatedNorm(c.norm_eps, name="norm")(out_BTHV.astype(x_BTD.dtype), z_BTHV).reshape(B, T, -1)
-        normed = constrain(normed, self.mesh, "batch", "sequence", "heads")
-        y_BTD = Linear(c.hidden_size, ("heads", "embed"), name="out_proj")(normed)
+        out_BTHV = split_rows(whole_rows(out_BTHV)).astype(x_BTD.dtype)
+        normed = GatedNorm(c.norm_eps, name="norm")(out_BTHV, z_BTHV)
+        y_BTD = Linear(c.hidden_size, ("heads", "embed"), name="out_proj")(normed.reshape(B, T, -1))
         if remembered is None:
             return y_BTD, None
         new = {"inputs": inputs_BSM, "state": state}
@@ -180,7 +183,7 @@ def gated_delta_rule(
     transposed = lambda x: jnp.swapaxes(x, -1, -2)
     system_NBHCC = _dot(k_NBHCK * beta_NBHC1, transposed(k_NBHCK)) * left_NBHCC
     sides = jnp.concatenate([v_NBHCV * beta_NBHC1, k_NBHCK * beta_NBHC1 * left_NBHC1], axis=-1)
-    solved = jax.lax.linalg.triangular_solve(system_NBHCC, sides, left_side=True, lower=True, unit_diagonal=True)
+    solved = _dot(inverse(system_NBHCC), sides)
     written_NBHCV, read_NBHCK = jnp.split(solved, [V], axis=-1)
     within_NBHCC = _dot(q_NBHCK, transposed(k_NBHCK)) * left_NBHCC
     lasting_NBHCK = k_NBHCK * left_NBHCC[..., -1, :, None]
@@ -195,9 +198,42 @@ def gated_delta_rule(
     if state_BHKV is None:
         state_BHKV = jnp.zeros((B, H, K, V), jnp.float32)
     chunks = q_NBHCK * left_NBHC1, within_NBHCC, written_NBHCV, read_NBHCK, lasting_NBHCK, left_NBHC1[..., -1, :]
+    # Of a turn only the state before it is kept: it is larger than all that is made from it, which is quick to make.
+    turn = jax.checkpoint(turn, prevent_cse=False)
     state_BHKV, out_NBHCV = jax.lax.scan(turn, state_BHKV, chunks)
     out_BTHV = out_NBHCV.transpose(1, 0, 3, 2, 4).reshape(B, T + fill, H, V)
     return out_BTHV[:, :T], state_BHKV
+
+
+@jax.custom_vjp
+def inverse(lower: jax.Array) -> jax.Array:
+    """The inverse of a matrix `[..., n, n]` with ones on its diagonal, of which only what is below is read.
+
+    By blocks, [[A, 0], [B, C]] has the inverse [[A', 0], [-C' B A', C']]: of one row at first, then of two, of four.
+    Products are fast everywhere, and split over devices; triangular solves are neither, and on CPUs two at a time wait
+    for each other for ever in the BLAS that jaxlib takes from scipy.
+    """
+    n = lower.shape[-1]
+    found, size, block = jnp.broadcast_to(jnp.eye(n, dtype=lower.dtype), lower.shape), 1, jnp.arange(n)
+    dot = partial(jnp.matmul, precision="highest")  # what is rounded here is corrected nowhere
+    while size < n:
+        between = (block[:, None] > block[None, :]) & (block[:, None] // 2 == block[None, :] // 2)
+        found = found - dot(dot(found, jnp.where(between, lower, 0)), found)
+        size, block = 2 * size, block // 2
+    return found
+
+
+def _inverse_forward(lower):
+    found = inverse(lower)
+    return found, found
+
+
+def _inverse_backward(found, d_found):
+    transposed = jnp.swapaxes(found, -1, -2)
+    return (jnp.tril(-_dot(_dot(transposed, d_found), transposed), -1),)
+
+
+inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
 def number_runs(segment_ids_BT: jax.Array) -> jax.Array:

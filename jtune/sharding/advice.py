@@ -16,7 +16,9 @@ from jtune.config import Config
 from jtune.config.arguments import SECTIONS
 from jtune.errors import ConfigError
 from jtune.models import DecoderConfig
+from jtune.models.config import Delta
 from jtune.models.decoder import REMAT
+from jtune.models.delta import CHUNK, delta_config
 from jtune.sharding.mesh import BATCH_AXES
 from jtune.sharding.rules import ZERO_AXES
 from jtune.sharding.shapes import Shapes, abstract_mesh, batch_shapes, bytes_by_kind, run_shapes
@@ -98,6 +100,7 @@ def saved_activations(
       attention: the backend (`jtune.models.attention.choose`).
       split: devices that share a matrix product (`mesh_tensor`).
     """
+    linear = sum(layer.linear for layer in decoder.layers)
     d, f = decoder.hidden_size, decoder.active_intermediate_size
     q = decoder.num_attention_heads * decoder.qk_dim
     qkv = q + decoder.num_key_value_heads * (decoder.qk_dim + decoder.value_dim)
@@ -110,7 +113,27 @@ def saved_activations(
         # Inputs of all products and norms, what attention took and gave, and three stages of the activation.
         "none": 4 * d + (qkv + 2 * q + 5 * f + weights) / split,
     }[remat]
-    return int(values * tokens * itemsize) * decoder.num_hidden_layers
+    kept = int(values * tokens * itemsize) * (decoder.num_hidden_layers - linear)
+    if linear:
+        rule = delta_config(decoder)
+        keys, wide = 2 * rule.key_heads * rule.key_dim, rule.value_heads * rule.value_dim
+        values = {
+            "offload": 0,
+            "full": d,
+            "attention": d,  # the rule is computed again
+            "dots": 3 * d + (keys + 2 * wide + 2 * f) / split,
+            # The rule in float32 besides, as far as its backward pass takes it.
+            "none": 4 * d + (2 * (keys + 2 * wide) + 5 * f + rule_floats(rule) * 4 / itemsize) / split,
+        }[remat]
+        kept += int(values * tokens * itemsize) * linear
+    return kept
+
+
+def rule_floats(rule: Delta) -> int:
+    """Float32 of a token that the gated delta rule has at once: of each head queries, keys and values, what is made
+    from them, rows of the matrices of a chunk, and its share of the chunk's state."""
+    states = rule.key_dim * rule.value_dim // CHUNK
+    return rule.value_heads * (8 * rule.key_dim + 6 * rule.value_dim + 6 * CHUNK + states)
 
 
 def estimate(shapes: Shapes, rows: Rows) -> dict[str, int]:
@@ -129,6 +152,8 @@ def estimate(shapes: Shapes, rows: Rows) -> dict[str, int]:
     keys = {"xla": rows.seq, "blocks": rows.seq // 8, "splash": 0}[module.attention]  # whose scores exist at a time
     scores = tokens * decoder.num_attention_heads * keys * (8 + size) // split
     inside = tokens * (6 * d + 5 * f // split) * size
+    if decoder.delta is not None:  # what it has and the gradients of that
+        scores = max(scores, 2 * 4 * tokens * rule_floats(decoder.delta) // split)
     # Gathered weights: of two layers, as the next one is fetched while one is at work; and of the head.
     gathered = 0
     if any(mesh.shape[axis] > 1 for axis in ZERO_AXES):

@@ -10,7 +10,7 @@ import pytest
 from jtune.generation.forward import read_prompt, read_token
 from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.models.config import Delta, Layer
-from jtune.models.delta import gated_delta_rule, number_runs
+from jtune.models.delta import gated_delta_rule, inverse, number_runs
 from jtune.tuning import decay_mask, lora
 
 CONFIG = DecoderConfig(
@@ -79,6 +79,17 @@ def test_chunks_are_the_rule_token_by_token(chunk):
     expected, expected_last = one_by_one(*given, run, state)
     np.testing.assert_allclose(out, expected, atol=2e-5)
     np.testing.assert_allclose(last, expected_last, atol=2e-5)
+
+
+def test_an_inverse_and_its_gradient():
+    """Of a size that is no power of two; what is on and above the diagonal is not read."""
+    rng = np.random.default_rng(0)
+    x, weights = (rng.standard_normal((2, 11, 11)).astype(np.float32) for _ in range(2))
+    expected = np.linalg.inv(np.tril(x.astype(np.float64), -1) + np.eye(11))
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+    close(inverse(x), expected)
+    back = np.swapaxes(expected, -1, -2)
+    close(jax.grad(lambda x: jnp.sum(inverse(x) * weights))(x), np.tril(-back @ weights @ back, -1))
 
 
 def test_fast_decays_give_finite_numbers_and_gradients():
