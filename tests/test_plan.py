@@ -16,9 +16,11 @@ import yaml
 from jtune.cli.main import main
 from jtune.config import load_config
 from jtune.interop import hf
+from jtune.models import DecoderConfig
+from jtune.models.config import Delta, Layer
 from jtune.models.families import decoder_config
 from jtune.sharding import make_mesh, plan
-from jtune.sharding.advice import changed
+from jtune.sharding.advice import changed, saved_activations
 from jtune.sharding.shapes import batch_shapes, bytes_by_kind, run_shapes
 from jtune.sharding.show import overrides, show
 from jtune.train import build
@@ -285,3 +287,22 @@ def test_what_the_tpu_compiler_refuses_does_not_fit(only_config, tmp_path):
     assert "memory" in result["refused"]
     assert result["per_device_bytes"]["peak"] > result["device_memory_bytes"]
     assert "per_device_train_batch_size" in str(result["advice"])
+
+
+def test_what_delta_layers_keep_is_estimated_layer_by_layer():
+    def kept(remat, *linear, split=1):
+        decoder = DecoderConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, layers=tuple(Layer(linear=x) for x in linear),
+            delta=Delta(key_heads=2, value_heads=4, key_dim=8, value_dim=16, taps=4, joined=True),
+        )  # fmt: skip
+        return saved_activations(decoder, remat, tokens=100, seq=100, itemsize=2, split=split)
+
+    for remat in ("none", "dots", "attention", "full"):
+        assert kept(remat, True, False) == (kept(remat, True, True) + kept(remat, False, False)) / 2
+    assert kept("full", True, True) == kept("attention", True, True) == 2 * 100 * 32 * 2
+    # Of the products: queries and keys of 2 heads, values and gates of 4, gate and up of the MLP.
+    assert kept("dots", True, True) == 2 * 100 * 2 * (3 * 32 + 2 * 16 + 2 * 64 + 2 * 64)
+    # The rule in float32: of 4 heads 8 times a key, 6 times a value, 6 rows of a chunk, a share of the state.
+    rule = 4 * (8 * 8 + 6 * 16 + 6 * 64 + 8 * 16 // 64)
+    assert kept("none", True, True, split=2) == 2 * 100 * (2 * 4 * 32 + (2 * (2 * 160 + 5 * 64) + 4 * rule) // 2)

@@ -131,6 +131,12 @@ def test_a_delta_layer_costs_the_same_in_rows_of_any_length():
     nothing = jax.tree.map(lambda _: False, params)
     backward = 2 * LAYER + 2 * (O + GATE + UP + DOWN) + 2 * ATTENTION + 2 * HEAD
     assert flops_per_token(config, frozen, last, lengths=[4]) == count(nothing, 4) + backward
+    # The lowest adapter stands on what leaves the first layer's rule, which needs no backward pass then.
+    adapted, adapters = tuned(config, "lora", targets=("out_proj",), rank=2)
+    a, b = 12 * 2, 2 * 8
+    trained = 2 * (2 * (a + b) + 2 * (a + b) + 2 * b) + 2 * a
+    backward = 2 * (GATE + UP + DOWN) + linear + 2 * rule + 2 * LAYER + 2 * ATTENTION + 2 * HEAD
+    assert flops_per_token(config, adapted, adapters, lengths=[4]) == count(nothing, 4) + trained + backward
 
 
 def test_how_far_tokens_see():
