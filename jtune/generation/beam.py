@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jtune.generation.forward import read_prompt, read_token
-from jtune.generation.sampling import Sampling, penalised
+from jtune.generation.sampling import Sampling, penalised, seen_in
 from jtune.models import CausalLM
 from jtune.models.decoder import Cache
 
@@ -79,9 +79,7 @@ def beam_search(model: CausalLM, s: Sampling, params: Any, input_ids_BT, mask_BT
         )  # fmt: skip
 
     cache, logits, position = read_prompt(model, params, input_ids_BT, mask_BT, N)
-    row_BT = jnp.broadcast_to(jnp.arange(B)[:, None], input_ids_BT.shape)
-    width = V if s.repetition_penalty != 1.0 else 0
-    seen = jnp.zeros((B, width), bool).at[row_BT, jnp.where(mask_BT > 0, input_ids_BT, V)].set(True, mode="drop")
+    seen = seen_in(input_ids_BT, mask_BT, V, s)
     times = lambda x, axis=0: jnp.repeat(x, K, axis=axis)
     tokens_BKN = jnp.full((B, K, N), -1, jnp.int32)
     # All beams of a prompt are the same at first: one of them is enough.

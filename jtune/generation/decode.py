@@ -15,7 +15,7 @@ import numpy as np
 
 from jtune.generation.beam import beam_search
 from jtune.generation.forward import read_prompt, read_token
-from jtune.generation.sampling import Sampling, penalised, pick
+from jtune.generation.sampling import Sampling, penalised, pick, seen_in
 from jtune.models import CausalLM
 from jtune.models.decoder import Cache
 from jtune.sharding import batch_shards, spread
@@ -157,10 +157,7 @@ def first(model: CausalLM, s: Sampling, params: Any, input_ids_BT, mask_BT, keys
     """The state after the prompt."""
     cache, logits_BV, position_B = read_prompt(model, params, input_ids_BT, mask_BT, s.max_new_tokens)
     B, V = logits_BV.shape
-    seen_BV = jnp.zeros((B, 0), bool)
-    if s.repetition_penalty != 1.0:
-        row_BT = jnp.broadcast_to(jnp.arange(B)[:, None], input_ids_BT.shape)
-        seen_BV = jnp.zeros((B, V), bool).at[row_BT, jnp.where(mask_BT > 0, input_ids_BT, V)].set(True, mode="drop")
+    seen_BV = seen_in(input_ids_BT, mask_BT, V, s)
     tokens_BN = jnp.full((B, s.max_new_tokens), -1, jnp.int32)
     return Decoding(cache, logits_BV, position_B, seen_BV, keys_B, jnp.zeros(B, bool), tokens_BN, jnp.int32(0))
 

@@ -23,7 +23,7 @@ from jtune.data.encoded import IGNORED
 from jtune.errors import ConfigError
 from jtune.generation import Sampling, generate
 from jtune.generation.load import Loaded, load
-from jtune.generation.settings import read_generation_config
+from jtune.generation.settings import end_ids, read_generation_config
 from jtune.interop import hf
 from jtune.sharding import batch_shards
 from jtune.train.build import prepare_evaluation
@@ -76,8 +76,7 @@ class HarnessLM(TemplateLM):
         super().__init__()
         self.model, self.params, self.tokenizer, self.folder = loaded
         self.per_device_batch_size = per_device_batch_size
-        own = read_generation_config(self.folder).get("eos_token_id")
-        self.ends = {self.eot_token_id, *([] if own is None else [own] if isinstance(own, int) else own)}
+        self.ends = {self.eot_token_id, *end_ids(read_generation_config(self.folder))}
         source = hf.read_config(self.folder)
         self.max_length = next((source[name] for name in LENGTHS if source.get(name)), OTHERWISE)
         if self.model.config.learned_positions:  # an example is one token longer than what it predicts

@@ -43,7 +43,7 @@ def load(config: Config) -> Loaded:
     folder = build.fetch_model(args)
     source = hf.read_config(folder)
     decoder = decoder_config(source)
-    check_experts(mesh, decoder.experts.count if decoder.experts else 0)
+    check_experts(mesh, decoder.num_experts)
     tokenizer = load_tokenizer(str(folder), split_special_tokens=args.split_special_tokens)
     if args.infer_dtype == "auto":
         dtype = build.compute_dtype(config.training, config.finetuning.pure_bf16, hf.stored_dtype(source))
@@ -58,9 +58,7 @@ def load(config: Config) -> Loaded:
         params, _ = peft.load_adapter(params, decoder, path, subfolder=args.adapter_folder, **args.hub)
     smaller = lambda x: x.astype(dtype) if dtype.itemsize < x.dtype.itemsize else x
     params = jax.device_put(jax.tree.map(smaller, params), build.placement(params, decoder, mesh))
-    backend, _ = attention.choose(
-        args.flash_attn, mesh.devices.flat[0].platform, sinks=decoder.sinks, alibi=decoder.alibi is not None
-    )
+    backend, _ = attention.choose(args.flash_attn, mesh.devices.flat[0].platform, decoder)
     return Loaded(CausalLM(decoder, dtype=dtype, attention=backend, mesh=mesh), params, tokenizer, folder)
 
 

@@ -60,6 +60,16 @@ class Sampling:
             raise ValueError("; ".join(wrong))
 
 
+def seen_in(input_ids_BT: jax.Array, mask_BT: jax.Array, vocab: int, s: Sampling) -> jax.Array:
+    """Which tokens the prompts hold, padding not counted: bool `[batch, vocab]`; `[batch, 0]` if nobody asks."""
+    B = input_ids_BT.shape[0]
+    if s.repetition_penalty == 1.0:
+        return jnp.zeros((B, 0), bool)
+    row_BT = jnp.broadcast_to(jnp.arange(B)[:, None], input_ids_BT.shape)
+    real_BT = jnp.where(mask_BT > 0, input_ids_BT, vocab)  # what is out of bounds is not set
+    return jnp.zeros((B, vocab), bool).at[row_BT, real_BT].set(True, mode="drop")
+
+
 def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
     """Logits with those of tokens that were there before made less likely."""
     if penalty == 1.0:

@@ -63,6 +63,12 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     return found
 
 
+def end_ids(own: Mapping[str, Any]) -> list[int]:
+    """The tokens that end an answer, by a generation_config.json."""
+    eos = own.get("eos_token_id")
+    return [] if eos is None else [eos] if isinstance(eos, int) else eos
+
+
 def sampling_of(args: GeneratingArguments, own: Mapping[str, Any], stop_ids: Sequence[int]) -> Sampling:
     """What the arguments say, with LLaMA-Factory's defaults, and what the model's file says that they do not have.
 
@@ -82,10 +88,9 @@ def sampling_of(args: GeneratingArguments, own: Mapping[str, Any], stop_ids: Seq
     if not chosen["temperature"] or not chosen["top_p"]:  # the likeliest only
         chosen |= {"do_sample": False, "temperature": 1.0, "top_p": 1.0}
     chosen["top_k"] = max(0, chosen["top_k"])
-    eos = own.get("eos_token_id")
-    eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    ends = tuple(sorted({*stop_ids, *end_ids(own)}))
     try:
-        return Sampling(**chosen, min_p=own.get("min_p") or 0.0, eos_ids=tuple(sorted({*stop_ids, *eos})))
+        return Sampling(**chosen, min_p=own.get("min_p") or 0.0, eos_ids=ends)
     except ValueError as error:
         raise DataError(f"generation_config.json of the model: {error}") from error
 

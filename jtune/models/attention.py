@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jtune.models.config import DecoderConfig
 from jtune.sharding import constrain
 from jtune.sharding.mesh import BATCH_AXES
 
@@ -31,19 +32,19 @@ MAPPED_SCORES = 2**25
 LANES = 128  # what splash wants head_dim and row lengths to be multiples of
 
 
-def choose(flash_attn: str, platform: str, *, sinks: bool = False, alibi: bool = False) -> tuple[str, str]:
+def choose(flash_attn: str, platform: str, config: DecoderConfig | None = None) -> tuple[str, str]:
     """(backend, why) for LLaMA-Factory's `flash_attn` on a platform ("cpu", "gpu", "tpu").
 
-    A kernel that cannot do what the model needs is not chosen.
+    A kernel that cannot do what the model of `config` needs is not chosen.
 
     >>> choose("auto", "tpu")[0], choose("auto", "cpu")[0], choose("disabled", "tpu")[0]
     ('splash', 'blocks', 'xla')
     """
     if flash_attn in ("disabled", "sdpa"):
         return "xla", f"flash_attn: {flash_attn}"
-    if alibi:
+    if config is not None and config.alibi is not None:
         return "xla", "all scores at once, since the others add no biases (alibi) to them"
-    if platform == "tpu" and sinks:
+    if platform == "tpu" and config is not None and config.sinks:
         return "blocks", "block by block of queries, since the TPU kernel has no attention sinks"
     if platform == "tpu":
         return "splash", "the fused TPU kernel: segments, windows and soft-caps inside, no scores in memory"

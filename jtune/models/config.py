@@ -146,6 +146,11 @@ class DecoderConfig:
             raise ValueError(f"{len(self.layers)} layers are described, num_hidden_layers is {self.num_hidden_layers}")
 
     @property
+    def num_experts(self) -> int:
+        """0: there are none."""
+        return 0 if self.experts is None else self.experts.count
+
+    @property
     def qk_dim(self) -> int:
         """Dimensions of a head's queries and keys."""
         return self.head_dim if self.latent is None else self.latent.nope_dim + self.latent.rope_dim

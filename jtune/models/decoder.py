@@ -20,8 +20,9 @@ from jtune.models.attention import RESIDUALS as ATTENTION_RESIDUALS
 from jtune.models.cache import Remembered
 from jtune.models.config import DecoderConfig
 from jtune.models.kernels import Linear, matmul, parameter
-from jtune.models.layer import ATTENDED, LAYER_INPUT, DecoderLayer, Shared, norm
+from jtune.models.layer import ATTENDED, LAYER_INPUT, DecoderLayer, Shared
 from jtune.models.moe import Load
+from jtune.models.norm import norm
 from jtune.models.rope import cos_sin
 from jtune.sharding import constrain, divides, spec
 

@@ -21,6 +21,7 @@ from jtune.models.config import DecoderConfig
 from jtune.models.config import Delta as DeltaConfig
 from jtune.models.kernels import Linear, parameter
 from jtune.models.mlp import ACTIVATIONS
+from jtune.models.norm import Norm
 from jtune.sharding import constrain
 
 CHUNK = 64  # tokens whose corrections are found at once
@@ -76,8 +77,8 @@ class GatedDelta(nn.Module):
             q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, run_BT, state, chunk=min(CHUNK, T)
         )
         out_BTHV = split_rows(whole_rows(out_BTHV)).astype(x_BTD.dtype)
-        normed = GatedNorm(c.norm_eps, name="norm")(out_BTHV, z_BTHV)
-        y_BTD = Linear(c.hidden_size, ("heads", "embed"), name="out_proj")(normed.reshape(B, T, -1))
+        normed = Norm("rms", c.norm_eps, name="norm")(out_BTHV) * jax.nn.silu(z_BTHV.astype(jnp.float32))
+        y_BTD = Linear(c.hidden_size, ("heads", "embed"), name="out_proj")(normed.astype(x_BTD.dtype).reshape(B, T, -1))
         if remembered is None:
             return y_BTD, None
         new = {"inputs": inputs_BSM, "state": state}
@@ -119,19 +120,6 @@ class Convolution(nn.Module):
             same_BT1 = (earlier(run_BT + 1) == run_BT + 1)[..., None]  # before the row there is no run
             y_BTM += jnp.where(same_BT1, earlier(x_BTM), 0) * weight_MS[:, -1 - back]
         return y_BTM
-
-
-class GatedNorm(nn.Module):
-    """RMSNorm over the last axis, then times silu(gate), in float32."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        scale = parameter(self, "scale", nn.initializers.ones, x.shape[-1:], (None,)).astype(x.dtype)
-        return (normed.astype(x.dtype) * scale * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
 
 
 def gated_delta_rule(

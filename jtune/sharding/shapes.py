@@ -75,9 +75,7 @@ def run_shapes(
     trainable, frozen = tuning.partition(params, masks[0])
     tx = build.optimizer_of(training, trainable)
     state = build.abstract_state(trainable, tx, mesh, float16=dtype == jnp.float16)  # type: ignore[arg-type]
-    backend, _ = attention.choose(
-        config.model.flash_attn, platform, sinks=decoder.sinks, alibi=decoder.alibi is not None
-    )
+    backend, _ = attention.choose(config.model.flash_attn, platform, decoder)
     # Without devices nothing is compiled, and where activations lie need not be said.
     of_devices = mesh if isinstance(mesh, Mesh) else None
     policy = build.asked_remat(training, config.model)

@@ -103,7 +103,7 @@ def load_model(
 
     Frozen leaves are kept in the compute dtype if that is smaller than what is stored: no float32 copy of them exists.
     """
-    check_experts(mesh, decoder.experts.count if decoder.experts else 0)
+    check_experts(mesh, decoder.num_experts)
     shardings = tree_shardings(logical_axes(decoder), abstract_params(decoder), mesh)
     if args.train_from_scratch:
         log.info("drawing random weights (train_from_scratch)")
@@ -124,9 +124,7 @@ def load_model(
         frozen_dtype=dtype,
     )
     params = jax.tree.map(spread.put, params, placement(params, decoder, mesh))
-    backend, why = attention.choose(
-        args.flash_attn, mesh.devices.flat[0].platform, sinks=decoder.sinks, alibi=decoder.alibi is not None
-    )
+    backend, why = attention.choose(args.flash_attn, mesh.devices.flat[0].platform, decoder)
     log.info("attention: %s (%s)", backend, why)
     module = CausalLM(decoder, dtype=dtype, attention=backend, mesh=mesh)
     return Model(module, decoder, source, params, mask)

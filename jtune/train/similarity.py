@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from jtune.config.check import SIMILARITY as NAMES
 from jtune.errors import ConfigError
 
-NAMES = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
 LIBRARIES = ("nltk", "jieba", "rouge_chinese")
 
 

@@ -1,19 +1,10 @@
 """BLOOM: alibi in the place of positions, a norm on the embeddings, one kernel for each head's query, key and value."""
 
 from jtune.models.config import Layer
+from jtune.models.families import falcon
 from jtune.models.families.base import Asked, Family, Fields, Names, layer_norm
 
-WORDS = {
-    "layers": "h",
-    "self_attn": "self_attention",
-    "qkv_proj": "query_key_value",
-    "o_proj": "dense",
-    "up_proj": "dense_h_to_4h",
-    "down_proj": "dense_4h_to_h",
-    "embed_tokens": "word_embeddings",
-    "embed_norm": "word_embeddings_layernorm",
-    "norm": "ln_f",
-}
+WORDS = falcon.WORDS | {"embed_norm": "word_embeddings_layernorm"}
 
 
 def read(c: Asked) -> Fields:
