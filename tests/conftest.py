@@ -1,21 +1,29 @@
 """Fixtures shared by all tests: eight virtual CPU devices, tiny checkpoints, the reference data where it is present."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
+
+import pytest
 
 # Before jax is imported anywhere: sharding is tested on eight virtual devices.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The devices share the cores: on a busy machine one may come to a collective long after the others, and XLA, which
-# aborts after 40 seconds of waiting, is to wait longer.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=200"
-    " --xla_cpu_collective_timeout_seconds=200",
-)
+XLA_FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    # The devices share the cores: on a busy machine one may come to a collective long after the others, and XLA, which
+    # aborts after 40 seconds of waiting, is to wait longer.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=200",
+    "--xla_cpu_collective_timeout_seconds=200",
+    # Tiny models are compiled a thousand times and run a few: without what makes programs fast, a step compiles in a
+    # third of the time and a fifth of the CPU time.
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+]
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones end a process that names it
+    XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(XLA_FLAGS))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import pytest
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 
