@@ -93,6 +93,8 @@ def test_splash_compiles_for_a_tpu(mesh_shape, head_dim, window, softcap, monkey
     from jax.experimental import topologies
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+    jax.devices()  # those of the CPU, before their flags go: the TPU compiler ends a process that names unknown ones
+    monkeypatch.delenv("XLA_FLAGS")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     topology = topologies.get_topology_desc("v5e:2x4", platform="tpu")
