@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import NamedSharding
 from jtune.errors import DataError
 from jtune.models import CausalLM
 from jtune.models.names import located, tensors
-from jtune.tuning import trainable_mask
+from jtune.tuning import is_node, trainable_mask
 
 
 def show(tree: Any, mask: Any = None, *, norms: bool = False) -> None:
@@ -69,7 +70,9 @@ def tensor(model: CausalLM, params: Any, name: str) -> jax.Array:
     for keys, leaf, layers in located(params):
         for part in tensors(keys, model.config, layers):
             if part.name == name:
-                x = jax.tree.leaves(leaf)[0][part.index]  # of a node: what it stands for
+                x = jax.tree.map(itemgetter(part.index), leaf)
+                while is_node(x):
+                    x = x.plain()
                 return jnp.swapaxes(x, -1, -2) if part.transposed else x
             names.append(part.name)
     near = difflib.get_close_matches(name, names, n=1)

@@ -145,13 +145,22 @@ def _required(v: SimpleNamespace, command: str) -> Iterator[Rule]:
             yield ("do_train", "do_eval", "do_predict"), message
 
 
+LORA_ONLY = ("adapter_name_or_path", "additional_target", "use_rslora", "use_dora", "pissa_init", "rank_pattern",
+             "alpha_pattern", "create_new_adapter")  # fmt: skip
+
+
 def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
     if v.finetuning_type == "oft":
         yield ("finetuning_type",), "finetuning_type: oft is not built: lora is the nearest"
     elif v.finetuning_type != "lora":
-        for name in ("adapter_name_or_path", "additional_target", "use_rslora", "create_new_adapter"):
+        for name in LORA_ONLY:
             if getattr(v, name):
                 yield (name, "finetuning_type"), f"{name} is only for finetuning_type: lora, not {v.finetuning_type}"
+    elif v.use_dora and v.pissa_init:
+        yield ("use_dora", "pissa_init"), "use_dora and pissa_init are two forms of one adapter: choose one"
+    elif v.pissa_init and v.adapter_name_or_path and not v.create_new_adapter:
+        message = "pissa_init starts an adapter, and adapter_name_or_path goes on with one: create_new_adapter: true merges that one first"
+        yield ("pissa_init", "adapter_name_or_path"), message
     if command in TRAINING and command != "data" and v.stage not in ("pt", "sft"):
         message = f"stage: {v.stage}: preference training is not built yet; jtune trains stages pt and sft"
         yield ("stage",), message

@@ -174,11 +174,7 @@ GROUPS: tuple[Group, ...] = (
         remove_unused_columns=True, label_names=None, length_column_name="length",
     ),
     # ---------------------------------------------------------------- adapters and optimizers
-    _refused_in_training(
-        "this form of LoRA is not built yet: plain LoRA, or use_rslora",
-        use_dora=False, pissa_init=False, pissa_convert=False,
-    ),
-    _ignored("it belongs to PiSSA", pissa_iter=16),
+    _ignored("with pissa_init, what is written is a plain LoRA adapter anyway", pissa_convert=False),
     _refused_in_training("one learning rate serves all parameters: set learning_rate", loraplus_lr_ratio=None),
     _ignored("it belongs to LoRA+", loraplus_lr_embedding=1e-6),
     _ignored("it belongs to OFT", module_dropout=0.0, oft_rank=0, oft_block_size=32, oft_target="all"),

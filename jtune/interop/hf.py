@@ -33,7 +33,7 @@ from jtune.models import DecoderConfig, abstract_params
 from jtune.models.families import file_names
 from jtune.models.names import Tensor, located, tensors
 from jtune.sharding import hosts, spread
-from jtune.tuning.lora import is_node
+from jtune.tuning.nodes import is_node
 
 log = logging.getLogger("jtune")
 
@@ -281,7 +281,7 @@ def save_model(
     Of several processes the first writes. An earlier model in `folder` is replaced when all of this one is written.
 
     Args:
-      params: arrays, or LoRA nodes in their place: these are merged in float32, and rounded to `dtype` once.
+      params: arrays, or nodes in their place: these are merged in float32, and rounded to `dtype` once.
       source: the config.json that the model came with.
       dtype: of all tensors; default: what `source` says its weights are.
     """
@@ -289,9 +289,8 @@ def save_model(
     shapes: dict[str, tuple[int, ...]] = {}
     found: list[tuple[Any, Tensor]] = []
     for keys, leaf, layers in located(params):
-        shape = jax.tree.leaves(leaf)[0].shape  # of a node: of what it stands for
         for part in tensors(keys, config, layers):
-            rest = shape[len(part.index) :]
+            rest = leaf.shape[len(part.index) :]
             shapes[part.name] = _swapped(rest) if part.transposed else rest
             found.append((leaf, part))
     pieces = (jax.tree.map(lambda x, i=part.index: spread.whole(x, i), leaf) for leaf, part in found)

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jtune.errors import DataError
+from jtune.errors import ConfigError, DataError
 from jtune.interop import hf
 from jtune.models import DecoderConfig
 from jtune.models.decoder import stacks
@@ -27,7 +27,9 @@ from jtune.models.families import file_names, module_names
 from jtune.models.families.base import Names
 from jtune.models.names import located, module_name, tensors
 from jtune.sharding import hosts, replicated, spread
-from jtune.tuning.lora import LoRA, is_adapter_leaf, is_node
+from jtune.tuning import is_node, kernels
+from jtune.tuning.lora import DoRA, LoRA, PiSSA
+from jtune.tuning.nodes import is_adapter, map_fields
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -38,7 +40,6 @@ Keys = tuple[str, ...]
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "fan_in_fan_out": (False, True),  # how the base is stored, which its family tells
-    "use_dora": (False,),
     "use_qalora": (False,),
     "lora_bias": (False,),
     "layer_replication": (None,),
@@ -57,6 +58,7 @@ class Pair(NamedTuple):
     a: np.ndarray  # float32 [..., in, rank]
     b: np.ndarray  # float32 [..., rank, out]
     scale: float
+    magnitude: np.ndarray | None = None  # float32 [..., out], of a DoRA adapter
 
 
 class Adapter(NamedTuple):
@@ -75,6 +77,16 @@ class Adapter(NamedTuple):
         self.used.update(names)
         a, b = (self.stored[name].astype(np.float32) for name in names)
         return a, b
+
+    def magnitude(self, module: str) -> np.ndarray | None:
+        """DoRA's `[out]`."""
+        if not self.options.get("use_dora"):
+            return None
+        name = f"{module}.lora_magnitude_vector"
+        if name not in self.stored:
+            raise DataError(f"{self.folder / WEIGHTS}: {name} is missing (use_dora)")
+        self.used.add(name)
+        return self.stored[name].astype(np.float32).reshape(-1)
 
     def scale(self, module: str, rank: int) -> float:
         """alpha / rank; patterns are matched at the end of a module's name, as PEFT does."""
@@ -108,13 +120,11 @@ def load_adapter(
     adapter = _open(hf.fetch(path, **hub) / (subfolder or ""))
 
     def place(keys: Keys, leaf: Any, layers: range) -> Any:
-        kernel = jax.tree.leaves(leaf)[0]  # under the nodes
-        whole = _read_whole(adapter, keys, kernel, config, layers)
-        leaf = leaf if whole is kernel else whole
+        leaf = leaf if is_node(leaf) else _read_whole(adapter, keys, leaf, config, layers)
         pair = _read_pair(adapter, keys, config, layers) if keys[-1] == "kernel" else None
         if pair is None:
             return leaf
-        shape = kernel.shape
+        shape, kernel = leaf.shape, jax.tree.leaves(leaf)[0]
         expected = (*shape[:-1], pair.a.shape[-1]), (*shape[:-2], pair.a.shape[-1], shape[-1])
         if (pair.a.shape, pair.b.shape) != expected:
             raise DataError(
@@ -122,7 +132,10 @@ def load_adapter(
                 f"this model needs {expected[0]} x {expected[1]}: is it for another model?"
             )
         dropout = float(adapter.options.get("lora_dropout") or 0.0)
-        return LoRA(leaf, _beside(kernel, pair.a), _beside(kernel, pair.b), pair.scale, dropout)
+        a, b = _beside(kernel, pair.a), _beside(kernel, pair.b)
+        if pair.magnitude is None:
+            return LoRA(leaf, a, b, pair.scale, dropout)
+        return DoRA(leaf, a, b, pair.scale, dropout, _beside(kernel, pair.magnitude))
 
     structure = jax.tree.structure(params, is_leaf=is_node)
     loaded = jax.tree.unflatten(structure, [place(*leaf) for leaf in located(params)])
@@ -209,7 +222,8 @@ def _read_pair(adapter: Adapter, keys: Keys, config: DecoderConfig, layers: rang
     rank, scale = max(pair.a.shape[-1] for pair in pairs), pairs[0].scale
     a = np.stack([_fill(pair.a, -1, rank) for pair in pairs])
     b = np.stack([_fill(pair.b * np.float32(pair.scale / scale), -2, rank) for pair in pairs])
-    return Pair(a, b, scale)
+    magnitudes = [pair.magnitude for pair in pairs if pair.magnitude is not None]
+    return Pair(a, b, scale, np.stack(magnitudes) if magnitudes else None)
 
 
 def _fill(x: np.ndarray, axis: int, size: int) -> np.ndarray:
@@ -229,7 +243,7 @@ def _read_module(adapter: Adapter, keys: Keys, config: DecoderConfig, layer: int
         found = adapter.pair(module)
         if found is not None:
             a, b = found
-            return Pair(a.T, b.T, adapter.scale(module, a.shape[0]))
+            return Pair(a.T, b.T, adapter.scale(module, a.shape[0]), adapter.magnitude(module))
     return None
 
 
@@ -294,18 +308,21 @@ def save_adapter(
     their = module_names(config)
     every = {keys[:-1] for keys, *_ in located(params) if keys[-1] == "kernel"}
     masks = jax.tree.leaves(mask, is_leaf=is_node)
+    check_writable(params)
     for (keys, leaf, layers), its_mask in zip(located(params), masks, strict=True):
         trains = its_mask is True
-        if is_node(leaf) and "experts" not in keys:
-            rank = leaf.a.shape[-1]
-            a, b = np.asarray(leaf.a, np.float32), np.asarray(leaf.b, np.float32)
+        if is_adapter(leaf) and "experts" not in keys:
+            pair = _written(leaf)
+            rank = pair.a.shape[-1]
             for layer in layers or (None,):
                 module = PREFIX + module_name(keys[:-1], their, layer=layer)
                 place = () if layer is None else (layer - layers.start,)
-                out[f"{module}.lora_A.weight"], out[f"{module}.lora_B.weight"] = a[place].T, b[place].T
+                out[f"{module}.lora_A.weight"], out[f"{module}.lora_B.weight"] = pair.a[place].T, pair.b[place].T
+                if pair.magnitude is not None:
+                    out[f"{module}.lora_magnitude_vector"] = pair.magnitude[place]
             is_router = keys[-2] == "gate" and config.experts is not None
             name = "gate.weight" if is_router else _target(keys[:-1], every, their)
-            (parameters if is_router else modules)[name] = rank, alpha(rank, leaf.scale)
+            (parameters if is_router else modules)[name] = rank, alpha(rank, pair.scale)
         elif trains and not is_node(leaf):
             x = np.asarray(leaf, np.float32)
             for part in tensors(keys, config, layers):
@@ -319,6 +336,7 @@ def save_adapter(
         parameters[name] = rank, alpha(rank, scale)
         out |= {PREFIX + key: x for key, x in found.items()}
 
+    nodes = [x for x in jax.tree.leaves(params, is_leaf=is_node) if is_adapter(x)]
     default = Counter([*modules.values(), *parameters.values()]).most_common(1)[0][0]
     other = {name: value for name, value in (modules | parameters).items() if value != default}
     options = {
@@ -330,13 +348,13 @@ def save_adapter(
         "lora_alpha": default[1],
         "rank_pattern": {f".*\\.{re.escape(name)}": rank for name, (rank, _) in other.items()},
         "alpha_pattern": {f".*\\.{re.escape(name)}": a for name, (_, a) in other.items()},
-        "lora_dropout": next(x.dropout for x in jax.tree.leaves(params, is_leaf=is_node) if is_node(x)),
+        "lora_dropout": nodes[0].dropout,
         "target_modules": sorted(modules),
         "target_parameters": sorted(parameters) or None,
         "modules_to_save": list(whole) or None,
         "ensure_weight_tying": bool(whole) and config.tie_word_embeddings,
         "use_rslora": use_rslora,
-        "use_dora": False,
+        "use_dora": any(isinstance(x, DoRA) for x in nodes),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -346,13 +364,34 @@ def save_adapter(
     (folder / CONFIG).write_text(json.dumps(options, indent=2) + "\n")
 
 
+def check_writable(params: PyTree) -> None:
+    """Raise a ConfigError if there is an adapter that PEFT does not know."""
+    for module, node in kernels(params):
+        if is_adapter(node) and not isinstance(node, LoRA):
+            raise ConfigError(
+                f"{'.'.join(module)}: PEFT has no adapter like {type(node).__name__}: merge it "
+                "(jtune.lora.merge) and write the model (jtune.interop.hf.save_model)"
+            )
+
+
+def _written(node: LoRA) -> Pair:
+    """A node as PEFT has it. PiSSA becomes a plain adapter on the kernel as it was: what it is, less its start."""
+    a, b = np.asarray(node.a, np.float32), np.asarray(node.b, np.float32)
+    if isinstance(node, PiSSA):
+        a0, b0 = np.asarray(node.a0, np.float32), np.asarray(node.b0, np.float32)
+        a, b = np.concatenate([a, a0], axis=-1), np.concatenate([b, -b0], axis=-2)
+    return Pair(a, b, node.scale, np.asarray(node.magnitude, np.float32) if isinstance(node, DoRA) else None)
+
+
 def _at_hand(params: PyTree, mask: PyTree) -> PyTree:
     """What is written, adapters and what was trained whole, where this process can read it; the rest as it is."""
 
-    def fetch(path: Any, leaf: Any, trains: bool) -> Any:
-        return spread.whole(leaf) if trains or is_adapter_leaf(path) else leaf
+    def fetch(leaf: Any, trains: Any) -> Any:
+        if is_adapter(leaf):  # what it keeps of its start, too
+            return map_fields(lambda name, x: x if name == "base" else spread.whole(x), leaf)
+        return jax.tree.map(lambda x, its: spread.whole(x) if its else x, leaf, trains)
 
-    return jax.tree_util.tree_map_with_path(fetch, params, mask)
+    return jax.tree.map(fetch, params, mask, is_leaf=is_node)
 
 
 def _target(module: Keys, every: set[Keys], their: Names) -> str:
@@ -373,9 +412,9 @@ def _join_experts(
     for stack in stacks(params["layers"]):
         count = jax.tree.leaves(stack)[0].shape[0]
         nodes = {
-            name: leaf["kernel"]
+            name: _written(leaf["kernel"])
             for name, leaf in stack.get("mlp", {}).get("experts", {}).items()
-            if is_node(leaf["kernel"])
+            if is_adapter(leaf["kernel"])
         }
         block = [
             module_name(("layers", "mlp"), module_names(config), layer=layer) + ".experts"
@@ -387,14 +426,13 @@ def _join_experts(
             modules = [f"{name}.base_layer" for name in block] if down is not None else block
             yield "gate_up_proj", (joined.a.shape[-1], joined.scale), _files(joined, modules)
         if down is not None:
-            yield "down_proj", (down.a.shape[-1], down.scale), _files(Pair(down.a, down.b, down.scale), block)
+            yield "down_proj", (down.a.shape[-1], down.scale), _files(down, block)
 
 
-def _joined(nodes: Mapping[str, LoRA]) -> Pair | None:
+def _joined(nodes: Mapping[str, Pair]) -> Pair | None:
     """One adapter of gate and up."""
     if "gate_up_proj" in nodes:
-        node = nodes["gate_up_proj"]
-        return Pair(node.a, node.b, node.scale)
+        return nodes["gate_up_proj"]
     found = [(nodes[name], half) for half, name in enumerate(("gate_proj", "up_proj")) if name in nodes]
     if not found:
         return None
@@ -403,15 +441,15 @@ def _joined(nodes: Mapping[str, LoRA]) -> Pair | None:
     b, row = np.zeros((L, E, rank, 2 * M), np.float32), 0
     for node, half in found:
         r = node.a.shape[-1]
-        b[:, :, row : row + r, half * M : (half + 1) * M] = np.asarray(node.b) * np.float32(node.scale / scale)
+        b[:, :, row : row + r, half * M : (half + 1) * M] = node.b * np.float32(node.scale / scale)
         row += r
-    return Pair(np.concatenate([np.asarray(node.a, np.float32) for node, _ in found], axis=-1), b, scale)
+    return Pair(np.concatenate([node.a for node, _ in found], axis=-1), b, scale)
 
 
 def _files(pair: Pair, modules: list[str]) -> dict[str, np.ndarray]:
     """PEFT's layout, for each layer: A `[experts * rank, in]`, B `[out, rank * experts]`."""
     found = {}
-    for module, a, b in zip(modules, np.asarray(pair.a, np.float32), np.asarray(pair.b, np.float32), strict=True):
+    for module, a, b in zip(modules, pair.a, pair.b, strict=True):
         E, inputs, rank = a.shape
         found[f"{module}.lora_A.weight"] = a.transpose(0, 2, 1).reshape(E * rank, inputs)
         found[f"{module}.lora_B.weight"] = b.transpose(2, 1, 0).reshape(-1, rank * E)

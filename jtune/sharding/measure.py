@@ -49,7 +49,7 @@ def measure(config: Config, shapes: Shapes, shape: tuple[int, int, int], capacit
         shapes.mesh,
         label_capacity=capacity,
         max_grad_norm=training.max_grad_norm,
-        dropout_key=jax.random.key(training.seed) if tuning.lora.has_dropout(shapes.params) else None,
+        dropout_key=jax.random.key(training.seed) if tuning.has_dropout(shapes.params) else None,
     )
     try:
         found = _sizes(lowered.compile().memory_analysis())

@@ -98,14 +98,16 @@ def adapter_shapes(params: Any, decoder: DecoderConfig, path: str, config: Confi
         raise DataError(f"{folder / peft.CONFIG}: not the config of a LoRA adapter: {error!r}") from error
     if isinstance(targets, str) and targets != "all-linear":  # a pattern for names of modules
         their = module_names(decoder)
-        there = {path: module_name(path, their, layer=0, expert=0) for path, _ in tuning.lora.kernels(params)}
+        there = {path: module_name(path, their, layer=0, expert=0) for path, _ in tuning.kernels(params)}
         targets = [".".join(path) for path, name in there.items() if re.fullmatch(targets, name)]
     targets = ["all"] if targets == "all-linear" else [re.sub(r"^.*\.\d+\.", "", name) for name in targets or ()]
     for name in options.get("target_parameters") or ():  # a mixture's experts
         stem, last = name.rpartition(".")[::2]
         targets += [f"{stem}.{x}".lstrip(".") for x in {"gate_up_proj": ("gate_proj", "up_proj")}.get(last, (last,))]
     dropout = float(options.get("lora_dropout") or 0.0)
-    added = tuning.lora.add(params, targets, rank=rank, alpha=alpha, dropout=dropout, names=file_names(decoder))
+    form = "dora" if options.get("use_dora") else "lora"
+    names = file_names(decoder)
+    added = tuning.lora.add(params, targets, rank=rank, alpha=alpha, dropout=dropout, form=form, names=names)
     return added, tuple(options.get("modules_to_save") or ())
 
 
@@ -145,9 +147,7 @@ def global_bytes(tree: Any) -> int:
 
 def bytes_by_kind(shapes: Shapes, batch: Any) -> dict[str, int]:
     """What a device holds between updates, exact but for the padding that a layout may need."""
-    leaves = jax.tree_util.tree_leaves_with_path(shapes.state.trainable)
-    adapters = [leaf for path, leaf in leaves if tuning.lora.is_adapter_leaf(path)]
-    trained = [leaf for path, leaf in leaves if not tuning.lora.is_adapter_leaf(path)]
+    adapters, trained = tuning.partition(shapes.state.trainable, tuning.adapter_mask(shapes.state.trainable))
     return {
         "frozen_parameters": local_bytes(shapes.frozen),
         "trained_parameters": local_bytes(trained),

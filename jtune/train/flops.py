@@ -16,6 +16,7 @@ itself (2), if it trains. These are the rules of arXiv:2001.08361 (appendix B) a
 (arXiv:2204.02311, appendix B), but for causal attention, of which only the half that is not masked counts.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from jtune.models import DecoderConfig
 from jtune.models.config import Layer
 from jtune.models.decoder import stacks
 from jtune.models.delta import delta_config
+from jtune.tuning import adapter_mask, is_node, partition
+from jtune.tuning.lora import LoRA
 
 # Dense bfloat16 FLOP/s of a chip, as its vendor states them, by jax's name of the kind (lower case, a part of it is
 # enough; the first that matches). TPU7x shows its two cores as two devices: half a chip's figure.
@@ -165,12 +168,13 @@ def _stage(names: tuple[str, ...]) -> int:
 
 
 def _product(kernel: Any, mask: Any, depth: int, share: float) -> Product:
-    """Of a kernel or a LoRA node of which `share` meets one token (of a stack: one layer; of experts: those chosen)."""
-    base = getattr(kernel, "base", kernel)
-    if base is kernel:
-        return Product(depth, kernel.size * share, 0, 0, bool(mask))
-    a, b = kernel.a.size * share, kernel.b.size * share
-    return Product(depth, base.size * share, a + b, b, _any(mask.base))
+    """Of a kernel or a node of which `share` meets one token (of a stack: one layer; of experts: those chosen)."""
+    weights = math.prod(kernel.shape) * share
+    if not is_node(kernel):
+        return Product(depth, weights, 0, 0, bool(mask))
+    adapter = sum(x.size for x in jax.tree.leaves(partition(kernel, adapter_mask(kernel))[0])) * share
+    out = kernel.b.size * share if isinstance(kernel, LoRA) else 0.0
+    return Product(depth, weights, adapter, out, _any(partition(mask, adapter_mask(kernel))[1]))
 
 
 def _kernels(tree: Any, mask: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:

@@ -169,7 +169,7 @@ def run(config: Config) -> dict[str, Any]:
         state_like,
         mesh,
         max_grad_norm=training.max_grad_norm,
-        dropout_key=jax.random.key(training.seed) if tuning.lora.has_dropout(model.params) else None,
+        dropout_key=jax.random.key(training.seed) if tuning.has_dropout(model.params) else None,
         ledger=ledger,
     )
     rates = report.make_rates(

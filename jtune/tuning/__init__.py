@@ -3,19 +3,26 @@
 from jtune.tuning import lora
 from jtune.tuning.axes import prepared_axes
 from jtune.tuning.freeze import freeze
-from jtune.tuning.masks import adapter_mask, combine, decay_mask, full_mask, partition, trainable_mask
+from jtune.tuning.masks import combine, decay_mask, full_mask, partition, trainable_mask
+from jtune.tuning.nodes import Node, adapter_mask, has_dropout, is_node, kernels, replace, select
 from jtune.tuning.prepare import describe, prepare
 
 __all__ = [
+    "Node",
     "adapter_mask",
     "combine",
     "decay_mask",
     "describe",
     "freeze",
     "full_mask",
+    "has_dropout",
+    "is_node",
+    "kernels",
     "lora",
     "partition",
     "prepare",
     "prepared_axes",
+    "replace",
+    "select",
     "trainable_mask",
 ]

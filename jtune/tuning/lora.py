@@ -1,17 +1,16 @@
-"""LoRA (arXiv:2106.09685) as a transform of the parameter tree: a kernel is replaced by a node that holds it.
+"""LoRA (arXiv:2106.09685) and its relatives: nodes that hold a kernel and two thin matrices.
 
 lora.add(params, ("q_proj", "v_proj"))    kernels -> LoRA nodes
-lora.merge(params)                        LoRA nodes -> kernels
+lora.merge(params)                        nodes -> kernels
 lora.split(params)                        -> (parameters without adapters, adapters alone)
 """
 
 import dataclasses
-import difflib
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +19,17 @@ from jtune.errors import ConfigError
 from jtune.models.families.base import Names
 from jtune.models.kernels import project
 from jtune.models.names import knows
+from jtune.tuning.nodes import Axes, Node, Path, in_float32, is_adapter, merge, replace, select, split
+
+__all__ = ["DoRA", "LoRA", "PiSSA", "add", "merge", "split"]
 
 PyTree = Any
-Path = tuple[str, ...]
+LORA = ("base", "a", "b")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b"], meta_fields=["scale", "dropout"])
+@partial(jax.tree_util.register_dataclass, data_fields=[*LORA], meta_fields=["scale", "dropout"])
 @dataclasses.dataclass(frozen=True)
-class LoRA:
+class LoRA(Node):
     """Stands in the place of a kernel `base` `[..., in, out]` and acts as `base + scale * a @ b`.
 
     Attributes:
@@ -44,23 +46,112 @@ class LoRA:
     scale: float
     dropout: float = 0.0
 
+    adapter = ("a", "b")
+
     def project(self, x: jax.Array, rng: jax.Array | None, group_sizes: jax.Array | None) -> jax.Array:
-        drops = self.dropout > 0 and rng is not None
-        if folds(x, self.base) and not drops and group_sizes is None:
+        dropped = drop(x, self.dropout, rng)
+        if dropped is x and group_sizes is None and folds(x, self.base):
             return folded(x, self.base, self.a, self.b, self.scale)
-        y = project(x, self.base, rng, group_sizes)
-        if rng is not None and drops:
-            kept = jax.random.bernoulli(rng, 1 - self.dropout, x.shape)
-            x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
-        delta = project(project(x, self.a, None, group_sizes), self.b, None, group_sizes)
-        return y + delta * self.scale
+        return project(x, self.base, rng, group_sizes) + self.delta(dropped, group_sizes)
+
+    def delta(self, x: jax.Array, group_sizes: jax.Array | None) -> jax.Array:
+        """`scale * x @ a @ b`."""
+        return project(project(x, self.a, None, group_sizes), self.b, None, group_sizes) * self.scale
 
     def merged(self, dtype: Any = None) -> jax.Array:
-        """The kernel that acts the same, computed in float32, in `dtype` (default: that of `base`)."""
-        base = self.base.merged(jnp.float32) if is_node(self.base) else self.base
-        a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
-        delta = jnp.matmul(a, b, precision="highest") * self.scale  # or TPUs would round a and b to bfloat16
-        return (base.astype(jnp.float32) + delta).astype(dtype or jax.tree.leaves(self.base)[0].dtype)
+        return (in_float32(self.base) + self.scale * product(self.a, self.b)).astype(dtype or self.dtype)
+
+    def axes(self, kernel: Axes) -> dict[str, Axes]:
+        """`a` lies along `in` as the kernel does, `b` along `out`; each is split along its other dimension where the
+        first is not."""
+        *lead, inputs, outputs = kernel
+        return {"a": (*lead, inputs, "rank"), "b": (*lead, "rank", outputs)}
+
+    def describe(self) -> str:
+        return f"{type(self).__name__} of rank {self.a.shape[-1]}, scale {self.scale:g}"
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=[*LORA, "magnitude"], meta_fields=["scale", "dropout"])
+@dataclasses.dataclass(frozen=True)
+class DoRA(LoRA):
+    """Acts as `magnitude * W / |W|` with `W = base + scale * a @ b`, `|W|` the norms of its columns (arXiv:2402.09353).
+
+    The norms count as constants in the backward pass (section 4.3 there). They come from thin products, so that no
+    matrix of the kernel's size is formed: with B a column of `b`,
+    `|W|^2 = |base|^2 + 2 scale <a^T base, B> + scale^2 <a^T a B, B>`.
+
+    Attributes:
+      magnitude: `[..., out]`; at the start the norms of the columns of `base`.
+    """
+
+    magnitude: Any = None
+
+    adapter = ("a", "b", "magnitude")
+
+    def project(self, x: jax.Array, rng: jax.Array | None, group_sizes: jax.Array | None) -> jax.Array:
+        stretch = (self.magnitude / jax.lax.stop_gradient(self.norms())).astype(x.dtype)
+        if group_sizes is not None:  # each row has that of its expert
+            stretch = jnp.repeat(stretch, group_sizes, axis=0, total_repeat_length=x.shape[0])
+        dropped = drop(x, self.dropout, rng)
+        if dropped is x and group_sizes is None and folds(x, self.base):
+            return jnp.asarray(folded(x, self.base, self.a, self.b, self.scale)) * stretch
+        y = project(x, self.base, rng, group_sizes)
+        if dropped is x:
+            return (y + self.delta(x, group_sizes)) * stretch
+        # As PEFT has it: what is dropped is missing in all that training may change, and nowhere else.
+        y_dropped = project(dropped, self.base, rng, group_sizes)
+        return y + (stretch - 1) * y_dropped + stretch * self.delta(dropped, group_sizes)
+
+    def norms(self) -> jax.Array:
+        """Of the columns of `base + scale * a @ b`, float32 `[..., out]`."""
+        base, a, b = in_float32(self.base), self.a.astype(jnp.float32), self.b.astype(jnp.float32)
+        thin = jnp.swapaxes(a, -1, -2) @ base
+        square = jnp.sum(base * base, -2) + 2 * self.scale * jnp.sum(thin * b, -2)
+        square += self.scale**2 * jnp.sum((jnp.swapaxes(a, -1, -2) @ a @ b) * b, -2)
+        return jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
+
+    def merged(self, dtype: Any = None) -> jax.Array:
+        kernel = super().merged(jnp.float32)
+        stretch = self.magnitude.astype(jnp.float32) / jnp.linalg.norm(kernel, axis=-2)
+        return (kernel * stretch[..., None, :]).astype(dtype or self.dtype)
+
+    def axes(self, kernel: Axes) -> dict[str, Axes]:
+        return super().axes(kernel) | {"magnitude": (*kernel[:-2], kernel[-1])}
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=[*LORA, "a0", "b0"], meta_fields=["scale", "dropout"])
+@dataclasses.dataclass(frozen=True)
+class PiSSA(LoRA):
+    """LoRA that starts from the kernel's largest singular values, which its base lacks (arXiv:2404.02948).
+
+    Attributes:
+      base: what is left of the kernel, `kernel - scale * a0 @ b0`.
+      a0, b0: `a` and `b` as they started; they do not train. With them the adapter is also a plain one, of twice the
+        rank, on the kernel as it was.
+    """
+
+    a0: Any = None
+    b0: Any = None
+
+    def plain(self) -> Any:
+        return (in_float32(self.base) + self.scale * product(self.a0, self.b0)).astype(self.dtype)
+
+    def axes(self, kernel: Axes) -> dict[str, Axes]:
+        mine = super().axes(kernel)
+        return mine | {"a0": mine["a"], "b0": mine["b"]}
+
+
+def drop(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
+    """`x` itself without a key or a rate."""
+    if rng is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(rng, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+def product(a: Any, b: Any) -> jax.Array:
+    """`a @ b` in float32, as exact on TPUs, which would round both to bfloat16."""
+    return jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
 
 
 def folds(x: jax.Array, base: Any) -> bool:
@@ -94,67 +185,6 @@ def _folded_backward(scale, residuals, dy):
 folded.defvjp(_folded_forward, _folded_backward)
 
 
-def is_node(x: Any) -> bool:
-    return isinstance(x, LoRA)
-
-
-def has_dropout(params: PyTree) -> bool:
-    return any(is_node(x) and x.dropout > 0 for x in jax.tree.leaves(params, is_leaf=is_node))
-
-
-def is_adapter_leaf(path: Any) -> bool:
-    """Whether a path of `jax.tree_util` ends in an adapter's `a` or `b`."""
-    return isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name in ("a", "b")
-
-
-def kernels(params: PyTree) -> Iterator[tuple[Path, Any]]:
-    """Every kernel, plain or a node, with the path of its module: (("layers", "self_attn", "q_proj"), kernel)."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node):
-        names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        if names[-1] == "kernel":
-            yield names[:-1], leaf
-
-
-def select(params: PyTree, targets: Sequence[str], names: Names | None = None) -> tuple[Path, ...]:
-    """The modules that `targets` name, in the order of the tree.
-
-    Args:
-      targets: names of modules (`q_proj`), or the ends of their paths (`self_attn.q_proj`); `all`: every linear module
-        of the layers, but not those of a mixture's experts and router, which must be named.
-      names: what the model's family calls its modules (`jtune.models.families.names`): its words count as well.
-
-    Raises:
-      ConfigError: a name that matches nothing, with the names that would.
-    """
-    found = tuple(dict.fromkeys(path for path, _ in kernels(params)))
-    chosen: set[Path] = set()
-    unmatched = []
-    names = names or Names()
-    for target in targets:
-        if target == "all":
-            match = {p for p in found if p[0] == "layers" and "experts" not in p and p[-1] != "gate"}
-        else:
-            match = {p for p in found if knows(p, target, names)}
-        if not match:
-            unmatched.append(target)
-        chosen |= match
-    if unmatched:
-        raise ConfigError(_no_such_target(unmatched, found, names))
-    return tuple(path for path in found if path in chosen)
-
-
-def _no_such_target(unmatched: Sequence[str], found: Sequence[Path], their: Names) -> str:
-    names = list(dict.fromkeys(their.words.get(path[-1], path[-1]) for path in found))
-    lines = []
-    for target in unmatched:
-        near = difflib.get_close_matches(target.split(".")[-1], names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        if target.split(".")[-1] == "embed_tokens":
-            hint = "; an embedding has no kernel: train it whole with additional_target: embed_tokens"
-        lines.append(f"lora_target: {target!r} matches no module of this model{hint}")
-    return "\n".join(lines) + f"\nThere are: all, {', '.join(names)}"
-
-
 def add(
     params: PyTree,
     targets: Sequence[str] | str = ("all",),
@@ -163,53 +193,91 @@ def add(
     alpha: float | None = None,
     dropout: float = 0.0,
     use_rslora: bool = False,
+    form: Literal["lora", "dora", "pissa"] = "lora",
+    svd_iterations: int = 16,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
     key: jax.Array | None = None,
     names: Names | None = None,
 ) -> PyTree:
-    """Put an adapter on each kernel that `targets` select; the model computes the same as before, as `b` is zero.
+    """Put an adapter on each kernel that `targets` select; the model computes the same as before.
 
     >>> params = lora.add(params, ("q_proj", "v_proj"), rank=16)                               # doctest: +SKIP
 
     Args:
-      targets: see `select`; a string may have commas.
+      targets: see `jtune.tuning.nodes.select`; a string may have commas.
       alpha: default 2 * rank.
+      form: `LoRA`, `DoRA` or `PiSSA`.
+      svd_iterations: PiSSA: of the randomised decomposition; -1: an exact one, which takes far longer.
+      rank_pattern, alpha_pattern: a rank or an alpha of their own for the modules that a name means, as in `targets`;
+        the first that fits counts. An alpha that is not given stays as it is, as in PEFT.
       key: of the random `a`, uniform in +-1/sqrt(in) as PEFT draws it; default `jax.random.key(0)`. What a kernel
         gets depends on its path only.
+
+    Raises:
+      ConfigError: a name that matches nothing; DoRA for experts.
     """
-    wanted = targets.split(",") if isinstance(targets, str) else targets
-    chosen = set(select(params, [name.strip() for name in wanted], names))
+    names = names or Names()
+    chosen = select(params, targets, names)
     key = jax.random.key(0) if key is None else key
     alpha = 2 * rank if alpha is None else alpha
-    scale = alpha / math.sqrt(rank) if use_rslora else alpha / rank
+    ranks, alphas = rank_pattern or {}, alpha_pattern or {}
+    _check_patterns(chosen, [*ranks, *alphas], names)
 
-    def adapt(path: Any, kernel: Any) -> Any:
-        module = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))[:-1]
-        if module not in chosen or path[-1].key != "kernel":
-            return kernel
-        if is_node(kernel):
+    def adapt(where: str, module: Path, kernel: Any) -> Node:
+        if is_adapter(kernel):
             raise ValueError(f"{'.'.join(module)} has an adapter already; merge it first")
+        r = next((value for name, value in ranks.items() if knows(module, name, names)), rank)
+        its_alpha = next((value for name, value in alphas.items() if knows(module, name, names)), alpha)
+        scale = its_alpha / math.sqrt(r) if use_rslora else its_alpha / r
+        mine = jax.random.fold_in(key, zlib.crc32(where.encode()))
+        if form == "pissa":
+            return principal(kernel, r, scale, dropout, svd_iterations, mine)
         *lead, inputs, outputs = kernel.shape
-        mine = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
         bound = 1 / math.sqrt(inputs)
-        a = jax.random.uniform(mine, (*lead, inputs, rank), jnp.float32, -bound, bound)
-        return LoRA(kernel, a, jnp.zeros((*lead, rank, outputs), jnp.float32), scale, dropout)
+        a = jax.random.uniform(mine, (*lead, inputs, r), jnp.float32, -bound, bound)
+        b = jnp.zeros((*lead, r, outputs), jnp.float32)
+        if form == "lora":
+            return LoRA(kernel, a, b, scale, dropout)
+        if "experts" in module:
+            raise ConfigError("use_dora: experts have no DoRA: leave them out of lora_target, or use plain LoRA")
+        return DoRA(kernel, a, b, scale, dropout, jnp.linalg.norm(in_float32(kernel), axis=-2))
 
-    return jax.tree_util.tree_map_with_path(adapt, params, is_leaf=is_node)
+    return replace(params, chosen, adapt)
 
 
-def merge(params: PyTree) -> PyTree:
-    """Replace every node by the kernel that acts the same."""
-    merged = jax.jit(LoRA.merged)
-    return jax.tree.map(lambda x: merged(x) if is_node(x) else x, params, is_leaf=is_node)
+def _check_patterns(chosen: Sequence[Path], patterns: Sequence[str], names: Names) -> None:
+    for name in patterns:
+        if not any(knows(module, name, names) for module in chosen):
+            there = ", ".join(dict.fromkeys(module[-1] for module in chosen))
+            raise ConfigError(f"rank_pattern, alpha_pattern: {name!r} is no module that gets an adapter: {there}")
 
 
-def split(params: PyTree) -> tuple[PyTree, PyTree]:
-    """(base, adapters): the parameters without adapters, and a tree of the nodes alone, their base None.
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def principal(kernel: Any, rank: int, scale: float, dropout: float, iterations: int, key: jax.Array) -> PiSSA:
+    """The node of a kernel's `rank` largest singular values: `a = U sqrt(S / scale)`, `b = sqrt(S / scale) V^T`.
 
-    `jax.tree.map` over both puts them together again; see `combine` in jtune.tuning for how.
+    Args:
+      iterations: of the randomised decomposition (arXiv:0909.4061, algorithm 5.1 after 4.4); -1: an exact one.
     """
-    base = jax.tree.map(lambda x: x.base if is_node(x) else x, params, is_leaf=is_node)
-    adapters = jax.tree.map(
-        lambda x: dataclasses.replace(x, base=None) if is_node(x) else None, params, is_leaf=is_node
-    )
-    return base, adapters
+    whole = in_float32(kernel)
+
+    def largest(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if iterations < 0:
+            u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+        else:
+            width = min(rank + 8, *w.shape)
+            q = jnp.linalg.qr(w @ jax.random.normal(key, (w.shape[1], width)))[0]
+            for _ in range(iterations):
+                q = jnp.linalg.qr(w @ jnp.linalg.qr(w.T @ q)[0])[0]
+            u, s, vt = jnp.linalg.svd(q.T @ w, full_matrices=False)
+            u = q @ u
+        root = jnp.sqrt(s[:rank] / scale)
+        return u[:, :rank] * root, root[:, None] * vt[:rank]
+
+    *lead, inputs, outputs = whole.shape
+    # One after the other: a stack's intermediate matrices would take its memory many times.
+    a, b = jax.lax.map(largest, whole.reshape(-1, inputs, outputs))
+    a, b = a.reshape(*lead, inputs, -1), b.reshape(*lead, -1, outputs)
+    rest = (whole - scale * product(a, b)).astype(kernel.dtype)
+    return PiSSA(rest, a, b, scale, dropout, a, b)

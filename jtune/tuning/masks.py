@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from jtune.tuning.lora import is_adapter_leaf
+from jtune.tuning.nodes import adapter_mask
 
 PyTree = Any
 
@@ -19,11 +19,6 @@ def partition(params: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
 def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
     """The whole tree again."""
     return jax.tree.map(lambda t, f: f if t is None else t, trainable, frozen, is_leaf=lambda x: x is None)
-
-
-def adapter_mask(params: PyTree) -> PyTree:
-    """True for the leaves of adapters, False for everything else."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: is_adapter_leaf(path), params)
 
 
 def full_mask(params: PyTree) -> PyTree:

@@ -15,7 +15,8 @@ from jtune.models.decoder import stacks
 from jtune.models.families import file_names
 from jtune.tuning import lora
 from jtune.tuning.freeze import freeze
-from jtune.tuning.masks import adapter_mask, full_mask
+from jtune.tuning.masks import full_mask
+from jtune.tuning.nodes import adapter_mask, is_node, map_fields
 
 log = logging.getLogger("jtune")
 
@@ -56,12 +57,21 @@ def prepare(
     else:
         params, whole = with_adapter(params, args, decoder, adapters, load_adapter, key)
         mask = whole_modules(params, adapter_mask(params), whole)
-    trained = jnp.bfloat16 if args.pure_bf16 else jnp.float32
-    return jax.tree.map(lambda x, trains: _cast(x, trained if trains else frozen_dtype, trains), params, mask), mask
+    return in_dtypes(params, mask, jnp.bfloat16 if args.pure_bf16 else jnp.float32, frozen_dtype), mask
 
 
-def _cast(x: jax.Array, dtype: Any, trains: bool) -> jax.Array:
-    return x.astype(dtype) if trains or jnp.dtype(dtype).itemsize < x.dtype.itemsize else x
+def in_dtypes(params: PyTree, mask: PyTree, trained: Any, frozen: Any) -> PyTree:
+    """What trains in one dtype, the rest in another where that is smaller; but what a node keeps beside its base, and
+    does not train, is in the dtype that the node chose."""
+
+    def cast(x: Any, trains: Any) -> Any:
+        if is_node(x):
+            of = lambda name, v: cast(v, getattr(trains, name)) if name in ("base", *x.adapter) else v
+            return map_fields(of, x)
+        smaller = jnp.dtype(frozen).itemsize < x.dtype.itemsize
+        return x.astype(trained) if trains else x.astype(frozen) if smaller else x
+
+    return jax.tree.map(cast, params, mask, is_leaf=is_node)
 
 
 def with_adapter(
@@ -80,6 +90,10 @@ def with_adapter(
             alpha=args.lora_alpha,
             dropout=args.lora_dropout,
             use_rslora=args.use_rslora,
+            form="dora" if args.use_dora else "pissa" if args.pissa_init else "lora",
+            svd_iterations=args.pissa_iter,
+            rank_pattern=args.rank_pattern,
+            alpha_pattern=args.alpha_pattern,
             key=key,
             names=file_names(decoder),
         )
@@ -125,7 +139,7 @@ def describe(params: PyTree, mask: PyTree) -> str:
       layers.*.self_attn.{q_proj,v_proj}: LoRA of rank 8, scale 2
     """
     groups: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
-    nodes = jax.tree.map(lambda x, m: (x, m), params, mask, is_leaf=lora.is_node)
+    nodes = jax.tree.map(lambda x, m: (x, m), params, mask, is_leaf=is_node)
     is_pair = lambda x: isinstance(x, tuple) and len(x) == 2 and not isinstance(x[0], dict)
     first: dict[int, str] = _layer_spans(params)
     for path, (x, m) in jax.tree_util.tree_leaves_with_path(nodes, is_leaf=is_pair):
@@ -135,7 +149,7 @@ def describe(params: PyTree, mask: PyTree) -> str:
         if names[0] == "layers":
             stack = next((key.idx for key in path if isinstance(key, jax.tree_util.SequenceKey)), 0)
             names[0] = f"layers.{first[stack]}"
-        how = f"LoRA of rank {x.a.shape[-1]}, scale {x.scale:g}" if lora.is_node(x) else "whole"
+        how = x.describe() if is_node(x) else "whole"
         module = names[:-1]
         groups[".".join(module[:-1]), how][module[-1]] = None
     sizes = jax.tree.map(lambda x, trains: x.size if trains else 0, params, mask)

@@ -91,18 +91,19 @@ def write_adapter(folder: Path, model: Path, *, rank: int, seed: int = 1) -> Non
 
     from jtune.interop import hf, peft
     from jtune.models.families import decoder_config
-    from jtune.tuning import lora
+    from jtune.tuning import adapter_mask, lora
 
     decoder = decoder_config(hf.read_config(model))
     params = lora.add(hf.load_params(model, decoder), ("all",), rank=rank)
 
-    def fill(path, x):
+    mask = adapter_mask(params)
+
+    def fill(path, x, trains):
         name = jax.tree_util.keystr(path)
         key = jax.random.fold_in(jax.random.key(seed), sum(map(ord, name)))
-        return 0.02 * jax.random.normal(key, x.shape, x.dtype) if lora.is_adapter_leaf(path) else x
+        return 0.02 * jax.random.normal(key, x.shape, x.dtype) if trains else x
 
-    params = jax.tree_util.tree_map_with_path(fill, params)
-    mask = jax.tree_util.tree_map_with_path(lambda path, _: lora.is_adapter_leaf(path), params)
+    params = jax.tree_util.tree_map_with_path(fill, params, mask)
     peft.save_adapter(params, mask, decoder, folder, base=str(model))
 
 

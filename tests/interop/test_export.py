@@ -27,8 +27,8 @@ def base(tmp_path_factory):
 def write_adapter(folder, base, targets, seed):
     decoder = decoder_config(hf.read_config(base))
     params, rng = lora.add(hf.load_params(base, decoder), targets, rank=2), np.random.default_rng(seed)
-    draw = lambda path, x: rng.standard_normal(x.shape, np.float32) if lora.is_adapter_leaf(path) else x
-    params = jax.tree_util.tree_map_with_path(draw, params)
+    draw = lambda x, trains: rng.standard_normal(x.shape, np.float32) if trains else x
+    params = jax.tree.map(draw, params, adapter_mask(params))
     peft.save_adapter(params, adapter_mask(params), decoder, folder, base=str(base))
     return folder
 

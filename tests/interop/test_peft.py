@@ -121,7 +121,7 @@ def test_what_is_not_an_adapter_for_this_model_is_refused(checkpoint, tmp_path):
         with pytest.raises(DataError, match=word):
             load_adapter(params, model.config, str(tmp_path))
 
-    refused("use_dora=True", options | {"use_dora": True})
+    refused(r"lora_magnitude_vector is missing \(use_dora\)", options | {"use_dora": True})
     refused("peft_type is 'LOHA'", options | {"peft_type": "LOHA"})
     refused("have no place", tensors=tensors | {"base_model.model.model.layers.0.mlp.other.lora_A.weight": np.ones(2)})
     some = {name: x for name, x in tensors.items() if "layers.1.self_attn.q_proj" not in name}

@@ -17,7 +17,7 @@ from jtune.interop import hf, weights
 from jtune.models import abstract_params, logical_axes
 from jtune.models.families import decoder_config
 from jtune.sharding import make_mesh, tree_shardings
-from jtune.tuning import lora
+from jtune.tuning import adapter_mask, lora
 
 CONFIG = {**small.CONFIG, "vocab_size": 64, "tie_word_embeddings": False}
 MIXTURE = {**CONFIG, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -332,8 +332,8 @@ def test_adapters_are_merged_in_float32_and_rounded_once(tmp_path):
 
     def adapted(params, scale):
         nodes = lora.add(params, "q_proj,up_proj", rank=2, alpha=scale)
-        fill = lambda path, x: jnp.asarray(rng.standard_normal(x.shape), x.dtype) if lora.is_adapter_leaf(path) else x
-        return jax.tree_util.tree_map_with_path(fill, nodes)
+        fill = lambda x, trains: jnp.asarray(rng.standard_normal(x.shape), x.dtype) if trains else x
+        return jax.tree.map(fill, nodes, adapter_mask(nodes))
 
     one = adapted(params, 0.01)
     kernel = one["layers"]["mlp"]["up_proj"]["kernel"]

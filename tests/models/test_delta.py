@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jtune import tuning
 from jtune.generation.forward import read_prompt, read_token
 from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.models.config import Delta, Layer
@@ -152,7 +153,7 @@ def test_padding_on_either_side_leaves_the_same_state(params, length):
 
 def test_what_has_no_kernel_has_no_adapter_and_biases_do_not_decay(params):
     adapted = lora.add(params, "all", rank=2)
-    nodes = {path[-2:] for path, x in lora.kernels(adapted) if lora.is_node(x)}
+    nodes = {path[-2:] for path, x in tuning.kernels(adapted) if tuning.is_node(x)}
     assert {path for path in nodes if path[0] == "linear_attn"} == {
         ("linear_attn", name) for name in ("in_proj_qkvz", "in_proj_ba", "out_proj")
     }

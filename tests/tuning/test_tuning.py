@@ -102,7 +102,7 @@ def test_split_gives_the_base_and_the_adapters_alone():
 
 
 def names(params):
-    return {path[-1] for path, kernel in lora.kernels(params) if lora.is_node(kernel)}
+    return {path[-1] for path, kernel in tuning.kernels(params) if tuning.is_node(kernel)}
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_dropout_acts_only_with_a_key():
     np.testing.assert_array_equal(with_key(0), with_key(0))
     assert (with_key(0) != with_key(1)).any()
     assert (with_key(0) != logits(params)).any()
-    assert lora.has_dropout(params)
-    assert not lora.has_dropout(weights())
+    assert tuning.has_dropout(params)
+    assert not tuning.has_dropout(weights())
 
 
 # ---------------------------------------------------------------------- freeze
@@ -219,7 +219,7 @@ def test_adapters_are_merged_but_for_the_last_which_goes_on():
     loaded = []
 
     def load(params, decoder, path):
-        assert not any(lora.is_node(k) for _, k in lora.kernels(params))
+        assert not any(tuning.is_node(k) for _, k in tuning.kernels(params))
         loaded.append(path)
         return moved(lora.add(params, [path], rank=2)), ("norm",)
 
