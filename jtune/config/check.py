@@ -159,7 +159,7 @@ def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
     elif v.use_dora and v.pissa_init:
         yield ("use_dora", "pissa_init"), "use_dora and pissa_init are two forms of one adapter: choose one"
     elif v.pissa_init and v.adapter_name_or_path and not v.create_new_adapter:
-        message = "pissa_init starts an adapter, and adapter_name_or_path goes on with one: create_new_adapter: true merges that one first"
+        message = "pissa_init starts an adapter, but one is given: create_new_adapter: true merges that one first"
         yield ("pissa_init", "adapter_name_or_path"), message
     if command in TRAINING and command != "data" and v.stage not in ("pt", "sft"):
         message = f"stage: {v.stage}: preference training is not built yet; jtune trains stages pt and sft"

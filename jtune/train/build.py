@@ -317,6 +317,12 @@ def tree_fingerprint(tree: Any) -> str:
     return xxhash.xxh3_64(repr(sorted(digests(named_leaves(tree)).items())).encode()).hexdigest()
 
 
+def frozen_fingerprint(frozen: Any) -> str:
+    """One digest of what does not train, as it was read: what PiSSA takes apart, another mesh rounds otherwise."""
+    is_taken_apart = lambda x: isinstance(x, tuning.lora.PiSSA)
+    return tree_fingerprint(jax.tree.map(lambda x: None if is_taken_apart(x) else x, frozen, is_leaf=is_taken_apart))
+
+
 def check_schedule(training: TrainingArguments) -> None:
     """Raise a ConfigError for options that the schedule does not take, before anything is read."""
     make_schedule(training.lr_scheduler_type, training.learning_rate, 0, 1, training.lr_scheduler_kwargs)

@@ -190,7 +190,7 @@ def run(config: Config) -> dict[str, Any]:
         "order": [order_seed(config), not finetuning.disable_shuffling, *stream_order(config)],
         "rows": [rows_are_packed(config), config.data.cutoff_len],
         "updates": plan.max_steps,
-        "frozen weights": build.tree_fingerprint(frozen),
+        "frozen weights": build.frozen_fingerprint(frozen),
     }
     progress = Progress()
     state: TrainState

@@ -63,6 +63,8 @@ def test_pefts_adapter_acts_the_same_here_and_when_written_again(family, checkpo
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
         {"target_modules": ["q_proj", "lm_head"]},
+        {"use_dora": True},
+        {"target_modules": ["q_proj", "v_proj"], "use_dora": True, "rank_pattern": {"v_proj": 2}},
     ],
 )
 def test_pefts_options_are_honoured(options, checkpoint, tmp_path):
@@ -88,6 +90,42 @@ def test_our_adapter_acts_the_same_in_peft(family, checkpoint, tmp_path):
     if family != "mixtral":  # its gate and up are one adapter in the file: the same, but not laid out the same
         jax.tree.map(np.testing.assert_array_equal, again, params)
     np.testing.assert_allclose(logits(model, again), logits(model, params), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["dora", "pissa"])
+def test_the_other_forms_act_the_same_in_peft(form, checkpoint, tmp_path):
+    model, base = load_model(str(checkpoint("llama")))
+    patterns = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 5}}
+    params = lora.add(base, "q_proj,v_proj,down_proj", rank=4, form=form, **patterns)
+    mask, rng = adapter_mask(params), np.random.default_rng(6)
+    moved = lambda x, trains: x + 0.05 * jnp.asarray(rng.standard_normal(x.shape), x.dtype) if trains else x
+    params = jax.tree.map(moved, params, mask)
+    save_adapter(params, mask, model.config, tmp_path, base="base")
+    np.testing.assert_allclose(in_peft(tmp_path, "llama"), logits(model, params), atol=1e-4)
+    again, _ = load_adapter(base, model.config, str(tmp_path))
+    np.testing.assert_allclose(logits(model, again), logits(model, params), atol=1e-4)
+    assert np.abs(logits(model, params) - logits(model, base)).max() > 0.1
+
+
+def test_dropout_of_dora_is_that_of_peft(checkpoint, tmp_path):
+    """Which inputs are dropped differs; what dropping them means does not: on average over masks both are the same."""
+    config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, use_dora=True, target_modules=["q_proj"])
+    linear = torch.nn.Linear(8, 6, bias=False)
+    layer = peft.get_peft_model(torch.nn.ModuleDict({"q_proj": linear}), config).base_model.model["q_proj"]
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
+    a, b, magnitude, x = draw(8, 4), draw(4, 6), draw(6), draw(1, 8)
+    w = linear.weight.detach().numpy().T.copy()
+    node = lora.DoRA(jnp.asarray(w), jnp.asarray(a), jnp.asarray(b), 2.0, 0.5, jnp.asarray(magnitude))
+    kept = np.asarray(jax.random.bernoulli(jax.random.key(1), 0.5, x.shape))
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(torch.from_numpy(a.T))
+        layer.lora_B["default"].weight.copy_(torch.from_numpy(b.T))
+        layer.lora_magnitude_vector["default"].weight.copy_(torch.from_numpy(magnitude))
+        layer.lora_dropout["default"] = type("Same", (torch.nn.Module,), {
+            "forward": lambda _, x: x * torch.from_numpy(kept.astype(np.float32)) * 2})()  # fmt: skip
+        expected = layer(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(node.project(jnp.asarray(x), jax.random.key(1), None), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_experts_adapters_of_before_are_read(checkpoint, tmp_path):

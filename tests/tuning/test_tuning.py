@@ -156,6 +156,58 @@ def test_dropout_acts_only_with_a_key():
     assert not tuning.has_dropout(weights())
 
 
+# ---------------------------------------------------------------------- its relatives
+
+
+@pytest.mark.parametrize("form", ["lora", "dora", "pissa"])
+def test_each_form_changes_nothing_until_it_is_trained_and_merges(form):
+    params = lora.add(weights(), "q_proj,down_proj,lm_head", rank=3, form=form)
+    np.testing.assert_allclose(logits(params), logits(weights()), atol=2e-6)
+    trained = moved(params)
+    np.testing.assert_allclose(logits(lora.merge(trained)), logits(trained), atol=1e-5)
+    assert np.abs(logits(trained) - logits(params)).max() > 1e-2
+    base, adapters = lora.split(trained)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), base, weights())
+    assert jax.tree.leaves(adapters, is_leaf=tuning.is_node)[0].base is None
+
+
+def dora_by_definition(x, base, a, b, magnitude):
+    w = base + 2.0 * a @ b
+    return x @ (magnitude * w / jax.lax.stop_gradient(jnp.linalg.norm(w, axis=0)))
+
+
+def test_dora_is_its_definition_with_all_gradients():
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+    leaves = draw(0, 5, 8), draw(1, 8, 6), draw(2, 8, 3), draw(3, 3, 6), draw(4, 6)
+    node = lambda x, base, a, b, m: lora.DoRA(base, a, b, 2.0, 0.0, m).project(x, None, None)
+    gradients = lambda f: jax.grad(lambda *args: jnp.sum(jnp.sin(f(*args))), (0, 2, 3, 4))(*leaves)
+    np.testing.assert_allclose(node(*leaves), dora_by_definition(*leaves), rtol=1e-5)
+    for ours, theirs in zip(gradients(node), gradients(dora_by_definition)):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("iterations", [-1, 16])
+def test_pissa_takes_the_largest_singular_values(iterations):
+    kernel = weights()["layers"]["self_attn"]["q_proj"]["kernel"]
+    node = lora.add(weights(), "q_proj", rank=3, form="pissa", svd_iterations=iterations)
+    node = node["layers"]["self_attn"]["q_proj"]["kernel"]
+    values = np.linalg.svd(np.asarray(kernel), compute_uv=False)
+    left = np.linalg.svd(np.asarray(node.base), compute_uv=False)
+    np.testing.assert_allclose(left[:, :-3], values[:, 3:], rtol=1e-3)
+    np.testing.assert_allclose(left[:, -3:], 0, atol=1e-5)
+    np.testing.assert_allclose(np.einsum("lir,lir->lr", node.a, node.a) * node.scale, values[:, :3], rtol=1e-3)
+
+
+def test_modules_may_have_a_rank_and_an_alpha_of_their_own():
+    params = lora.add(weights(), "all", rank=4, alpha=8, rank_pattern={"mlp.down_proj": 2}, alpha_pattern={"q_proj": 2})
+    node = {path[-1]: kernel for path, kernel in tuning.kernels(params) if tuning.is_node(kernel)}
+    assert (node["down_proj"].a.shape[-1], node["down_proj"].scale) == (2, 4.0)
+    assert (node["q_proj"].a.shape[-1], node["q_proj"].scale) == (4, 0.5)
+    assert (node["up_proj"].a.shape[-1], node["up_proj"].scale) == (4, 2.0)
+    with pytest.raises(ConfigError, match="'down_proj' is no module that gets an adapter: q_proj"):
+        lora.add(weights(), "q_proj", rank_pattern={"down_proj": 2})
+
+
 # ---------------------------------------------------------------------- freeze
 
 
