@@ -151,7 +151,10 @@ LORA_ONLY = ("adapter_name_or_path", "additional_target", "use_rslora", "use_dor
 
 def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
     if v.finetuning_type == "oft":
-        yield ("finetuning_type",), "finetuning_type: oft is not built: lora is the nearest"
+        yield (
+            ("finetuning_type",),
+            "finetuning_type: oft is not built: lora is the nearest, or lora with use_dora: true",
+        )
     elif v.finetuning_type != "lora":
         for name in LORA_ONLY:
             if getattr(v, name):

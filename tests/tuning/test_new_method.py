@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -109,6 +110,12 @@ def test_it_stands_on_another_adapter_and_another_on_it(base):
     act = lambda p: np.asarray(model.apply({"params": p}, ids))
     np.testing.assert_allclose(act(lora.merge(below)), act(below), atol=1e-5)
     assert sum(jax.tree.leaves(tuning.adapter_mask(below))) == 3
+
+
+def test_the_documentation_shows_this_class():
+    here = Path(__file__)
+    example = here.read_text().split("# [example]\n")[1].strip()
+    assert example in (here.parents[2] / "docs" / "methods.md").read_text()
 
 
 def test_its_model_can_be_written_and_a_peft_adapter_cannot(base, tmp_path):
