@@ -133,7 +133,7 @@ class FinetuningArguments:
 
     stage: Literal["pt", "sft", "rm", "ppo", "dpo", "kto"] = arg("sft", "pt: plain text; sft: prompts and answers")
     finetuning_type: Literal["lora", "freeze", "full", "oft"] = arg("lora", "what trains: adapters, some layers, all")
-    pure_bf16: bool = arg(False, "trainable parameters in bfloat16 too")
+    pure_bf16: bool = arg(False, "trainable parameters in bfloat16 too, rounded at random so that they do not stall")
     freeze_trainable_layers: int = arg(2, "freeze: how many layers train, the last ones; negative: the first ones")
     freeze_trainable_modules: Names = arg(("all",), "freeze: which modules of these layers, a list, or all")
     freeze_extra_modules: Names = arg((), "freeze: modules outside the layers that train too, a list")
@@ -148,7 +148,27 @@ class FinetuningArguments:
     pissa_iter: int = arg(16, "pissa_init: iterations of the decomposition; -1: an exact one", SIZE_OR_REST)
     rank_pattern: dict[str, Any] | None = arg(None, "modules with a lora_rank of their own: {down_proj: 16}")
     alpha_pattern: dict[str, Any] | None = arg(None, "modules with a lora_alpha of their own: {down_proj: 32}")
+    loraplus_lr_ratio: float | None = arg(
+        None, "LoRA+ (arXiv:2402.12354): the learning rate of adapters' b, and of vectors, over that of a", POSITIVE
+    )
+    loraplus_lr_embedding: float = arg(1e-6, "LoRA+: the learning rate of an embedding adapter's b", at_least(0))
     create_new_adapter: bool = arg(False, "merge the given adapters and train a new one")
+    use_galore: bool = arg(False, "GaLore (arXiv:2403.03507): moments in a subspace of each matrix's gradient")
+    galore_target: Names = arg(("all",), "modules that GaLore projects, a list, or all linear ones of the layers")
+    galore_rank: int = arg(16, "GaLore: dimensions of the subspace", at_least(1))
+    galore_update_interval: int = arg(200, "GaLore: updates from one subspace to the next", at_least(1))
+    galore_scale: float = arg(2.0, "GaLore: factor of what is projected back", POSITIVE)
+    galore_proj_type: Literal["std", "reverse_std", "right", "left"] = arg(
+        "std", "GaLore: std projects the smaller dimension, reverse_std the larger, right the input, left the output"
+    )
+    use_apollo: bool = arg(False, "APOLLO (arXiv:2412.05270): gradients scaled by channel, from a random subspace")
+    apollo_target: Names = arg(("all",), "modules that APOLLO scales, a list, or all linear ones of the layers")
+    apollo_rank: int = arg(16, "APOLLO: dimensions of the subspace", at_least(1))
+    apollo_update_interval: int = arg(200, "APOLLO: updates from one subspace to the next", at_least(1))
+    apollo_scale: float = arg(32.0, "APOLLO: updates are multiplied by its root", POSITIVE)
+    apollo_scale_type: Literal["channel", "tensor"] = arg("channel", "APOLLO: a factor for each channel, or one")
+    use_adam_mini: bool = arg(False, "Adam-mini (arXiv:2406.16793): one second moment for each head, neuron, token")
+    use_muon: bool = arg(False, "Muon (arXiv:2502.16982) for matrices, but AdamW for embeddings, heads and vectors")
     compute_accuracy: bool = arg(False, "token accuracy at evaluation")
     disable_shuffling: bool = arg(False, "rows in the order of the file")
     early_stopping_steps: int | None = arg(None, "stop after so many evaluations without improvement", at_least(1))
@@ -176,7 +196,7 @@ class TrainingArguments:
     per_device_eval_batch_size: int = arg(8, "the same at evaluation", at_least(1))
     gradient_accumulation_steps: int = arg(1, "batches summed for one update", at_least(1))
     learning_rate: float = arg(5e-5, "the highest learning rate", at_least(0))
-    weight_decay: float = arg(0.0, "AdamW's decay; not of norms and biases", at_least(0))
+    weight_decay: float = arg(0.0, "weight decay; not of norms and biases (Muon: of all)", at_least(0))
     adam_beta1: float = arg(0.9, "decay of the mean of gradients", BELOW_ONE)
     adam_beta2: float = arg(0.999, "decay of the mean of their squares", BELOW_ONE)
     adam_epsilon: float = arg(1e-8, "added to the root", at_least(0))
@@ -198,9 +218,9 @@ class TrainingArguments:
     lr_scheduler_kwargs: dict[str, Any] | None = arg(None, "options of the schedule: num_cycles, min_lr, ...")
     warmup_ratio: float | None = arg(None, "share of the updates in which the learning rate goes up", SHARE)
     warmup_steps: int | float = arg(0, "updates in which the learning rate goes up; below 1 a share", STEPS)
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_hf"] = arg(
-        "adamw_torch_fused", "the optimizer: all three names mean AdamW"
-    )
+    optim: str = arg("adamw_torch_fused", "the optimizer by Hugging Face's name: see docs/methods.md")
+    optim_args: str | None = arg(None, "its options: key=value,key=value")
+    adafactor: bool = arg(False, "the same as optim: adafactor")
     logging_strategy: Literal["no", "steps", "epoch"] = arg("steps", "when to log the loss")
     logging_steps: int | float = arg(500, "log every so many updates; below 1 a share of the run", STEPS)
     logging_first_step: bool = arg(False, "log the first update too")

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from jtune.config import optimizers
 from jtune.config.arguments import FIELDS
 from jtune.config.foreign import FOREIGN, TRAINING, verdict
 from jtune.config.kinds import Mismatch, coerce, describe
@@ -51,6 +52,8 @@ def check(
     if values.get("flash_attn") in ("sdpa", "fa2", "fa3"):
         where = given["flash_attn"].origin
         notes.append(f"{where}: flash_attn: {values['flash_attn']} is torch's; {_ATTENTION[values['flash_attn']]}")
+    if optimizer := optimizers.note(values.get("optim", "")):
+        notes.append(f"{given['optim'].origin}: {optimizer}")
     default = FIELDS["buffer_size"].default
     if not values.get("streaming") and values.get("buffer_size", default) != default:
         notes.append(f"{given['buffer_size'].origin}: buffer_size is ignored: it belongs to streaming: true")
@@ -118,6 +121,7 @@ def rules(given: Mapping[str, Any], command: str) -> Iterator[Rule]:
     if command in TRAINING:
         yield from _data(v)
         yield from _numbers(v)
+        yield from optimizers.faults(v)
         if v.streaming:
             yield from _streaming(v, command)
     if command == "train":

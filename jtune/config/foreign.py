@@ -175,25 +175,23 @@ GROUPS: tuple[Group, ...] = (
     ),
     # ---------------------------------------------------------------- adapters and optimizers
     _ignored("with pissa_init, what is written is a plain LoRA adapter anyway", pissa_convert=False),
-    _refused_in_training("one learning rate serves all parameters: set learning_rate", loraplus_lr_ratio=None),
-    _ignored("it belongs to LoRA+", loraplus_lr_embedding=1e-6),
     _ignored("it belongs to OFT", module_dropout=0.0, oft_rank=0, oft_block_size=32, oft_target="all"),
     _refused_in_training("added layers are not built: finetuning_type: freeze", use_llama_pro=False),
     _refused_in_training(
-        "the optimizer is AdamW: leave it out; for less memory, finetuning_type: lora",
-        use_galore=False, use_apollo=False, use_badam=False, use_adam_mini=False, use_muon=False, adafactor=False,
-        optim_args=None, optim_target_modules=None,
+        "training one block of layers at a time is not built: finetuning_type: freeze trains some layers all the time, "
+        "and use_galore or optim: adafactor keep little of all",
+        use_badam=False,
     ),
-    _ignored(
-        "it belongs to GaLore",
-        galore_target="all", galore_rank=16, galore_update_interval=200, galore_scale=2.0, galore_proj_type="std",
-        galore_layerwise=False,
+    _refused_in_training(
+        "set use_galore with galore_target, or use_apollo with apollo_target", optim_target_modules=None
     ),
-    _ignored(
-        "it belongs to APOLLO",
-        apollo_target="all", apollo_rank=16, apollo_update_interval=200, apollo_scale=32.0, apollo_proj="random",
-        apollo_proj_type="std", apollo_scale_type="channel", apollo_layerwise=False, apollo_scale_front=False,
+    _refused_in_training(
+        "the whole update is one program, which needs the gradients of all layers: leave it out",
+        galore_layerwise=False, apollo_layerwise=False,
     ),
+    _refused_in_training("APOLLO's projection is random here, as in its paper: leave it out", apollo_proj="random"),
+    _refused_in_training("only the smaller dimension is projected: leave it out", apollo_proj_type="std"),
+    _ignored("the limiter compares norms, and a factor before it or after it is the same", apollo_scale_front=False),
     _ignored(
         "it belongs to BAdam",
         badam_mode="layer", badam_start_block=None, badam_switch_mode="ascending", badam_switch_interval=50,

@@ -17,6 +17,7 @@ from jtune import tuning
 from jtune.config import Config
 from jtune.sharding.shapes import Shapes, batch_shapes, bytes_by_kind
 from jtune.train import build
+from jtune.train.optimizer import optimizer_settings
 
 log = logging.getLogger("jtune")
 
@@ -28,8 +29,8 @@ def measure(config: Config, shapes: Shapes, shape: tuple[int, int, int], capacit
     """
     training = config.training
     assert isinstance(shapes.mesh, Mesh)
-    settings = (training.max_grad_norm, training.adam_beta1, training.adam_beta2, training.adam_epsilon)
-    step = (shapes.module, settings, training.weight_decay, _described(shapes.state), _described(shapes.frozen))
+    settings = (training.max_grad_norm, *optimizer_settings(training, config.finetuning))
+    step = (shapes.module, settings, _described(shapes.state), _described(shapes.frozen))
     key = fingerprint(step, jax.tree.structure(shapes.params), dict(shapes.mesh.shape), shape, capacity, target)
     root = Path(training.compile_cache_dir) if training.compile_cache_dir else Path.home() / ".cache" / "jtune"
     path = root / "plans" / f"{key}.json"
@@ -50,6 +51,7 @@ def measure(config: Config, shapes: Shapes, shape: tuple[int, int, int], capacit
         label_capacity=capacity,
         max_grad_norm=training.max_grad_norm,
         dropout_key=jax.random.key(training.seed) if tuning.has_dropout(shapes.params) else None,
+        rounding_key=build.rounding_key_of(training, config.finetuning),
     )
     try:
         found = _sizes(lowered.compile().memory_analysis())
@@ -112,6 +114,6 @@ def fingerprint(*parts: Any) -> str:
             digest.update(name.encode())
     root = Path(jtune.__file__).parent
     for folder in ("models", "tuning", "train", "sharding"):
-        for path in sorted((root / folder).glob("*.py")):
+        for path in sorted((root / folder).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:32]

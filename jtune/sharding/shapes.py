@@ -24,6 +24,7 @@ from jtune.models.names import module_name
 from jtune.sharding.mesh import AXES
 from jtune.sharding.rules import batch_sharding, replicated
 from jtune.train import build
+from jtune.train.optimizer import optimizer_of
 from jtune.train.state import TrainState
 from jtune.train.step import Batch
 
@@ -73,7 +74,7 @@ def run_shapes(
     placed = build.placement(params, decoder, mesh)  # type: ignore[arg-type]
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, placed)
     trainable, frozen = tuning.partition(params, masks[0])
-    tx = build.optimizer_of(training, trainable)
+    tx = optimizer_of(training, finetuning, trainable, decoder)
     state = build.abstract_state(trainable, tx, mesh, float16=dtype == jnp.float16)  # type: ignore[arg-type]
     backend, _ = attention.choose(config.model.flash_attn, platform, decoder)
     # Without devices nothing is compiled, and where activations lie need not be said.

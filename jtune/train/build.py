@@ -36,7 +36,6 @@ from jtune.train.digest import digests, named_leaves
 from jtune.train.evaluate import ExampleSums, evaluate, make_eval_step
 from jtune.train.ledger import Ledger
 from jtune.train.loop import Cadence, Improvement
-from jtune.train.optimizer import make_optimizer
 from jtune.train.schedule import make_schedule
 from jtune.train.state import TrainState, init_state, state_shardings
 from jtune.train.step import Metrics, make_loss_sum, make_train_step
@@ -181,22 +180,16 @@ def placement(params: Any, decoder: DecoderConfig, mesh: Mesh) -> Any:
     return tree_shardings(tuning.prepared_axes(params, decoder), params, mesh)
 
 
-def optimizer_of(training: TrainingArguments, trainable: Any) -> optax.GradientTransformation:
-    """The optimizer that the arguments ask for, of a tree of arrays or `jax.ShapeDtypeStruct`s."""
-    return make_optimizer(
-        beta1=training.adam_beta1,
-        beta2=training.adam_beta2,
-        epsilon=training.adam_epsilon,
-        weight_decay=training.weight_decay,
-        decay_mask=tuning.decay_mask(trainable),
-    )
-
-
 def abstract_state(trainable: Any, tx: optax.GradientTransformation, mesh: Mesh, *, float16: bool) -> TrainState:
     """The training state as `ShapeDtypeStruct`s with shardings: optimizer moments lie where their parameters lie."""
     shapes = jax.eval_shape(lambda t: init_state(t, tx, float16=float16), trainable)
     shardings = state_shardings(shapes, jax.tree.map(lambda x: x.sharding, trainable), tx, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def rounding_key_of(training: TrainingArguments, finetuning: FinetuningArguments) -> jax.Array | None:
+    """The key of the rounding of parameters that are kept in bfloat16."""
+    return jax.random.key(training.seed) if finetuning.pure_bf16 else None
 
 
 def shardings_of(tree: Any) -> Any:
@@ -219,6 +212,7 @@ def lower_step(
     label_capacity: int,
     max_grad_norm: float,
     dropout_key: jax.Array | None,
+    rounding_key: jax.Array | None = None,
 ) -> Any:
     """The train step, lowered for shapes: what `jtune train` runs and what `jtune plan` measures."""
     everywhere = replicated(mesh)
@@ -230,6 +224,7 @@ def lower_step(
             max_grad_norm=max_grad_norm,
             dropout_key=dropout_key,
             gradients=shardings_of(state_like.trainable),
+            rounding_key=rounding_key,
         ),
         donate_argnums=0,
         in_shardings=(shardings_of(state_like), shardings_of(frozen_like), shardings_of(batch_like), everywhere),
@@ -249,6 +244,7 @@ def compile_steps(
     *,
     max_grad_norm: float,
     dropout_key: jax.Array | None,
+    rounding_key: jax.Array | None = None,
     ledger: Ledger,
 ) -> Callable[[TrainState, Any, float], tuple[TrainState, Metrics]]:
     """`update(state, batch, learning_rate)`: the train step, compiled ahead of its first use for each shape of batch.
@@ -272,6 +268,7 @@ def compile_steps(
             label_capacity=plan.label_capacity(shape),
             max_grad_norm=max_grad_norm,
             dropout_key=dropout_key,
+            rounding_key=rounding_key,
         )
         return lowered.compile()
 

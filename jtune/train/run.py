@@ -43,6 +43,7 @@ from jtune.train.checkpoint import Checkpointer, read_meta, restore, restore_new
 from jtune.train.flops import flops_per_token
 from jtune.train.ledger import Ledger, describe, goodput, lost
 from jtune.train.loop import Hooks, Progress, run_loop
+from jtune.train.optimizer import optimizer_of
 from jtune.train.output import check_same_run, clear, resume_point, save_model, trainer_state
 from jtune.train.schedule import make_schedule, warmup_updates
 from jtune.train.state import TrainState, init_state
@@ -156,7 +157,7 @@ def run(config: Config) -> dict[str, Any]:
     # ------------------------------------------------------------------ state and step
     trainable, frozen = tuning.partition(model.params, model.mask)
     parameters = sum(x.size for x in jax.tree.leaves(model.params))
-    tx = build.optimizer_of(training, trainable)
+    tx = optimizer_of(training, finetuning, trainable, decoder)
     float16 = dtype == jnp.float16
     state_like = build.abstract_state(trainable, tx, mesh, float16=float16)
     policy = remat(config, Shapes(model.module, tx, model.params, model.mask, frozen, state_like, mesh), plan)
@@ -170,6 +171,7 @@ def run(config: Config) -> dict[str, Any]:
         mesh,
         max_grad_norm=training.max_grad_norm,
         dropout_key=jax.random.key(training.seed) if tuning.has_dropout(model.params) else None,
+        rounding_key=build.rounding_key_of(training, finetuning),
         ledger=ledger,
     )
     rates = report.make_rates(

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from jtune.sharding import replicated
 from jtune.train.optimizer import init_optimizer
+from jtune.train.optimizers.leafwise import Moments
 
 
 class LossScale(NamedTuple):
@@ -35,14 +36,20 @@ def init_state(trainable, tx: optax.GradientTransformation, *, float16: bool = F
 def state_shardings(
     abstract: TrainState, trainable_shardings, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Shardings of a whole state: optimizer moments lie where their parameters lie, scalars everywhere.
+    """Shardings of a whole state: what is kept of a parameter lies where the parameter lies, scalars everywhere.
 
     Args:
       abstract: `jax.eval_shape` of `init_state`.
       trainable_shardings: tree of shardings like `abstract.trainable`.
     """
     everywhere: Any = replicated(mesh)
+    is_moments = lambda x: isinstance(x, Moments)
     opt = optax.tree_utils.tree_map_params(
-        tx, lambda _, s: s, abstract.opt_state, trainable_shardings, transform_non_params=lambda _: everywhere
+        tx,
+        lambda kept, s: kept.shardings(s) if is_moments(kept) else s,
+        abstract.opt_state,
+        trainable_shardings,
+        transform_non_params=lambda _: everywhere,
+        is_leaf=is_moments,
     )
     return TrainState(everywhere, trainable_shardings, opt, jax.tree.map(lambda _: everywhere, abstract.loss_scale))

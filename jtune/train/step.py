@@ -14,6 +14,7 @@ from jtune.models import CausalLM
 from jtune.models.decoder import hidden_states
 from jtune.models.moe import balance_loss
 from jtune.train.loss import chunk_positions, sum_labelled, summed_nll
+from jtune.train.optimizer import moved
 from jtune.train.state import LossScale, TrainState
 from jtune.tuning import combine, prepared_axes
 
@@ -89,6 +90,7 @@ def make_train_step(
     max_grad_norm: float,
     dropout_key: jax.Array | None = None,
     gradients: Any = None,
+    rounding_key: jax.Array | None = None,
 ):
     """`train_step(state, frozen, batch, learning_rate) -> (state, metrics)`, to be jitted with `state` donated.
 
@@ -99,6 +101,7 @@ def make_train_step(
     Args:
       gradients: shardings of the gradients and of their sums, a tree like `state.trainable`: where the parameters lie,
         so that each device reduces and keeps its own part only. None: XLA decides.
+      rounding_key: of the random rounding of bfloat16 parameters. None: they are rounded to the nearest, and stall.
     """
     place = lambda grads: grads if gradients is None else jax.lax.with_sharding_constraint(grads, gradients)
 
@@ -139,9 +142,8 @@ def make_train_step(
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, max_grad_norm / (grad_norm + 1e-6)), grads)
 
         direction, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        trainable = jax.tree.map(
-            lambda p, d: (p.astype(jnp.float32) - learning_rate * d).astype(p.dtype), state.trainable, direction
-        )
+        key = None if rounding_key is None else jax.random.fold_in(rounding_key, state.step)
+        trainable = moved(state.trainable, direction, learning_rate, key)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         state = TrainState(
             state.step + 1,

@@ -74,8 +74,10 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
     [
         ("use_dora=true", "use_rslora"),
         ("quantization_bit=4", "bf16: true"),
-        ("use_galore=true", "AdamW"),
-        ("use_badam=true", "finetuning_type: lora"),
+        ("use_badam=true", "finetuning_type: freeze"),
+        ("galore_layerwise=true", "leave it out"),
+        ("optim_target_modules=all-linear", "galore_target"),
+        ("apollo_proj=svd", "leave it out"),
         ("resize_vocab=true", "vocabulary"),
         ("rope_scaling=yarn", "config.json"),
         ("push_to_hub=true", "hf upload"),
@@ -94,13 +96,52 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
         ("finetuning_type=oft", "lora"),
         ("stage=dpo", "preference training is not built yet; jtune trains stages pt and sft"),
         ("lr_scheduler_type=reduce_lr_on_plateau", "one of linear, cosine"),
-        ("optim=adafactor", "one of adamw_torch"),
+        ("optim=galore_adamw_8bit", "adamw_8bit with use_galore: true"),
+        ("optim=lomo", "adafactor"),
+        ("optim=adamw_torsh", "did you mean adamw_torch?"),
     ],
 )
 def test_what_is_not_built_is_refused_with_what_is_nearest(word, nearest):
     message = complaint(word)
     assert message.startswith(f"command line: {word.split('=')[0]}")
     assert nearest in message
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optim=sgd", "optim_args=momentum=0.9,nesterov=true"], None),
+        (["optim=sgd", "optim_args=nesterov=true"], "needs momentum"),
+        (["optim=sgd", "optim_args=momentun=0.9"], "sgd has no momentun: it takes momentum, nesterov, dampening"),
+        (["optim=sgd", "optim_args=momentum=high"], "momentum is 'high', expected a number"),
+        (["optim=sgd", "optim_args=weight_decay=0.1"], "an argument of its own"),
+        (["optim_args=beta1=0.8"], "adamw has no beta1: it takes none; set adam_beta1"),
+        (["optim=adafactor", "optim_args=relative_step=true"], "relative_step=true is not built"),
+        (["adafactor=true", "optim=sgd"], "adafactor: true, but optim: sgd"),
+        (["use_muon=true"], None),
+        (["use_muon=true", "optim=lion_32bit"], "use_muon is not built for optim: lion_32bit"),
+        (["use_muon=true", "loraplus_lr_ratio=16"], "use_muon and loraplus_lr_ratio are different optimizers"),
+        (["use_galore=true"], "use_galore is not for finetuning_type: lora"),
+        (["use_galore=true", "finetuning_type=full", "optim=adamw_8bit"], None),
+        (
+            ["use_apollo=true", "finetuning_type=full", "optim=adafactor"],
+            "use_apollo is not built for optim: adafactor",
+        ),
+        (["use_adam_mini=true", "use_muon=true"], "use_adam_mini and use_muon are different optimizers"),
+        (["loraplus_lr_ratio=16"], None),
+        (["loraplus_lr_ratio=16", "finetuning_type=full"], "only for finetuning_type: lora"),
+        (["loraplus_lr_ratio=16", "learning_rate=0"], "multiplies learning_rate"),
+    ],
+)
+def test_choices_of_an_optimizer_that_contradict_themselves_are_refused(words, said):
+    if said is None:
+        load_config([*TRAIN, *words])
+    else:
+        assert said in complaint(*words)
+
+
+def test_a_paged_optimizer_is_noted():
+    assert "nothing is paged" in load_config([*TRAIN, "optim=paged_adamw_8bit"]).notes[0]
 
 
 def test_a_training_file_serves_the_other_commands():
