@@ -72,7 +72,7 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
 @pytest.mark.parametrize(
     ("word", "nearest"),
     [
-        ("use_dora=true", "use_rslora"),
+        ("finetuning_type=oft", "use_dora: true"),
         ("quantization_bit=4", "bf16: true"),
         ("use_badam=true", "finetuning_type: freeze"),
         ("galore_layerwise=true", "leave it out"),
@@ -145,7 +145,7 @@ def test_a_paged_optimizer_is_noted():
 
 
 def test_a_training_file_serves_the_other_commands():
-    words = [*TRAIN, "stage=dpo", "use_dora=true", "learning_rate=1e-4", "export_dir=out"]
+    words = [*TRAIN, "stage=dpo", "use_badam=true", "learning_rate=1e-4", "export_dir=out"]
     for command in ("export", "chat"):
         assert load_config(words, command=command).model.export_dir == "out"
     assert load_config([*TRAIN, "stage=dpo"], command="data").finetuning.stage == "dpo"
@@ -159,7 +159,7 @@ def test_all_faults_are_reported_each_with_its_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "case.yaml").write_text(
         "### model\nmodel_name_or_path: m\nlerning_rate: 1e-5\ncutoff_len: long\n"
-        "dataset: a\nuse_dora: true\nbf16: true\nfp16: true\n"
+        "dataset: a\nuse_badam: true\nbf16: true\nfp16: true\n"
     )
     with pytest.raises(ConfigError) as error:
         load_config(["case.yaml", "lora_rank=0", "--flash_attn", "FA2", "--do_train"])
@@ -167,7 +167,8 @@ def test_all_faults_are_reported_each_with_its_line(tmp_path, monkeypatch):
         "6 errors in the configuration",
         "  case.yaml:3: lerning_rate is not an argument of jtune. Did you mean learning_rate?",
         "  case.yaml:4: cutoff_len must be a whole number, not 'long'",
-        "  case.yaml:6: use_dora is not supported: this form of LoRA is not built yet: plain LoRA, or use_rslora",
+        "  case.yaml:6: use_badam is not supported: training one block of layers at a time is not built: finetuning_type: freeze "
+        "trains some layers all the time, and use_galore or optim: adafactor keep little of all",
         "  case.yaml:8: fp16 and bf16 are both true: choose one (bf16 where the device has it)",
         "  command line: lora_rank must be at least 1, not 0",
         "  command line: flash_attn must be one of auto, disabled, sdpa, fa2, fa3, not 'FA2'",
@@ -333,7 +334,7 @@ def test_given_are_the_values_that_differ_from_the_defaults():
 
 def test_explain_says_what_an_argument_means():
     assert explain("--lora-rank") == "lora_rank: rank of the adapters (a whole number, at least 1; default: 8)"
-    assert "not supported" in explain("use_dora")
+    assert "not supported" in explain("use_badam")
     assert "Did you mean lora_rank?" in explain("lora_rnk")
     assert all(f"  {name}: " in explain("all") for name in FIELDS)
 
