@@ -73,8 +73,8 @@ def _unused_by_the_loss(values: Mapping[str, Any], given: Mapping[str, Given]) -
     for name in ("use_dft_loss", "use_eaft_loss"):
         if values.get(name) and best and (values.get("metric_for_best_model") or "loss").endswith("loss"):
             yield (
-                f"{given[name].origin}: {name}: eval_loss, by which models are compared, is this loss, which is small "
-                "too where the model is surely wrong; metric_for_best_model: accuracy with compute_accuracy: true is not"
+                f"{given[name].origin}: {name}: models are compared by eval_loss, which is this loss, small also where "
+                "the model is surely wrong: metric_for_best_model: accuracy, with compute_accuracy: true, is safer"
             )
 
 
