@@ -169,6 +169,11 @@ class FinetuningArguments:
     apollo_scale_type: Literal["channel", "tensor"] = arg("channel", "APOLLO: a factor for each channel, or one")
     use_adam_mini: bool = arg(False, "Adam-mini (arXiv:2406.16793): one second moment for each head, neuron, token")
     use_muon: bool = arg(False, "Muon (arXiv:2502.16982) for matrices, but AdamW for embeddings, heads and vectors")
+    use_dft_loss: bool = arg(False, "weight each token's loss by its probability (DFT, arXiv:2508.05629)")
+    use_eaft_loss: bool = arg(False, "weight each token's loss by the model's uncertainty (EAFT, arXiv:2601.02151)")
+    eaft_alpha: float = arg(1.0, "use_eaft_loss: the power of that weight; 0: plain cross-entropy", at_least(0))
+    use_asft_loss: bool = arg(False, "DFT, held near the model as it was at the start (ASFT, arXiv:2509.23753)")
+    asft_alpha: float = arg(0.1, "use_asft_loss: weight of the divergence from that model", at_least(0))
     compute_accuracy: bool = arg(False, "token accuracy at evaluation")
     disable_shuffling: bool = arg(False, "rows in the order of the file")
     early_stopping_steps: int | None = arg(None, "stop after so many evaluations without improvement", at_least(1))
@@ -201,6 +206,10 @@ class TrainingArguments:
     adam_beta2: float = arg(0.999, "decay of the mean of their squares", BELOW_ONE)
     adam_epsilon: float = arg(1e-8, "added to the root", at_least(0))
     max_grad_norm: float = arg(1.0, "gradients are scaled down to this norm; 0: never", at_least(0))
+    label_smoothing_factor: float = arg(0.0, "share of each label that is spread over the vocabulary", BELOW_ONE)
+    neftune_noise_alpha: float | None = arg(
+        None, "noise on the embeddings in training, +-alpha / sqrt(length * width) (arXiv:2310.05914)", at_least(0)
+    )
     num_train_epochs: float = arg(3.0, "passes over the rows", POSITIVE)
     max_steps: int = arg(-1, "updates, in place of num_train_epochs", SIZE_OR_REST._replace(text="at least 1, or -1"))
     lr_scheduler_type: Literal[

@@ -7,7 +7,7 @@ from typing import Any
 
 from jtune.config import optimizers
 from jtune.config.arguments import FIELDS
-from jtune.config.foreign import FOREIGN, TRAINING, verdict
+from jtune.config.foreign import FOREIGN, TRAINING, is_inert, verdict
 from jtune.config.kinds import Mismatch, coerce, describe
 from jtune.config.parse import Fault, Given, Origin
 
@@ -57,10 +57,28 @@ def check(
     default = FIELDS["buffer_size"].default
     if not values.get("streaming") and values.get("buffer_size", default) != default:
         notes.append(f"{given['buffer_size'].origin}: buffer_size is ignored: it belongs to streaming: true")
+    notes += _unused_by_the_loss(values, given)
+    other = given.get("ref_model")
+    if command in TRAINING and values.get("use_asft_loss") and other and not is_inert("ref_model", other.value):
+        message = "ref_model: the reference of use_asft_loss is the model as it is at the start: leave ref_model out"
+        faults.append(Fault(other.origin, message))
     if values.get("streaming") and values.get("preprocessing_num_workers"):
         where = given["preprocessing_num_workers"].origin
         notes.append(f"{where}: preprocessing_num_workers is for eval_dataset only: a stream is encoded in a thread")
     return values, faults, notes
+
+
+def _unused_by_the_loss(values: Mapping[str, Any], given: Mapping[str, Given]) -> Iterator[str]:
+    for name, owner in (("eaft_alpha", "use_eaft_loss"), ("asft_alpha", "use_asft_loss")):
+        if not values.get(owner) and values.get(name, FIELDS[name].default) != FIELDS[name].default:
+            yield f"{given[name].origin}: {name} is ignored: it belongs to {owner}: true"
+    best = values.get("load_best_model_at_end") or values.get("early_stopping_steps")
+    for name in ("use_dft_loss", "use_eaft_loss"):
+        if values.get(name) and best and (values.get("metric_for_best_model") or "loss").endswith("loss"):
+            yield (
+                f"{given[name].origin}: {name}: models are compared by eval_loss, which is this loss, small also where "
+                "the model is surely wrong: metric_for_best_model: accuracy, with compute_accuracy: true, is safer"
+            )
 
 
 SIMILARITY = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")  # what predict_with_generate measures
@@ -122,6 +140,8 @@ def rules(given: Mapping[str, Any], command: str) -> Iterator[Rule]:
         yield from _data(v)
         yield from _numbers(v)
         yield from optimizers.faults(v)
+        if command != "data":
+            yield from _losses(v)
         if v.streaming:
             yield from _streaming(v, command)
     if command == "train":
@@ -227,6 +247,21 @@ def _interleaving(v: SimpleNamespace) -> Iterator[Rule]:
             yield names, message
     if min(v.interleave_probs) < 0 or abs(sum(v.interleave_probs) - 1) > 1e-3:
         yield names[:1], f"interleave_probs must be at least 0 and add up to 1, not to {sum(v.interleave_probs):g}"
+
+
+def _losses(v: SimpleNamespace) -> Iterator[Rule]:
+    # LLaMA-Factory takes the first of these and says nothing; of two, one would not be what was asked for.
+    losses = ("use_dft_loss", "use_eaft_loss", "use_asft_loss")
+    chosen = [name for name in (*losses, "label_smoothing_factor") if getattr(v, name)]
+    if len(chosen) > 1:
+        yield tuple(chosen), f"{' and '.join(chosen)}: each is a loss of its own: choose one"
+    for name in chosen:
+        if name in losses and v.stage != "sft":
+            message = f"{name} is only for stage sft, not {v.stage}: leave it out (LLaMA-Factory, too, trains without)"
+            yield (name, "stage"), message
+    for name in ("label_smoothing_factor", "neftune_noise_alpha"):
+        if getattr(v, name) and v.stage not in ("pt", "sft"):
+            yield (name, "stage"), f"{name} is only for stages pt and sft, not {v.stage}: leave it out"
 
 
 def _numbers(v: SimpleNamespace) -> Iterator[Rule]:

@@ -121,8 +121,16 @@ GROUPS: tuple[Group, ...] = (
         resize_vocab=False, add_tokens=None, add_special_tokens=None, new_special_tokens_config=None,
     ),
     _ignored("it belongs to add_special_tokens", init_special_tokens="noise_init"),
-    _refused_in_training("it is not built; attention is exact up to cutoff_len: leave it out", shift_attn=False),
-    _refused_in_training("it is not built: leave it out", mixture_of_depths=None),
+    _refused_in_training(
+        "it stands in for attention over long rows, and here that is exact, its scores never held whole: leave it out; "
+        "rows too long for one device are split by mesh_context",
+        shift_attn=False,
+    ),
+    _refused_in_training(
+        "layers that skip tokens make another model, which transformers does not load: leave it out; "
+        "finetuning_type: freeze trains for less, and a model with experts computes less for each token",
+        mixture_of_depths=None,
+    ),
     _refused(
         "quantised weights are not built yet: finetuning_type: lora with bf16: true, split with mesh_fsdp",
         quantization_bit=None, quantization_device_map=None, ref_model_quantization_bit=None,
@@ -198,12 +206,6 @@ GROUPS: tuple[Group, ...] = (
         badam_update_ratio=0.05, badam_mask_mode="adjacent", badam_verbose=0,
     ),
     # ---------------------------------------------------------------- loss
-    _refused_in_training(
-        "the loss is plain cross-entropy: leave it out",
-        use_dft_loss=False, use_asft_loss=False, use_eaft_loss=False, label_smoothing_factor=0.0,
-        neftune_noise_alpha=None,
-    ),
-    _ignored("it belongs to another loss", asft_alpha=0.1, eaft_alpha=1.0),
     _ignored(
         "the loss is always the mean over all tokens of an update, on whatever device",
         average_tokens_across_devices=True, calculate_per_token_loss=None,

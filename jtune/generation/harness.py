@@ -121,7 +121,7 @@ class HarnessLM(TemplateLM):
             cutoff_len=self.max_length + 1,
         )
         sums = example_sums(lambda batch: step(self.params, batch), plan)
-        scores = [(-float(nll), bool(right == count)) for nll, count, right in zip(*sums)]
+        scores = [(-float(nll), bool(right == count)) for nll, count, right in zip(sums.nll, sums.tokens, sums.correct)]
         for (pair, _, _), score in zip(requests, scores):
             if pair is not None:
                 self.cache_hook.add_partial("loglikelihood", pair, score)

@@ -115,12 +115,14 @@ class CausalLM(nn.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
+        embedding_noise: jax.Array | None = None,
     ) -> Hidden:
         """What the last layer gives, before the final norm.
 
         Args:
           cache: see `init_cache`. An empty one takes a whole prompt, in which tokens of segment 0 are padding; one that
             is not empty takes the next token of each row.
+          embedding_noise: `[batch, seq, embed]`, added to what the table gives, before anything is done to that.
         """
         c = self.config
         if positions is None:
@@ -133,6 +135,8 @@ class CausalLM(nn.Module):
             layers = self.param("layers", partial(_init_layers, c))
 
         x = self.embed_tokens(input_ids, self.dtype)
+        if embedding_noise is not None:
+            x = x + embedding_noise
         if c.embedding_multiplier != 1.0:
             x = x * jnp.asarray(c.embedding_multiplier, x.dtype)
         if c.learned_positions:
@@ -198,10 +202,12 @@ def hidden_states(
     cache: Cache | None = None,
     *,
     dropout_key: jax.Array | None = None,
+    embedding_noise: jax.Array | None = None,
 ) -> Hidden:
     """`CausalLM.hidden` of these parameters."""
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    found: Any = model.apply({"params": params}, input_ids, positions, segment_ids, cache, rngs=rngs, method="hidden")
+    given = input_ids, positions, segment_ids, cache, embedding_noise
+    found: Any = model.apply({"params": params}, *given, rngs=rngs, method="hidden")
     return found
 
 

@@ -13,10 +13,10 @@ import jax
 from jax.sharding import Mesh
 
 import jtune
-from jtune import tuning
 from jtune.config import Config
 from jtune.sharding.shapes import Shapes, batch_shapes, bytes_by_kind
 from jtune.train import build
+from jtune.train.objective import objective_of
 from jtune.train.optimizer import optimizer_settings
 
 log = logging.getLogger("jtune")
@@ -30,7 +30,9 @@ def measure(config: Config, shapes: Shapes, shape: tuple[int, int, int], capacit
     training = config.training
     assert isinstance(shapes.mesh, Mesh)
     settings = (training.max_grad_norm, *optimizer_settings(training, config.finetuning))
-    step = (shapes.module, settings, _described(shapes.state), _described(shapes.frozen))
+    objective = objective_of(config.finetuning, training)
+    loss = (objective.name, objective.noise_alpha)
+    step = (shapes.module, settings, loss, _described(shapes.state), _described(shapes.frozen))
     key = fingerprint(step, jax.tree.structure(shapes.params), dict(shapes.mesh.shape), shape, capacity, target)
     root = Path(training.compile_cache_dir) if training.compile_cache_dir else Path.home() / ".cache" / "jtune"
     path = root / "plans" / f"{key}.json"
@@ -50,8 +52,9 @@ def measure(config: Config, shapes: Shapes, shape: tuple[int, int, int], capacit
         shapes.mesh,
         label_capacity=capacity,
         max_grad_norm=training.max_grad_norm,
-        dropout_key=jax.random.key(training.seed) if tuning.has_dropout(shapes.params) else None,
+        dropout_key=build.step_key(objective, shapes.params, training.seed),
         rounding_key=build.rounding_key_of(training, config.finetuning),
+        objective=objective,
     )
     try:
         found = _sizes(lowered.compile().memory_analysis())

@@ -26,6 +26,7 @@ from jtune.sharding.shapes import Shapes, batch_shapes, bytes_by_kind, global_by
 from jtune.sharding.topology import device_memory, topology_devices, usable_memory
 from jtune.train import build
 from jtune.train.flops import flops_per_token, peak_flops, recomputed_per_token
+from jtune.train.objective import Anchored
 from jtune.train.run import load_data
 
 log = logging.getLogger("jtune")
@@ -172,7 +173,12 @@ def model_bytes(config: Config, source: Mapping[str, Any], shapes: Shapes) -> in
 
 def work_of(decoder: DecoderConfig, shapes: Shapes, batches: Batches) -> Work:
     model = flops_per_token(
-        decoder, shapes.params, shapes.mask, lengths=batches.lengths, label_share=batches.label_share
+        decoder,
+        shapes.params,
+        shapes.mask,
+        lengths=batches.lengths,
+        label_share=batches.label_share,
+        reference=isinstance(shapes.frozen, Anchored),
     )
     return Work(model, recomputed_per_token(decoder, shapes.params, lengths=batches.lengths))
 

@@ -24,6 +24,7 @@ from jtune.models.names import module_name
 from jtune.sharding.mesh import AXES
 from jtune.sharding.rules import batch_sharding, replicated
 from jtune.train import build
+from jtune.train.objective import objective_of
 from jtune.train.optimizer import optimizer_of
 from jtune.train.state import TrainState
 from jtune.train.step import Batch
@@ -36,7 +37,7 @@ class Shapes(NamedTuple):
     tx: optax.GradientTransformation
     params: Any  # as tuning prepared them
     mask: Any  # what trains
-    frozen: Any
+    frozen: Any  # all that the step takes and does not change (`jtune.train.build.held`)
     state: TrainState
     mesh: Mesh | AbstractMesh
 
@@ -74,6 +75,7 @@ def run_shapes(
     placed = build.placement(params, decoder, mesh)  # type: ignore[arg-type]
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, placed)
     trainable, frozen = tuning.partition(params, masks[0])
+    held = build.held(objective_of(finetuning, training), trainable, frozen, dtype)
     tx = optimizer_of(training, finetuning, trainable, decoder)
     state = build.abstract_state(trainable, tx, mesh, float16=dtype == jnp.float16)  # type: ignore[arg-type]
     backend, _ = attention.choose(config.model.flash_attn, platform, decoder)
@@ -82,7 +84,7 @@ def run_shapes(
     policy = build.asked_remat(training, config.model)
     module = CausalLM(decoder, dtype=dtype, attention=backend, mesh=of_devices)
     module = build.with_remat(module, "full" if policy == "auto" else policy, platform)
-    return Shapes(module, tx, params, masks[0], frozen, state, mesh)
+    return Shapes(module, tx, params, masks[0], held, state, mesh)
 
 
 def adapter_shapes(params: Any, decoder: DecoderConfig, path: str, config: Config) -> tuple[Any, tuple[str, ...]]:

@@ -36,9 +36,11 @@ from jtune.train.digest import digests, named_leaves
 from jtune.train.evaluate import ExampleSums, evaluate, make_eval_step
 from jtune.train.ledger import Ledger
 from jtune.train.loop import Cadence, Improvement
+from jtune.train.objective import PLAIN, Anchored, Objective, start_of, start_shardings
 from jtune.train.schedule import make_schedule
 from jtune.train.state import TrainState, init_state, state_shardings
 from jtune.train.step import Metrics, make_loss_sum, make_train_step
+from jtune.train.token_loss import TokenLoss, token_nll
 
 log = logging.getLogger("jtune")
 
@@ -192,6 +194,27 @@ def rounding_key_of(training: TrainingArguments, finetuning: FinetuningArguments
     return jax.random.key(training.seed) if finetuning.pure_bf16 else None
 
 
+def held(objective: Objective, trainable: Any, frozen: Any, dtype: jnp.dtype) -> Any:
+    """What the step takes and does not change: `frozen`, and what the reference of an anchored objective needs besides.
+
+    Args:
+      trainable: as it is at the start, of arrays or of `jax.ShapeDtypeStruct`s with shardings, which give the same.
+      dtype: of the computation: the copy is no wider.
+    """
+    if not objective.anchored:
+        return frozen
+    copied, where = partial(start_of, dtype=dtype), start_shardings(trainable)
+    if any(isinstance(x, jax.Array) for x in jax.tree.leaves(trainable)):
+        return Anchored(frozen, jax.jit(copied, out_shardings=where)(trainable))
+    placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    return Anchored(frozen, jax.tree.map(placed, jax.eval_shape(copied, trainable), where))
+
+
+def step_key(objective: Objective, params: Any, seed: int) -> jax.Array | None:
+    """What a step's random draws follow from; None if it has none."""
+    return jax.random.key(seed) if objective.noise_alpha or tuning.has_dropout(params) else None
+
+
 def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
 
@@ -213,10 +236,13 @@ def lower_step(
     max_grad_norm: float,
     dropout_key: jax.Array | None,
     rounding_key: jax.Array | None = None,
+    objective: Objective = PLAIN,
 ) -> Any:
     """The train step, lowered for shapes: what `jtune train` runs and what `jtune plan` measures."""
     everywhere = replicated(mesh)
-    loss_sum = make_loss_sum(module, label_capacity=label_capacity, batch_shards=batch_shards(mesh))
+    loss_sum = make_loss_sum(
+        module, label_capacity=label_capacity, batch_shards=batch_shards(mesh), objective=objective
+    )
     step = jax.jit(
         make_train_step(
             loss_sum,
@@ -246,6 +272,7 @@ def compile_steps(
     dropout_key: jax.Array | None,
     rounding_key: jax.Array | None = None,
     ledger: Ledger,
+    objective: Objective = PLAIN,
 ) -> Callable[[TrainState, Any, float], tuple[TrainState, Metrics]]:
     """`update(state, batch, learning_rate)`: the train step, compiled ahead of its first use for each shape of batch.
 
@@ -269,6 +296,7 @@ def compile_steps(
             max_grad_norm=max_grad_norm,
             dropout_key=dropout_key,
             rounding_key=rounding_key,
+            objective=objective,
         )
         return lowered.compile()
 
@@ -368,6 +396,7 @@ def make_evaluation(
     packing: bool,
     data: DataArguments,
     accuracy: bool,
+    token_loss: TokenLoss = token_nll,
 ) -> Callable[[Any], dict[str, float]]:
     """`measure(params)`: the metrics of every evaluation set, under `eval_` or `eval_<name>_`."""
     prepared = {
@@ -378,6 +407,7 @@ def make_evaluation(
             stage=stage,
             per_device_batch_size=per_device_batch_size,
             packing=packing,
+            token_loss=token_loss,
             cutoff_len=data.cutoff_len,
             windows=packing_windows(encoded, data, stage),
         )
@@ -394,7 +424,13 @@ def make_evaluation(
 
 
 def prepare_evaluation(
-    module: CausalLM, encoded: Encoded, mesh: Mesh, *, per_device_batch_size: int, **how: Any
+    module: CausalLM,
+    encoded: Encoded,
+    mesh: Mesh,
+    *,
+    per_device_batch_size: int,
+    token_loss: TokenLoss = token_nll,
+    **how: Any,
 ) -> tuple[EvalPlan, Callable[[Any, EvalBatch], ExampleSums]]:
     """The batches of an evaluation over `encoded`, and `step(params, batch)`: the sums of the examples in one of them.
 
@@ -405,7 +441,9 @@ def prepare_evaluation(
     rows, everywhere = batch_sharding(mesh, accumulated=False), replicated(mesh)
     plan = eval_batches(encoded, per_device_batch_size=per_device_batch_size, batch_shards=shards, **how)
     check_row_length(mesh, plan.shape[1])
-    sums = make_eval_step(module, label_capacity=plan.label_capacity, batch_shards=shards, slots=plan.slots)
+    sums = make_eval_step(
+        module, label_capacity=plan.label_capacity, batch_shards=shards, slots=plan.slots, token_loss=token_loss
+    )
     compiled = jax.jit(sums, out_shardings=everywhere)
 
     def step(params: Any, batch: EvalBatch) -> ExampleSums:

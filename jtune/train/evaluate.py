@@ -16,20 +16,24 @@ import numpy as np
 from jtune.data import EvalBatch, EvalPlan
 from jtune.models import CausalLM
 from jtune.models.decoder import hidden_states
-from jtune.train.loss import chunk_positions, cut, sum_labelled, token_nll
+from jtune.train.loss import chunk_positions, cut, sum_labelled
 from jtune.train.step import Batch
+from jtune.train.token_loss import TokenLoss, token_nll
 from jtune.tuning import prepared_axes
 
 
 class ExampleSums(NamedTuple):
-    """Float32 `[examples]`: sum of token losses, tokens that count, tokens whose first choice is right."""
+    """Float32 `[examples]`, sums over tokens."""
 
-    nll: Any
-    tokens: Any
-    correct: Any
+    nll: Any  # negative log-likelihood
+    tokens: Any  # that count
+    correct: Any  # whose first choice is right
+    loss: Any  # that is reported
 
 
-def make_eval_step(model: CausalLM, *, label_capacity: int, batch_shards: int, slots: int):
+def make_eval_step(
+    model: CausalLM, *, label_capacity: int, batch_shards: int, slots: int, token_loss: TokenLoss = token_nll
+):
     """`eval_step(params, batch, example) -> ExampleSums` of `[slots]`, to be jitted.
 
     Args:
@@ -42,15 +46,16 @@ def make_eval_step(model: CausalLM, *, label_capacity: int, batch_shards: int, s
             x, pairs, w = xs
             logits: Any = model.apply({"params": head_params}, x, method="head")
             target = pairs[..., 0]
-            return None, (token_nll(logits, target) * w, (jnp.argmax(logits, -1) == target) * w)
+            right = jnp.argmax(logits, -1) == target
+            return None, (token_nll(logits, target) * w, right * w, token_loss(logits, target) * w)
 
         chunk = chunk_positions(hidden_SKD.shape[1], model.config.vocab_size)
         chunks = cut(chunk, hidden_SKD, pairs_SK2, weights_SK)
-        _, (nll, correct) = jax.lax.scan(body, None, chunks)
+        _, (nll, correct, loss) = jax.lax.scan(body, None, chunks)
         _, pairs, weights = chunks
         owner = jnp.where(weights > 0, pairs[..., 1], slots - 1)
         per_example = lambda x: jax.ops.segment_sum(x.ravel(), owner.ravel(), slots)
-        return ExampleSums(per_example(nll), per_example(weights), per_example(correct))
+        return ExampleSums(per_example(nll), per_example(weights), per_example(correct), per_example(loss))
 
     def eval_step(params, batch: Batch, example_BT) -> ExampleSums:
         hidden = hidden_states(model, params, batch["input_ids"], batch["positions"], batch["segment_ids"]).x
@@ -72,7 +77,7 @@ def make_eval_step(model: CausalLM, *, label_capacity: int, batch_shards: int, s
 
 def example_sums(eval_step: Callable[[EvalBatch], ExampleSums], plan: EvalPlan) -> ExampleSums:
     """The sums of all examples, float64 `[n]` on the host."""
-    totals = ExampleSums(*(np.zeros(len(plan.encoded)) for _ in range(3)))
+    totals = ExampleSums(*(np.zeros(len(plan.encoded)) for _ in ExampleSums._fields))
     running = [(batch.indices, eval_step(batch)) for batch in plan]  # dispatched, not awaited
     for indices, sums in running:
         for total, part in zip(totals, jax.device_get(sums)):
@@ -85,16 +90,17 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of one evaluation set under `prefix` (`eval` or `eval_<name>`), with Trainer's timing figures.
 
-    `loss` is averaged as Trainer averages it (`EvalPlan.mean_loss`). `accuracy` is the mean over examples of the share
+    `loss` is averaged as Trainer averages it (`EvalPlan.mean_loss`), and so is the likelihood that `perplexity` is made
+    of, whatever the loss is. `accuracy` is the mean over examples of the share
     of their tokens predicted right, as LLaMA-Factory has it; `exact_match` the share of examples with all tokens right,
     which are those that greedy decoding reproduces.
     """
     began = time.monotonic()
     count = len(plan.encoded)
-    nll, tokens, correct = example_sums(eval_step, plan)
+    nll, tokens, correct, loss = example_sums(eval_step, plan)
     seconds = max(1e-9, time.monotonic() - began)
-    loss = plan.mean_loss(nll, tokens)
-    found = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    surprise = plan.mean_loss(nll, tokens)
+    found = {"loss": plan.mean_loss(loss, tokens), "perplexity": math.exp(surprise) if surprise < 700 else math.inf}
     if accuracy:
         found["accuracy"] = float(np.mean(correct / np.maximum(tokens, 1)))
         found["exact_match"] = float(np.mean(correct == tokens))

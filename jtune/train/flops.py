@@ -27,7 +27,7 @@ from jtune.models import DecoderConfig
 from jtune.models.config import Layer
 from jtune.models.decoder import stacks
 from jtune.models.delta import delta_config
-from jtune.tuning import adapter_mask, is_node, partition
+from jtune.tuning import adapter_mask, is_node, lora, partition
 from jtune.tuning.lora import LoRA
 
 # Dense bfloat16 FLOP/s of a chip, as its vendor states them, by jax's name of the kind (lower case, a part of it is
@@ -90,7 +90,13 @@ class Product(NamedTuple):
 
 
 def flops_per_token(
-    config: DecoderConfig, params: Any, mask: Any, *, lengths: Sequence[int] | np.ndarray, label_share: float = 1.0
+    config: DecoderConfig,
+    params: Any,
+    mask: Any,
+    *,
+    lengths: Sequence[int] | np.ndarray,
+    label_share: float = 1.0,
+    reference: bool = False,
 ) -> float:
     """Model FLOPs of one token: forward and backward.
 
@@ -101,6 +107,7 @@ def flops_per_token(
       mask: tree of bool like it: what trains.
       lengths: tokens of the segments; what matters is how far a token sees on average.
       label_share: share of the tokens that carry a label, the only ones that go through the head.
+      reference: add the forward pass of a reference model, which is this one without its adapter.
     """
     products = list(_products(config, params, mask, label_share))
     embedding_trains = _any(mask["embed_tokens"])
@@ -110,6 +117,10 @@ def flops_per_token(
     for number, layer in enumerate(config.layers):
         passes = 3 if lowest < number * _STAGES_OF_A_LAYER + _ATTENTION else 1  # the backward pass has four products
         total += passes * _mixing(config, layer, lengths)
+    if reference:
+        base = lora.split(params)[0]
+        nothing = jax.tree.map(lambda _: False, base)
+        total += flops_per_token(config, base, nothing, lengths=lengths, label_share=label_share)
     return total
 
 

@@ -1,4 +1,7 @@
-"""Cross-entropy as a sum over the positions that count, without ever holding the logits of all tokens.
+"""A loss as a sum over the positions that count, without ever holding the logits of all tokens.
+
+What the loss of a position is comes as a function (see `jtune.train.token_loss` and `jtune.train.step`). Hidden states
+may be a tree of arrays: those of several models, position by position.
 
 Shape suffixes: B batch, T tokens in a row, D embed, V vocab, S shards of the batch, N = B/S*T tokens of one shard,
 K labelled positions of one shard (a static number), C chunks, J positions of one shard in a chunk, K/C rounded up.
@@ -19,30 +22,30 @@ from jtune.sharding import RULES, gather, only, spec
 CHUNK_ELEMENTS = 2**25
 
 
-def token_nll(logits_V: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log softmax(logits)[target], float32: `[..., vocab]`, int32 `[...]` -> `[...]`."""
-    logits_V = logits_V.astype(jnp.float32)
-    picked = jnp.take_along_axis(logits_V, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_V, axis=-1) - picked
-
-
-def gather_labelled(hidden_BTD, targets_BT, weights_BT, capacity: int, shards: int):
+def gather_labelled(hidden: Any, targets_BT, weights_BT, capacity: int, shards: int):
     """The positions with a label, shard by shard, padded with weight 0 to a static `capacity` for each shard.
 
     The rows of a shard stay on its devices: the gather is batched over the leading axis, which is the sharded one.
+
+    Args:
+      hidden: `[B, T, D]`, or a tree of them.
 
     Returns:
       hidden `[S, K, D]`, targets int32 `[S, K, ...]`, weights float32 `[S, K]`.
     """
     by_shard = lambda x: x.reshape(shards, -1, *x.shape[2:])
-    hidden_SND, targets_SN, weights_SN = by_shard(hidden_BTD), by_shard(targets_BT), by_shard(weights_BT)
+    weights_SN = by_shard(weights_BT)
     # A stable sort puts the labelled positions first and keeps their order; what follows them has weight 0.
     index_SK = jnp.argsort(weights_SN == 0, axis=1, stable=True)[:, :capacity]
-    take = lambda x: jnp.take_along_axis(x, index_SK.reshape(*index_SK.shape, *(1,) * (x.ndim - 2)), axis=1)
-    return take(hidden_SND), take(targets_SN), take(weights_SN)
+
+    def take(x):
+        x = by_shard(x)
+        return jnp.take_along_axis(x, index_SK.reshape(*index_SK.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+    return jax.tree.map(take, (hidden, targets_BT, weights_BT))
 
 
-def share_labelled(hidden_BTD, targets_BT, weights_BT, capacity: int, axis: str):
+def share_labelled(hidden: Any, targets_BT, weights_BT, capacity: int, axis: str):
     """`gather_labelled` inside `jax.shard_map`, where the devices along `axis` have a piece of each row.
 
     They share the labelled positions evenly, wherever in the rows these are, so that the head is computed once: each
@@ -63,15 +66,19 @@ def share_labelled(hidden_BTD, targets_BT, weights_BT, capacity: int, axis: str)
     )
     row_K, column_K = place_1K2[0, :, 0], place_1K2[0, :, 1] - rank * piece
     mine_K = (column_K >= 0) & (column_K < piece)
-    hidden_KD = jnp.where(mine_K[:, None], hidden_BTD[row_K, jnp.clip(column_K, 0, piece - 1)], 0)
+
+    def exchange(hidden_BTD):
+        hidden_KD = jnp.where(mine_K[:, None], hidden_BTD[row_K, jnp.clip(column_K, 0, piece - 1)], 0)
+        return jax.lax.psum_scatter(hidden_KD, axis, tiled=True)[None]
+
     share = lambda x: jax.lax.dynamic_slice_in_dim(x, rank * (capacity // sharers), capacity // sharers, axis=1)
-    return jax.lax.psum_scatter(hidden_KD, axis, tiled=True)[None], share(targets_1K), share(weights_1K)
+    return jax.tree.map(exchange, hidden), share(targets_1K), share(weights_1K)
 
 
 def sum_labelled(
     f: Callable,
     head_params,
-    hidden_BTD,
+    hidden: Any,
     targets_BT,
     weights_BT,
     *,
@@ -87,12 +94,13 @@ def sum_labelled(
     where each keeps its part.
 
     Args:
+      hidden: `[B, T, D]`, or a tree of them.
       capacity: labelled positions of one of the `shards` of the batch, at most.
       axes: logical axes of `head_params`, of the same structure; needed on a mesh.
     """
     split = () if mesh is None else tuple(axis for axis in RULES["shards"] if mesh.shape[axis] > 1)
     if mesh is None or not split:
-        return f(head_params, *gather_labelled(hidden_BTD, targets_BT, weights_BT, capacity, shards))
+        return f(head_params, *gather_labelled(hidden, targets_BT, weights_BT, capacity, shards))
     tokens = spec(("batch", "sequence"), weights_BT.shape, mesh)
     # Along `tensor`, XLA splits the head and its logits by the vocabulary: nothing is said of it here.
     held = jax.tree.map(lambda x, names: only(spec(names, x.shape, mesh), split), head_params, axes)
@@ -106,12 +114,12 @@ def sum_labelled(
         axis_names=set(split),
         check_vma=False,  # the sums that a scan carries start as the same zeros on all devices
     )
-    def local(head_params, hidden_BTD, targets_BT, weights_BT):
+    def local(head_params, hidden, targets_BT, weights_BT):
         head_params = jax.tree.map(gather, head_params, held)
-        labelled = share(hidden_BTD, targets_BT, weights_BT, capacity)
+        labelled = share(hidden, targets_BT, weights_BT, capacity)
         return jax.lax.psum(f(head_params, *labelled), split)
 
-    return local(head_params, hidden_BTD, targets_BT, weights_BT)
+    return local(head_params, hidden, targets_BT, weights_BT)
 
 
 def chunk_positions(capacity: int, vocab: int) -> int:
@@ -125,25 +133,26 @@ def chunk_positions(capacity: int, vocab: int) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 5))
-def summed_nll(head: Callable, head_params, hidden_SKD, targets_SK, weights_SK, chunk: int) -> jax.Array:
-    """Weighted sum of token losses, `sum_k w_k * nll(head(head_params, hidden_k), target_k)`, float32 scalar.
+def summed_loss(loss: Callable, head_params, hidden: Any, targets_SK, weights_SK, chunk: int) -> jax.Array:
+    """Weighted sum of the losses of positions, `sum_k w_k * loss(head_params, hidden_k, target_k)`, float32 scalar.
 
     The logits exist for `chunk` positions of each shard at a time. The gradient is taken chunk by chunk in the forward
     pass, where the logits are at hand: nothing is recomputed, and only what is differentiated gets a gradient. (The
     loss is a sum, so the backward pass only scales by the incoming scalar.)
 
     Args:
-      head: `head(head_params, hidden [..., D]) -> logits [..., V]`; a static, hashable callable.
+      loss: `loss(head_params, hidden [..., D], targets int32 [...]) -> float32 [...]`; a static, hashable callable.
+      hidden: `[S, K, D]`, or a tree of them.
     """
-    body = lambda total, xs: (total + _chunk_nll(head, head_params, *xs), None)
-    return jax.lax.scan(body, jnp.float32(0), cut(chunk, hidden_SKD, targets_SK, weights_SK))[0]
+    body = lambda total, xs: (total + _chunk_loss(loss, head_params, *xs), None)
+    return jax.lax.scan(body, jnp.float32(0), cut(chunk, hidden, targets_SK, weights_SK))[0]
 
 
-def _chunk_nll(head, head_params, hidden_SJD, targets_SJ, weights_SJ):
-    return jnp.sum(token_nll(head(head_params, hidden_SJD), targets_SJ) * weights_SJ)
+def _chunk_loss(loss, head_params, hidden, targets_SJ, weights_SJ):
+    return jnp.sum(loss(head_params, hidden, targets_SJ) * weights_SJ)
 
 
-def cut(chunk: int, *arrays_SK):
+def cut(chunk: int, *trees_SK):
     """[S, K, ...] -> [C, S, J, ...]: the scanned axis in front, the sharded axis whole in every chunk.
 
     The last chunk is filled up with zeros, weights among them.
@@ -153,47 +162,50 @@ def cut(chunk: int, *arrays_SK):
         x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
-    return tuple(map(one, arrays_SK))
+    return jax.tree.map(one, trees_SK)
 
 
-def _forward(head, head_params, hidden, targets, weights, chunk):
-    # With symbolic_zeros, each leaf comes with a flag: is it differentiated? A frozen head costs no gradient.
-    leaves, treedef = jax.tree.flatten(head_params, is_leaf=lambda x: hasattr(x, "perturbed"))
-    trained = [leaf.perturbed for leaf in leaves]
-    values = [leaf.value for leaf in leaves]
-    to_tree = lambda moving: jax.tree.unflatten(
-        treedef, [m if t else v for m, v, t in zip(_spread(moving, trained), values, trained)]
-    )
-    moving = [v for v, t in zip(values, trained) if t]
+def _forward(loss, head_params, hidden, targets, weights, chunk):
+    # With symbolic_zeros, each leaf comes with a flag: is it differentiated? A frozen head costs no gradient, and
+    # neither does the reference model that a loss compares with.
+    moving, fixed, join_head = _part(head_params)
+    moving_SKD, fixed_SKD, join_hidden = _part(hidden)
 
     def body(carry, xs):
         total, grads = carry
-        x, y, w = xs
-        loss, pull = jax.vjp(lambda m, h: _chunk_nll(head, to_tree(m), h, y, w), moving, x)
-        d_moving, d_hidden = pull(jnp.ones_like(loss))
+        moving_SJD, fixed_SJD, y, w = xs
+        chunk_loss = lambda m, h: _chunk_loss(loss, join_head(m, fixed), join_hidden(h, fixed_SJD), y, w)
+        value, pull = jax.vjp(chunk_loss, moving, moving_SJD)
+        d_moving, d_hidden = pull(jnp.ones_like(value))
         grads = [g + d.astype(g.dtype) for g, d in zip(grads, d_moving)]
-        return (total + loss, grads), d_hidden
+        return (total + value, grads), d_hidden
 
     zeros = [jnp.zeros(m.shape, jnp.float32) for m in moving]
-    chunks = cut(chunk, hidden.value, targets.value, weights.value)
+    chunks = cut(chunk, moving_SKD, fixed_SKD, targets.value, weights.value)
     (total, grads), d_hidden_C = jax.lax.scan(body, (jnp.float32(0), zeros), chunks)
-    S, K, D = hidden.value.shape
-    d_hidden = jnp.moveaxis(d_hidden_C, 0, 1).reshape(S, -1, D)[:, :K]
-    dtypes = [m.dtype for m in moving]
-    d_head = jax.tree.unflatten(treedef, _spread([g.astype(d) for g, d in zip(grads, dtypes)], trained))
+    whole = lambda d_CSJD, x: jnp.moveaxis(d_CSJD, 0, 1).reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]]
+    d_hidden = join_hidden([whole(d, x) for d, x in zip(d_hidden_C, moving_SKD)], [None] * len(fixed_SKD))
+    d_head = join_head([g.astype(m.dtype) for g, m in zip(grads, moving)], [None] * len(fixed))
     return total, (d_head, d_hidden)
 
 
-def _spread(moving, trained):
-    """Put the differentiated leaves back at their places, None elsewhere."""
-    moving = iter(moving)
-    return [next(moving) if t else None for t in trained]
+def _part(tree):
+    """(leaves that are differentiated, the other ones, how to make a tree of two such lists again)."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: hasattr(x, "perturbed"))
+    trained = [leaf.perturbed for leaf in leaves]
+
+    def join(moving, fixed):
+        moving, fixed = iter(moving), iter(fixed)
+        return jax.tree.unflatten(treedef, [next(moving if t else fixed) for t in trained])
+
+    values = lambda wanted: [leaf.value for leaf, t in zip(leaves, trained) if t == wanted]
+    return values(True), values(False), join
 
 
-def _backward(head, chunk, residuals, g):
+def _backward(loss, chunk, residuals, g):
     scale = lambda d: (d * g).astype(d.dtype)
     d_head, d_hidden = residuals
-    return jax.tree.map(scale, d_head), scale(d_hidden), None, None
+    return jax.tree.map(scale, d_head), jax.tree.map(scale, d_hidden), None, None
 
 
-summed_nll.defvjp(_forward, _backward, symbolic_zeros=True)
+summed_loss.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -43,6 +43,8 @@ from jtune.train.checkpoint import Checkpointer, read_meta, restore, restore_new
 from jtune.train.flops import flops_per_token
 from jtune.train.ledger import Ledger, describe, goodput, lost
 from jtune.train.loop import Hooks, Progress, run_loop
+from jtune.train.objective import PLAIN, objective_of
+from jtune.train.objective import describe as describe_objective
 from jtune.train.optimizer import optimizer_of
 from jtune.train.output import check_same_run, clear, resume_point, save_model, trainer_state
 from jtune.train.schedule import make_schedule, warmup_updates
@@ -96,6 +98,7 @@ def run(config: Config) -> dict[str, Any]:
         log.info("%s", tuning.describe(model.params, model.mask))
     if config.model.print_param_status and hosts.is_first():
         show(model.params, model.mask)
+    objective = objective_of(finetuning, training)
     measure_loss = build.make_evaluation(
         model.module,
         splits.eval,
@@ -105,6 +108,7 @@ def run(config: Config) -> dict[str, Any]:
         packing=rows_are_packed(config),
         data=config.data,
         accuracy=finetuning.compute_accuracy,
+        token_loss=objective.eval_loss,
     )
     ask = samples = None
     if training.predict_with_generate:
@@ -156,23 +160,27 @@ def run(config: Config) -> dict[str, Any]:
 
     # ------------------------------------------------------------------ state and step
     trainable, frozen = tuning.partition(model.params, model.mask)
+    held = build.held(objective, trainable, frozen, dtype)
+    if objective != PLAIN:
+        log.info("%s", describe_objective(objective))
     parameters = sum(x.size for x in jax.tree.leaves(model.params))
     tx = optimizer_of(training, finetuning, trainable, decoder)
     float16 = dtype == jnp.float16
     state_like = build.abstract_state(trainable, tx, mesh, float16=float16)
-    policy = remat(config, Shapes(model.module, tx, model.params, model.mask, frozen, state_like, mesh), plan)
+    policy = remat(config, Shapes(model.module, tx, model.params, model.mask, held, state_like, mesh), plan)
     module = build.with_remat(model.module, policy, mesh.devices.flat[0].platform)
     update = build.compile_steps(
         module,
         tx,
         plan,
-        frozen,
+        held,
         state_like,
         mesh,
         max_grad_norm=training.max_grad_norm,
-        dropout_key=jax.random.key(training.seed) if tuning.has_dropout(model.params) else None,
+        dropout_key=build.step_key(objective, model.params, training.seed),
         rounding_key=build.rounding_key_of(training, finetuning),
         ledger=ledger,
+        objective=objective,
     )
     rates = report.make_rates(
         flops_per_token(
@@ -181,6 +189,7 @@ def run(config: Config) -> dict[str, Any]:
             model.mask,
             lengths=splits.train.lengths,
             label_share=splits.train.labelled.sum() / splits.train.lengths.sum(),
+            reference=objective.anchored,
         ),
         mesh,
     )
@@ -192,7 +201,7 @@ def run(config: Config) -> dict[str, Any]:
         "order": [order_seed(config), not finetuning.disable_shuffling, *stream_order(config)],
         "rows": [rows_are_packed(config), config.data.cutoff_len],
         "updates": plan.max_steps,
-        "frozen weights": build.frozen_fingerprint(frozen),
+        "frozen weights": build.frozen_fingerprint(held),
     }
     progress = Progress()
     state: TrainState

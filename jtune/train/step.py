@@ -13,12 +13,14 @@ import optax
 from jtune.models import CausalLM
 from jtune.models.decoder import hidden_states
 from jtune.models.moe import balance_loss
-from jtune.train.loss import chunk_positions, sum_labelled, summed_nll
+from jtune.train.loss import chunk_positions, sum_labelled, summed_loss
+from jtune.train.objective import PLAIN, Objective, embedding_noise, models_of
 from jtune.train.optimizer import moved
 from jtune.train.state import LossScale, TrainState
-from jtune.tuning import combine, prepared_axes
+from jtune.tuning import prepared_axes
 
 GROWTH_INTERVAL = 2000  # good steps before the float16 loss scale doubles
+NOISE = 0x6E656674  # folded into a step's key, for draws that are not those of dropout
 
 
 class Batch(TypedDict):
@@ -44,41 +46,53 @@ class Metrics(NamedTuple):
 LossSum = Callable[..., Any]
 
 
-def make_loss_sum(model: CausalLM, *, label_capacity: int, batch_shards: int) -> LossSum:
-    """`loss_sum(trainable, frozen, batch, dropout_key) -> ` weighted sum of token losses, a float32 scalar.
+def make_loss_sum(model: CausalLM, *, label_capacity: int, batch_shards: int, objective: Objective = PLAIN) -> LossSum:
+    """`loss_sum(trainable, frozen, batch, key) -> ` weighted sum of token losses, a float32 scalar.
 
     A mixture whose config has a load-balancing loss adds it to the loss of every token that counts.
+
+    Args:
+      objective: the loss of a token and the noise on the input. If it is anchored, `frozen` is an `Anchored`, and the
+        reference model runs over the same batch, without noise, dropout or gradient.
     """
 
     def head(head_params, hidden):
         return model.apply({"params": head_params}, hidden, method="head")
 
-    def chunked(head_params, hidden_SKD, targets_SK, weights_SK):
-        chunk = chunk_positions(hidden_SKD.shape[1], model.config.vocab_size)
-        return summed_nll(head, head_params, hidden_SKD, targets_SK, weights_SK, chunk)
+    def token_loss(heads, hidden, targets):
+        logits, *reference = map(head, heads, hidden)
+        return objective.token_loss(logits, targets, *reference)
 
-    def loss_sum(trainable, frozen, batch: Batch, dropout_key):
-        params = combine(trainable, frozen)
-        hidden = hidden_states(
-            model, params, batch["input_ids"], batch["positions"], batch["segment_ids"], dropout_key=dropout_key
-        )
-        head_params = {key: params[key] for key in model.head_keys}
-        nll = sum_labelled(
+    def chunked(heads, hidden_SKD, targets_SK, weights_SK):
+        chunk = chunk_positions(targets_SK.shape[1], model.config.vocab_size * len(hidden_SKD))
+        return summed_loss(token_loss, heads, hidden_SKD, targets_SK, weights_SK, chunk)
+
+    def loss_sum(trainable, frozen, batch: Batch, key):
+        inputs = batch["input_ids"], batch["positions"], batch["segment_ids"]
+        models = models_of(trainable, frozen)
+        noise = None
+        if objective.noise_alpha:
+            shape = model.config.hidden_size, objective.noise_alpha, model.dtype
+            noise = embedding_noise(jax.random.fold_in(key, NOISE), batch["segment_ids"], *shape)
+        hidden = hidden_states(model, models[0], *inputs, dropout_key=key, embedding_noise=noise)
+        others = [hidden_states(model, params, *inputs).x for params in models[1:]]
+        heads = tuple({name: params[name] for name in model.head_keys} for params in models)
+        total = sum_labelled(
             chunked,
-            head_params,
-            hidden.x,
+            heads,
+            (hidden.x, *others),
             batch["targets"],
             batch["loss_weights"],
             capacity=label_capacity,
             shards=batch_shards,
-            axes=prepared_axes(head_params, model.config),
+            axes=prepared_axes(heads, model.config),
             mesh=model.mesh,
         )
         if hidden.load is None:
-            return nll
+            return total
         # Of a microbatch, for each of its tokens that count: divided by all of them, it is their weighted mean.
         assert model.config.experts is not None
-        return nll + model.config.experts.aux_coef * balance_loss(hidden.load) * jnp.sum(batch["loss_weights"])
+        return total + model.config.experts.aux_coef * balance_loss(hidden.load) * jnp.sum(batch["loss_weights"])
 
     return loss_sum
 
@@ -99,6 +113,7 @@ def make_train_step(
     nothing. Gradients exist for trainable leaves only. A non-finite update is skipped and reported.
 
     Args:
+      dropout_key: of dropout and of the noise on embeddings; what is drawn depends on it, the step and the microbatch.
       gradients: shardings of the gradients and of their sums, a tree like `state.trainable`: where the parameters lie,
         so that each device reduces and keeps its own part only. None: XLA decides.
       rounding_key: of the random rounding of bfloat16 parameters. None: they are rounded to the nearest, and stall.

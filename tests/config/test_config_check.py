@@ -82,7 +82,8 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
         ("rope_scaling=yarn", "config.json"),
         ("push_to_hub=true", "hf upload"),
         ("group_by_length=true", "packing: true"),
-        ("neftune_noise_alpha=5", "cross-entropy"),
+        ("shift_attn=true", "mesh_context"),
+        ("mixture_of_depths=convert", "finetuning_type: freeze"),
         ("ignore_pad_token_for_loss=false", "leave it out"),
         ("trust_remote_code=true", "leave it out"),
         ("evaluation_strategy=steps", "eval_strategy"),
@@ -167,8 +168,8 @@ def test_all_faults_are_reported_each_with_its_line(tmp_path, monkeypatch):
         "6 errors in the configuration",
         "  case.yaml:3: lerning_rate is not an argument of jtune. Did you mean learning_rate?",
         "  case.yaml:4: cutoff_len must be a whole number, not 'long'",
-        "  case.yaml:6: use_badam is not supported: training one block of layers at a time is not built: finetuning_type: freeze "
-        "trains some layers all the time, and use_galore or optim: adafactor keep little of all",
+        "  case.yaml:6: use_badam is not supported: training one block of layers at a time is not built: "
+        "finetuning_type: freeze trains some layers all the time, and use_galore or optim: adafactor keep little of all",
         "  case.yaml:8: fp16 and bf16 are both true: choose one (bf16 where the device has it)",
         "  command line: lora_rank must be at least 1, not 0",
         "  command line: flash_attn must be one of auto, disabled, sdpa, fa2, fa3, not 'FA2'",

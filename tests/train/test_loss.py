@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jtune.train.loss import chunk_positions, gather_labelled, summed_nll, token_nll
+from jtune.train.loss import chunk_positions, gather_labelled, summed_loss
+from jtune.train.token_loss import token_nll
 
 SHARDS, BATCH, SEQ, EMBED, VOCAB = 2, 4, 8, 16, 32
 
@@ -24,12 +25,16 @@ def case():
     return params, hidden, targets, weights
 
 
+def nll(params, hidden, targets):
+    return token_nll(head(params, hidden), targets)
+
+
 def plain(params, hidden, targets, weights):
-    return jnp.sum(token_nll(head(params, hidden), targets) * weights)
+    return jnp.sum(nll(params, hidden, targets) * weights)
 
 
 def chunked(params, hidden, targets, weights, capacity=12, chunk=4):
-    return summed_nll(head, params, *gather_labelled(hidden, targets, weights, capacity, SHARDS), chunk)
+    return summed_loss(nll, params, *gather_labelled(hidden, targets, weights, capacity, SHARDS), chunk)
 
 
 @pytest.mark.parametrize("chunk", [12, 5, 4, 1])

@@ -13,10 +13,10 @@ from jtune.models import CausalLM, DecoderConfig, abstract_params, init_params
 from jtune.sharding import make_mesh, replicated
 from jtune.train import build
 from jtune.train.ledger import Ledger
-from jtune.train.loss import token_nll
 from jtune.train.optimizer import make_optimizer
 from jtune.train.state import LossScale, init_state
 from jtune.train.step import make_loss_sum, make_train_step
+from jtune.train.token_loss import token_nll
 from jtune.tuning.freeze import cut_layers
 
 CONFIG = DecoderConfig(
