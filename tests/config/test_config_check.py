@@ -169,7 +169,8 @@ def test_all_faults_are_reported_each_with_its_line(tmp_path, monkeypatch):
         "  case.yaml:3: lerning_rate is not an argument of jtune. Did you mean learning_rate?",
         "  case.yaml:4: cutoff_len must be a whole number, not 'long'",
         "  case.yaml:6: use_badam is not supported: training one block of layers at a time is not built: "
-        "finetuning_type: freeze trains some layers all the time, and use_galore or optim: adafactor keep little of all",
+        "finetuning_type: freeze trains some layers all the time, and use_galore or optim: adafactor keep little of "
+        "all",
         "  case.yaml:8: fp16 and bf16 are both true: choose one (bf16 where the device has it)",
         "  command line: lora_rank must be at least 1, not 0",
         "  command line: flash_attn must be one of auto, disabled, sdpa, fa2, fa3, not 'FA2'",
