@@ -109,6 +109,32 @@ def test_what_is_not_built_is_refused_with_what_is_nearest(word, nearest):
 
 
 @pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["use_dft_loss=true", "use_eaft_loss=true"], "use_dft_loss and use_eaft_loss: each is a loss of its own"),
+        (["use_asft_loss=true", "label_smoothing_factor=0.1"], "choose one"),
+        (["use_eaft_loss=true", "stage=pt"], "use_eaft_loss is only for stage sft, not pt"),
+        (
+            ["use_asft_loss=true", "ref_model=other"],
+            "the reference of use_asft_loss is the model as it is at the start",
+        ),
+        (["label_smoothing_factor=1"], "at least 0 and below 1"),
+        (["neftune_noise_alpha=-5"], "at least 0"),
+        (["eaft_alpha=-1"], "at least 0"),
+    ],
+)
+def test_losses_that_contradict_the_rest_are_refused(words, expected):
+    assert expected in complaint(*words)
+
+
+def test_what_a_loss_does_not_use_is_noted():
+    assert "asft_alpha is ignored" in load_config([*TRAIN, "use_dft_loss=true", "asft_alpha=0.5"]).notes[0]
+    best = ["eval_dataset=b", "eval_strategy=steps", "early_stopping_steps=3"]
+    assert "metric_for_best_model: accuracy" in load_config([*TRAIN, *best, "use_dft_loss=true"]).notes[0]
+    assert load_config([*TRAIN, *best, "label_smoothing_factor=0.1", "neftune_noise_alpha=5"]).notes == ()
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["optim=sgd", "optim_args=momentum=0.9,nesterov=true"], None),

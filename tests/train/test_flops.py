@@ -151,3 +151,13 @@ def test_peaks_by_kind():
     assert peak_flops("TPU v5 lite") == 197e12
     assert peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("cpu") is None
+
+
+def test_a_reference_is_one_more_forward_pass_of_the_model_without_its_adapter():
+    params = abstract_params(TINY)
+    plain = flops_per_token(TINY, params, jax.tree.map(lambda _: False, params), lengths=[4])
+    adapted = jax.eval_shape(lambda p: tuning.lora.add(p, ("all",), rank=2), params)
+    for tree in (params, adapted):
+        given = TINY, tree, tuning.trainable_mask(tree)
+        with_reference = flops_per_token(*given, lengths=[4], reference=True)
+        assert with_reference == flops_per_token(*given, lengths=[4]) + plain
