@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from jtune.data.cache import fingerprint
 from jtune.data.encoded import arrow_column
 from jtune.data.load import places
-from jtune.data.parts import Alone, Team, in_parts
+from jtune.data.parts import ALONE, Team, in_parts
 from jtune.data.registry import Columns, Entry, Tags
 from jtune.errors import DataError
 
@@ -68,7 +68,7 @@ def align(
     index: int = 0,
     num_proc: int | None = None,
     overwrite_cache: bool = False,
-    team: Team = Alone(),
+    team: Team = ALONE,
 ) -> datasets.Dataset:
     """Bring `table` into the form `ALIGNED`, row by row.
 
@@ -158,9 +158,11 @@ def _align_rows(
 ) -> pa.Table:
     """The rows of `table` from one number up to another, as `_align_batch`, in Arrow; `arrow` is `table` as such."""
     found = _alpaca_table(arrow[start:stop], how["entry"], how["stage"])
-    made = _align_batch(table[start:stop], range(start, stop), rows=rows, **how) if found is None else found
-    made["dataset"] = [how["index"]] * (stop - start)
-    made["row"] = range(start, stop) if rows is None else rows[start:stop]
+    if found is None:
+        made = _align_batch(table[start:stop], range(start, stop), rows=rows, **how)
+    else:
+        place = np.arange(start, stop) if rows is None else rows[start:stop]
+        made = found | {"dataset": [how["index"]] * (stop - start), "row": place}
     return pa.Table.from_pydict(made, schema=ALIGNED.arrow_schema)
 
 

@@ -25,7 +25,7 @@ from jtune.data.cache import fingerprint
 from jtune.data.chat_format import Pieces
 from jtune.data.encoded import IGNORED
 from jtune.data.ids import Ids
-from jtune.data.parts import Alone, Team, in_parts
+from jtune.data.parts import ALONE, Team, in_parts
 from jtune.data.templates import Template
 from jtune.data.tools import WHOLE
 from jtune.errors import DataError
@@ -141,7 +141,7 @@ def encode_rows(
     batch_size: int = 1000,
     num_proc: int | None = None,
     overwrite_cache: bool = False,
-    team: Team = Alone(),
+    team: Team = ALONE,
     folder: Path | None = None,
 ) -> datasets.Dataset:
     """Ids and labels of aligned rows: a row for each, empty where `fault` says why it is left out.
@@ -196,7 +196,7 @@ def _encode_slice(
     table: datasets.Dataset, encode: Callable[..., pa.Table], start: int, stop: int, **how: Any
 ) -> pa.Table:
     """What `encode` makes of the rows of `table`, whose format is Arrow, from one number up to another."""
-    batch = table[start:stop]
+    batch: Any = table[start:stop]
     return encode({name: batch[name].to_pylist() for name in batch.column_names}, **how)
 
 
@@ -491,7 +491,7 @@ def encode_documents(
     batch_size: int = 1000,
     num_proc: int | None = None,
     overwrite_cache: bool = False,
-    team: Team = Alone(),
+    team: Team = ALONE,
     folder: Path | None = None,
 ) -> datasets.Dataset:
     """Ids of the texts of aligned rows; every token is learned, so there is no column of labels.

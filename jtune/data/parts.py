@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -39,16 +40,19 @@ SEEN_WITHIN = 60.0  # seconds in which a network file system shows what another 
 
 
 class Team(Protocol):
-    """The processes that share a folder. All of them ask for the same things, in the same order."""
+    """The processes that share a folder (see jtune.sharding.hosts)."""
 
-    apart: bool  # whether there are processes outside
+    @property
+    def apart(self) -> bool:
+        """Whether there are processes outside."""
+        ...
 
     def first(self, what: str, work: Callable[[], T]) -> T:
-        """What `work()` gives: of the first process, then of each of the others, which finds what the first has left."""
+        """What `work()` gives: of the first process, then of each of the others, which finds what the first left."""
         ...
 
     def share(self, what: str, sign: str, work: Callable[[int, int, Beat], int]) -> list[int]:
-        """`work(place, of, beat)` of each process that means the same by it, `sign`; what they did, when all is done."""
+        """`work(place, of, beat)` of each process that means the same by `sign`; what each did, when all is done."""
         ...
 
 
@@ -64,11 +68,13 @@ class Alone(NamedTuple):
         return [work(0, 1, lambda: None)]
 
 
+ALONE = Alone()
 TeamOf = Callable[[Path], Team]  # who shares a folder: every process of the program asks, in the same order
 
 
 def alone(folder: Path) -> Team:
-    return Alone()
+    """The team of one process."""
+    return ALONE
 
 
 def in_parts(
@@ -82,7 +88,7 @@ def in_parts(
     batched_for: int = 1,
     num_proc: int | None = None,
     overwrite: bool = False,
-    team: Team = Alone(),
+    team: Team = ALONE,
     folder: Path | None = None,
 ) -> datasets.Dataset:
     """What `make` gives for every batch of rows of `table`, one after the other, read from files.
@@ -124,7 +130,7 @@ def in_parts(
             # imported again and again, and in workers touches, and so copies, each page of it.
             gc.freeze()
             try:
-                with tqdm(total=rows, desc=what, unit=" rows", disable=True if quiet else None) as bar:
+                with tqdm(total=rows, desc=what, unit=" rows", disable=quiet) as bar:
                     _make_all(mine, make, features.arrow_schema, num_proc or 1, lambda n: (beat(), bar.update(n)))
             finally:
                 gc.unfreeze()
@@ -155,7 +161,11 @@ def _make_all(
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has one thread
     try:
-        with ProcessPoolExecutor(workers, initializer=_begin, initargs=(make, schema, counter, os.getpid())) as pool:
+        with (
+            warnings.catch_warnings(),
+            ProcessPoolExecutor(workers, initializer=_begin, initargs=(make, schema, counter, os.getpid())) as pool,
+        ):
+            warnings.filterwarnings("ignore", r"os\.fork", RuntimeWarning)  # jax's, which no worker calls
             waiting = {pool.submit(_work, *part) for part in parts}
             try:
                 while waiting:

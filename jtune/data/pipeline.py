@@ -14,13 +14,14 @@ from typing import Any
 
 import datasets
 import numpy as np
+from datasets import config as datasets_config
 
 from jtune.data import saved
 from jtune.data.align import align
 from jtune.data.encoded import Encoded
 from jtune.data.load import check_columns, check_stage, load_table, not_utf8, resolve_format
 from jtune.data.mix import hold_out, merge, pick_rows
-from jtune.data.parts import Alone, Team, TeamOf, alone
+from jtune.data.parts import ALONE, Team, TeamOf, alone
 from jtune.data.registry import Entry, find_datasets
 from jtune.data.report import EXAMPLES, Report, SetReport
 from jtune.data.sets import check_report, encode_set
@@ -85,7 +86,7 @@ def load_datasets(
     if template.tokenizer is not tokenizer:
         raise ValueError("the template was made for another tokenizer")
     folder = Path(data_args.tokenized_path) if data_args.tokenized_path else None
-    team = team_of(Path(cache_dir or datasets.config.HF_DATASETS_CACHE))
+    team = team_of(Path(cache_dir or datasets_config.HF_DATASETS_CACHE))
     keepers = team_of(folder) if folder else team
     eval_stage = "predict" if predict else stage
     evaluated = eval_stage if evaluate else None
@@ -185,7 +186,7 @@ def load_aligned(
     overwrite_cache: bool = False,
     cache_dir: str | None = None,
     token: str | None = None,
-    team: Team = Alone(),
+    team: Team = ALONE,
 ) -> tuple[Entry, datasets.Dataset]:
     """One set: its rows read, picked, and brought into one form. The entry comes back with its format resolved."""
     read = partial(load_table, entry, cache_dir=cache_dir, token=token, num_proc=num_proc)

@@ -11,7 +11,7 @@ from jtune.data.align import is_faulty
 from jtune.data.encode import NOTHING_TO_LEARN, Rules, encode_documents, encode_rows, too_long
 from jtune.data.encoded import Encoded, arrow_column
 from jtune.data.load import places
-from jtune.data.parts import Alone, Team
+from jtune.data.parts import ALONE, Team
 from jtune.data.registry import Entry
 from jtune.data.report import EXAMPLES, Dropped, SetReport, reasons
 from jtune.data.templates import Template
@@ -27,7 +27,7 @@ def encode_set(
     template: Template,
     most_examples: int = EXAMPLES,
     *,
-    team: Team = Alone(),
+    team: Team = ALONE,
     folder: Path | None = None,
 ) -> tuple[Encoded, SetReport]:
     """Encode aligned rows and count what is left out.

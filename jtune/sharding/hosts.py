@@ -197,7 +197,7 @@ def jax_state() -> Any:
 # ---------------------------------------------------------------------- agreeing, on the host
 
 
-def exchange(name: str, value: str, *, seconds: float = STILL) -> list[str]:
+def exchange(name: str, value: str, *, seconds: float | None = None) -> list[str]:
     """Every process's `value`, in their order. All call it, in the same order of names.
 
     Raises:
@@ -236,7 +236,7 @@ def from_first(name: str, make: Callable[[], T]) -> T:
 class Team(NamedTuple):
     """Processes that share a folder, and so the work whose results lie there. Make it with `team`.
 
-    All of a team ask for the same things in the same order, and wait for each other only: in the key-value store, and not
+    All of a team ask for the same things in the same order, and wait for nobody else: in the key-value store, and not
     in a collective of the devices, which would give up before a large data set is encoded.
     """
 
@@ -359,9 +359,11 @@ def _working() -> Iterator[None]:
         thread.join()
 
 
-def _gather(key: str, processes: Iterable[int], seconds: float = STILL) -> dict[int, str]:
-    """What these processes, at least, have set under `key`: it is waited for as long as one that is missing works."""
-    client, processes = jax_state().client, list(processes)
+def _gather(key: str, processes: Iterable[int], seconds: float | None = None) -> dict[int, str]:
+    """What these processes, at least, have set under `key`: it is waited for as long as one that is missing works, and
+    `seconds` (default: STILL) more.
+    """
+    client, processes, seconds = jax_state().client, list(processes), seconds or STILL
     pause, heard, since = 0.01, None, time.monotonic()
     while True:
         found = {int(k.rsplit("/", 1)[1]): v for k, v in client.key_value_dir_get(key + "/")}

@@ -328,7 +328,11 @@ def hub_cache(config: Config) -> Path:
 
 
 def load_data(config: Config, tokenizer: Any, vocab_size: int, team_of: TeamOf = alone) -> Splits:
-    """The encoded training and evaluation sets, every id of them inside the vocabulary; `team_of`: see `load_datasets`."""
+    """The encoded training and evaluation sets, every id of them inside the vocabulary.
+
+    Args:
+      team_of: which processes share a folder, and so the work (see `load_datasets`).
+    """
     data, training = config.data, config.training
     only_prompts = not training.do_train and training.predict_with_generate
     template = template_of(data, tokenizer, for_training=not only_prompts)
