@@ -54,6 +54,12 @@ def check(
     default = FIELDS["buffer_size"].default
     if not values.get("streaming") and values.get("buffer_size", default) != default:
         notes.append(f"{given['buffer_size'].origin}: buffer_size is ignored: it belongs to streaming: true")
+    if values.get("new_special_tokens_config") and values.get("add_special_tokens"):
+        where = given["add_special_tokens"].origin
+        notes.append(f"{where}: add_special_tokens is ignored: new_special_tokens_config names the special tokens")
+    if values.get("init_special_tokens", "noise_init") != "noise_init" and not values.get("new_special_tokens_config"):
+        where, name = given["init_special_tokens"].origin, values["init_special_tokens"]
+        notes.append(f"{where}: init_special_tokens: {name} needs new_special_tokens_config: it is noise_init")
     if values.get("streaming") and values.get("preprocessing_num_workers"):
         where = given["preprocessing_num_workers"].origin
         notes.append(f"{where}: preprocessing_num_workers is for eval_dataset only: a stream is encoded in a thread")
@@ -152,6 +158,17 @@ def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
         for name in ("adapter_name_or_path", "additional_target", "use_rslora", "create_new_adapter"):
             if getattr(v, name):
                 yield (name, "finetuning_type"), f"{name} is only for finetuning_type: lora, not {v.finetuning_type}"
+    if v.use_llama_pro:
+        if v.finetuning_type == "full":
+            message = "use_llama_pro is only valid for finetuning_type: freeze or lora, not full"
+            yield ("use_llama_pro", "finetuning_type"), message
+        if v.freeze_trainable_layers < 1:
+            message = f"freeze_trainable_layers must be above 0 with use_llama_pro, not {v.freeze_trainable_layers}"
+            yield ("freeze_trainable_layers", "use_llama_pro"), message + ": the number of layers that were added"
+    if (v.resize_vocab or v.add_tokens or v.add_special_tokens) and v.finetuning_type == "lora":
+        if "lm_head" in v.lora_target and not v.additional_target:
+            message = "lora_target: lm_head gets new rows (resize_vocab), which train whole: leave it out"
+            yield ("lora_target", "resize_vocab"), f"{message}, or say in additional_target what trains whole"
     if command in TRAINING and command != "data" and v.stage not in ("pt", "sft"):
         message = f"stage: {v.stage}: preference training is not built yet; jtune trains stages pt and sft"
         yield ("stage",), message

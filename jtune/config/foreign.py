@@ -116,11 +116,6 @@ GROUPS: tuple[Group, ...] = (
     # ---------------------------------------------------------------- model
     _refused("code of model repositories is never run: leave it out; tokenizers load without", trust_remote_code=False),
     _refused("set rope_scaling (rope_parameters) in the model's config.json", rope_scaling=None),
-    _refused(
-        "the vocabulary cannot be changed yet: use tokens that the tokenizer has",
-        resize_vocab=False, add_tokens=None, add_special_tokens=None, new_special_tokens_config=None,
-    ),
-    _ignored("it belongs to add_special_tokens", init_special_tokens="noise_init"),
     _refused_in_training("it is not built; attention is exact up to cutoff_len: leave it out", shift_attn=False),
     _refused_in_training("it is not built: leave it out", mixture_of_depths=None),
     _refused(
@@ -182,7 +177,6 @@ GROUPS: tuple[Group, ...] = (
     _refused_in_training("one learning rate serves all parameters: set learning_rate", loraplus_lr_ratio=None),
     _ignored("it belongs to LoRA+", loraplus_lr_embedding=1e-6),
     _ignored("it belongs to OFT", module_dropout=0.0, oft_rank=0, oft_block_size=32, oft_target="all"),
-    _refused_in_training("added layers are not built: finetuning_type: freeze", use_llama_pro=False),
     _refused_in_training(
         "the optimizer is AdamW: leave it out; for less memory, finetuning_type: lora",
         use_galore=False, use_apollo=False, use_badam=False, use_adam_mini=False, use_muon=False, adafactor=False,

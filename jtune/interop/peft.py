@@ -7,8 +7,8 @@ module, are read as well.
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,10 +27,12 @@ from jtune.models.families import file_names, module_names
 from jtune.models.families.base import Names
 from jtune.models.names import located, module_name, tensors
 from jtune.sharding import hosts, replicated, spread
+from jtune.tuning.freeze import cut_layers
 from jtune.tuning.lora import LoRA, is_adapter_leaf, is_node
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+EMBEDDINGS = ("embed_tokens", "lm_head")
 PyTree = Any
 Keys = tuple[str, ...]
 
@@ -106,6 +108,8 @@ def load_adapter(
       DataError: it is no LoRA adapter, is not for this model, or uses what jtune does not honour, by name.
     """
     adapter = _open(hf.fetch(path, **hub) / (subfolder or ""))
+    if selective(adapter.options):
+        params = cut_layers(params, _borders(adapter, params, config))
 
     def place(keys: Keys, leaf: Any, layers: range) -> Any:
         kernel = jax.tree.leaves(leaf)[0]  # under the nodes
@@ -131,6 +135,33 @@ def load_adapter(
         shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
         raise DataError(f"{adapter.folder / WEIGHTS}: {shown} have no place in this model ({config.family})")
     return loaded, tuple(adapter.options.get("modules_to_save") or ())
+
+
+def selective(options: Mapping[str, Any]) -> bool:
+    """Whether an adapter_config.json says which layers are adapted, by their numbers: the others are not."""
+    layers, targets = options.get("layers_to_transform"), options.get("target_modules") or ()
+    names = [*([targets] if isinstance(targets, str) else targets), *(options.get("target_parameters") or ())]
+    numbered = isinstance(targets, str) or any(re.search(r"\.\d+\.", name) for name in names)
+    return bool(layers or layers == 0 or options.get("exclude_modules") or numbered)
+
+
+def _borders(adapter: Adapter, params: PyTree, config: DecoderConfig) -> set[int]:
+    """The layers at which it changes what the adapter holds something for."""
+    found: set[int] = set()
+    for keys, _, layers in located(params):
+        if not layers or keys[-1] != "kernel":
+            continue
+        has = [any(f"{name}.lora_A.weight" in adapter.stored for name in _lora_names(keys, config, i)) for i in layers]
+        found |= {layers.start + i for i in range(1, len(has)) if has[i] != has[i - 1]}
+    return found
+
+
+def _lora_names(keys: Keys, config: DecoderConfig, layer: int) -> list[str]:
+    """What the adapter of a kernel in a layer may be called."""
+    if "experts" not in keys:
+        return _module_names(keys, config, layer)
+    block = module_name(keys[: keys.index("experts")], module_names(config), layer=layer) + ".experts"
+    return [*_module_names(keys, config, layer, 0), f"{block}.base_layer", block]
 
 
 def _beside(leaf: jax.Array, x: np.ndarray) -> jax.Array:
@@ -181,8 +212,10 @@ def _read_whole(adapter: Adapter, keys: Keys, leaf: jax.Array, config: DecoderCo
         adapter.used.add(part.name)
         x = x.swapaxes(-1, -2) if part.transposed else x
         if x.shape != leaf.shape[len(part.index) :]:
+            rows = "its vocabulary was resized: set resize_vocab, with the same tokens: or " * (keys[0] in EMBEDDINGS)
             raise DataError(
-                f"{adapter.folder / WEIGHTS}: {part.name} has shape {list(x.shape)}: is it for another model?"
+                f"{adapter.folder / WEIGHTS}: {part.name} has shape {list(x.shape)}, this model's is "
+                f"{list(leaf.shape[len(part.index) :])}: {rows}is it for another model?"
             )
         out[part.index] = x
     if keys[0] == "embed_tokens" and config.tie_word_embeddings:
@@ -267,7 +300,14 @@ def _read_experts(adapter: Adapter, keys: Keys, config: DecoderConfig, layer: in
 
 
 def save_adapter(
-    params: PyTree, mask: PyTree, config: DecoderConfig, folder: str | Path, *, base: str, use_rslora: bool = False
+    params: PyTree,
+    mask: PyTree,
+    config: DecoderConfig,
+    folder: str | Path,
+    *,
+    base: str,
+    use_rslora: bool = False,
+    resized: bool = False,
 ) -> None:
     """Write the LoRA nodes of `params`, and what else `mask` says was trained, as PEFT does.
 
@@ -276,9 +316,11 @@ def save_adapter(
     Args:
       base: model_name_or_path, which PEFT needs to find the base.
       use_rslora: write alpha for the scale alpha / sqrt(rank).
+      resized: write the embedding and the head in any case: their rows are not the base's. PEFT does the same.
     """
     folder = Path(folder)
-    params = _at_hand(params, mask)
+    kept = EMBEDDINGS if resized else ()
+    params = _at_hand(params, mask, kept)
     if not hosts.is_first():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -292,10 +334,21 @@ def save_adapter(
         return round(value) if abs(value - round(value)) < 1e-6 else value
 
     their = module_names(config)
-    every = {keys[:-1] for keys, *_ in located(params) if keys[-1] == "kernel"}
+    every: dict[Keys, set[int]] = defaultdict(set)  # modules, and the layers that have them
+    adapted: dict[Keys, set[int]] = defaultdict(set)
+    for keys, leaf, layers in located(params):
+        if keys[-1] == "kernel":
+            every[keys[:-1]] |= set(layers)
+            adapted[keys[:-1]] |= set(layers) if is_node(leaf) else set()
+    everywhere = lambda module: adapted[module] == every[module]  # else each layer's is named
     masks = jax.tree.leaves(mask, is_leaf=is_node)
     for (keys, leaf, layers), its_mask in zip(located(params), masks, strict=True):
         trains = its_mask is True
+        if keys[0] in kept and not trains:
+            x = np.asarray(leaf.base if is_node(leaf) else leaf, np.float32)
+            [part] = tensors(keys, config, layers)
+            name = part.name.replace(".weight", ".base_layer.weight") if is_node(leaf) else part.name
+            out[PREFIX + name] = x.swapaxes(-1, -2) if part.transposed else x
         if is_node(leaf) and "experts" not in keys:
             rank = leaf.a.shape[-1]
             a, b = np.asarray(leaf.a, np.float32), np.asarray(leaf.b, np.float32)
@@ -304,8 +357,12 @@ def save_adapter(
                 place = () if layer is None else (layer - layers.start,)
                 out[f"{module}.lora_A.weight"], out[f"{module}.lora_B.weight"] = a[place].T, b[place].T
             is_router = keys[-2] == "gate" and config.experts is not None
-            name = "gate.weight" if is_router else _target(keys[:-1], every, their)
-            (parameters if is_router else modules)[name] = rank, alpha(rank, leaf.scale)
+            names = ["gate" if is_router else _target(keys[:-1], every.keys(), their)]
+            if not everywhere(keys[:-1]):
+                names = [module_name(keys[:-1], their, layer=layer) for layer in layers]
+            for name in names:
+                place = f"{name}.weight" if is_router else name
+                (parameters if is_router else modules)[place] = rank, alpha(rank, leaf.scale)
         elif trains and not is_node(leaf):
             x = np.asarray(leaf, np.float32)
             for part in tensors(keys, config, layers):
@@ -315,8 +372,11 @@ def save_adapter(
             if keys[0] == "embed_tokens" and config.tie_word_embeddings:
                 # PEFT asks for both names of a tied pair.
                 out[f"{PREFIX}{their.words.get('lm_head', 'lm_head')}.weight"] = x
-    for name, (rank, scale), found in _join_experts(params, config):
-        parameters[name] = rank, alpha(rank, scale)
+    for name, blocks, (rank, scale), found in _join_experts(params, config):
+        experts = ("layers", "mlp", "experts")
+        some = any(module[:3] == experts and adapted[module] and not everywhere(module) for module in every)
+        for place in [f"{block}.{name}" for block in blocks] if some else [name]:
+            parameters[place] = rank, alpha(rank, scale)
         out |= {PREFIX + key: x for key, x in found.items()}
 
     default = Counter([*modules.values(), *parameters.values()]).most_common(1)[0][0]
@@ -328,8 +388,8 @@ def save_adapter(
         "inference_mode": True,
         "r": default[0],
         "lora_alpha": default[1],
-        "rank_pattern": {f".*\\.{re.escape(name)}": rank for name, (rank, _) in other.items()},
-        "alpha_pattern": {f".*\\.{re.escape(name)}": a for name, (_, a) in other.items()},
+        "rank_pattern": {_pattern(name): rank for name, (rank, _) in other.items()},
+        "alpha_pattern": {_pattern(name): a for name, (_, a) in other.items()},
         "lora_dropout": next(x.dropout for x in jax.tree.leaves(params, is_leaf=is_node) if is_node(x)),
         "target_modules": sorted(modules),
         "target_parameters": sorted(parameters) or None,
@@ -346,16 +406,21 @@ def save_adapter(
     (folder / CONFIG).write_text(json.dumps(options, indent=2) + "\n")
 
 
-def _at_hand(params: PyTree, mask: PyTree) -> PyTree:
+def _at_hand(params: PyTree, mask: PyTree, kept: Sequence[str]) -> PyTree:
     """What is written, adapters and what was trained whole, where this process can read it; the rest as it is."""
 
     def fetch(path: Any, leaf: Any, trains: bool) -> Any:
-        return spread.whole(leaf) if trains or is_adapter_leaf(path) else leaf
+        return spread.whole(leaf) if trains or is_adapter_leaf(path) or path[0].key in kept else leaf
 
     return jax.tree_util.tree_map_with_path(fetch, params, mask)
 
 
-def _target(module: Keys, every: set[Keys], their: Names) -> str:
+def _pattern(name: str) -> str:
+    """A regular expression of PEFT's for what `target_modules` calls `name`: a whole name has nothing before it."""
+    return re.escape(name) if re.search(r"\.\d+\.", name) else f".*\\.{re.escape(name)}"
+
+
+def _target(module: Keys, every: Collection[Keys], their: Names) -> str:
     """What PEFT is to call a module: the last word of its name, or two where others end in the same word."""
     words = lambda keys: tuple(their.words.get(key, key) for key in keys)
     alike = [other for other in every if words(other)[-1] == words(module)[-1] and "experts" not in other]
@@ -364,8 +429,8 @@ def _target(module: Keys, every: set[Keys], their: Names) -> str:
 
 def _join_experts(
     params: PyTree, config: DecoderConfig
-) -> Iterator[tuple[str, tuple[int, float], dict[str, np.ndarray]]]:
-    """Adapters of experts as PEFT's parameters, stack by stack: (name, (rank, scale), tensors).
+) -> Iterator[tuple[str, list[str], tuple[int, float], dict[str, np.ndarray]]]:
+    """Adapters of experts as PEFT's parameters, stack by stack: (name, modules, (rank, scale), tensors).
 
     Gate and up become one adapter of their ranks together: `a` side by side, `b` block-diagonal.
     """
@@ -385,9 +450,9 @@ def _join_experts(
         down, joined = nodes.get("down_proj"), _joined(nodes)
         if joined is not None:
             modules = [f"{name}.base_layer" for name in block] if down is not None else block
-            yield "gate_up_proj", (joined.a.shape[-1], joined.scale), _files(joined, modules)
+            yield "gate_up_proj", block, (joined.a.shape[-1], joined.scale), _files(joined, modules)
         if down is not None:
-            yield "down_proj", (down.a.shape[-1], down.scale), _files(Pair(down.a, down.b, down.scale), block)
+            yield "down_proj", block, (down.a.shape[-1], down.scale), _files(Pair(down.a, down.b, down.scale), block)
 
 
 def _joined(nodes: Mapping[str, LoRA]) -> Pair | None:

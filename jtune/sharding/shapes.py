@@ -6,7 +6,9 @@ Works on a mesh of devices, and on an `AbstractMesh`, which has none: enough for
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +28,7 @@ from jtune.sharding.rules import batch_sharding, replicated
 from jtune.train import build
 from jtune.train.state import TrainState
 from jtune.train.step import Batch
+from jtune.tuning.expand import on_layers
 
 
 class Shapes(NamedTuple):
@@ -105,8 +108,33 @@ def adapter_shapes(params: Any, decoder: DecoderConfig, path: str, config: Confi
         stem, last = name.rpartition(".")[::2]
         targets += [f"{stem}.{x}".lstrip(".") for x in {"gate_up_proj": ("gate_proj", "up_proj")}.get(last, (last,))]
     dropout = float(options.get("lora_dropout") or 0.0)
-    added = tuning.lora.add(params, targets, rank=rank, alpha=alpha, dropout=dropout, names=file_names(decoder))
-    return added, tuple(options.get("modules_to_save") or ())
+    names = file_names(decoder)
+    add = partial(tuning.lora.add, rank=rank, alpha=alpha, dropout=dropout, names=names)
+    whole = tuple(options.get("modules_to_save") or ())
+    if not peft.selective(options):
+        return add(params, targets), whole
+    layers: dict[frozenset[int], list[tuning.lora.Path]] = defaultdict(list)
+    for path in tuning.lora.select(params, targets, names):
+        layers[adapted_layers(path, options, decoder)].append(path)
+    for numbers, paths in layers.items():
+        params = on_layers(params, numbers, paths, lambda tree, names, _: add(tree, names))
+    outside = [".".join(path) for paths in layers.values() for path in paths if path[0] != "layers"]
+    return add(params, outside) if outside else params, whole
+
+
+def adapted_layers(path: tuning.lora.Path, options: Mapping[str, Any], decoder: DecoderConfig) -> frozenset[int]:
+    """The layers in which PEFT adapts the module at `path`."""
+    count = range(decoder.num_hidden_layers)
+    if "experts" in path or path[-1] == "gate":
+        numbers = {int(i) for name in options.get("target_parameters") or () for i in re.findall(r"\.(\d+)\.", name)}
+        return frozenset(numbers or count)
+    name = {i: module_name(path, module_names(decoder), layer=i) for i in count}
+    targets, chosen = options["target_modules"] or (), options.get("layers_to_transform")
+    if isinstance(targets, str):
+        return frozenset(i for i in count if targets == "all-linear" or re.fullmatch(targets, name[i]))
+    chosen = {chosen} if isinstance(chosen, int) else set(chosen or count)
+    ends = lambda name: any(name.endswith(f".{target}") for target in targets)
+    return frozenset(i for i in count if name[i] in targets or (i in chosen and ends(name[i])))
 
 
 def batch_shapes(shape: Sequence[int], mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
