@@ -45,7 +45,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False,),
     "layer_replication": (None,),
     "alora_invocation_tokens": (None,),
-    "trainable_token_indices": (None,),
     "use_bdlora": (None, False),
     "arrow_config": (None,),
     "kasa_config": (None,),
@@ -115,6 +114,8 @@ def load_adapter(
         kernel = jax.tree.leaves(leaf)[0]  # under the nodes
         whole = _read_whole(adapter, keys, kernel, config, layers)
         leaf = leaf if whole is kernel else whole
+        if keys[0] in EMBEDDINGS and keys[-1] != "bias":
+            leaf = _read_tokens(adapter, keys, leaf, config)
         pair = _read_pair(adapter, keys, config, layers) if keys[-1] == "kernel" else None
         if pair is None:
             return leaf
@@ -134,7 +135,7 @@ def load_adapter(
     if left:
         shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
         raise DataError(f"{adapter.folder / WEIGHTS}: {shown} have no place in this model ({config.family})")
-    return loaded, tuple(adapter.options.get("modules_to_save") or ())
+    return loaded, (*(adapter.options.get("modules_to_save") or ()), *_token_modules(adapter.options))
 
 
 def selective(options: Mapping[str, Any]) -> bool:
@@ -201,9 +202,10 @@ def _open(folder: Path) -> Adapter:
 def _read_whole(adapter: Adapter, keys: Keys, leaf: jax.Array, config: DecoderConfig, layers: range) -> jax.Array:
     """The leaf as the adapter holds it, if it does: modules saved whole, and the base of an adapted head."""
     parts = list(tensors(keys, config, layers))
-    if keys[0] == "lm_head":
-        based = [part._replace(name=part.name.replace(".weight", ".base_layer.weight")) for part in parts]
-        parts = based if all(part.name in adapter.stored for part in based) else parts
+    if keys[0] in EMBEDDINGS:
+        for base in (".base_layer.weight", ".token_adapter.base_layer.weight"):
+            based = [part._replace(name=part.name.replace(".weight", base)) for part in parts]
+            parts = based if all(part.name in adapter.stored for part in based) else parts
     if not all(part.name in adapter.stored for part in parts):
         return leaf
     out = np.empty(leaf.shape, leaf.dtype)
@@ -221,6 +223,38 @@ def _read_whole(adapter: Adapter, keys: Keys, leaf: jax.Array, config: DecoderCo
     if keys[0] == "embed_tokens" and config.tie_word_embeddings:
         adapter.used.add("lm_head.weight")  # the same, repeated
     return spread.put(out, leaf.sharding)
+
+
+def _token_modules(options: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    """PEFT's `trainable_token_indices`: of each module of which only some rows were trained, these rows."""
+    found = options.get("trainable_token_indices") or {}
+    return found if isinstance(found, dict) else {"embed_tokens": found}
+
+
+def _read_tokens(adapter: Adapter, keys: Keys, leaf: Any, config: DecoderConfig) -> Any:
+    """The leaf with those of its rows that the adapter holds alone. They are rows, not what is added to rows."""
+    [part] = tensors(keys, config, range(0))
+    stem = part.name.removesuffix(".weight")
+    name = f"{stem}.token_adapter.trainable_tokens_delta"
+    if name not in adapter.stored:
+        return leaf
+    tokens = _token_modules(adapter.options)
+    rows = next((ids for module, ids in tokens.items() if stem.endswith(module) or keys[0] == module), ())
+    values, axis = adapter.stored[name], leaf.ndim - 2 + part.transposed
+    if values.shape != (len(rows), leaf.shape[1 - axis]) or not len(rows) or max(rows) >= leaf.shape[axis]:
+        raise DataError(
+            f"{adapter.folder / WEIGHTS}: {name} has shape {list(values.shape)} for {len(rows)} tokens "
+            f"(trainable_token_indices), and the model's table {list(leaf.shape)}: is it for another model?"
+        )
+    adapter.used.add(name)
+    values = np.asarray(values.swapaxes(0, axis), leaf.dtype)
+    if keys[0] == "embed_tokens" and config.tie_word_embeddings:  # the head is said to have the same ones
+        for end in ("trainable_tokens_delta", "base_layer.weight"):
+            mine, heads = (adapter.stored.get(f"{x}.token_adapter.{end}") for x in (stem, "lm_head"))
+            if heads is not None and np.array_equal(mine, heads):
+                adapter.used.add(f"lm_head.token_adapter.{end}")
+    put = jax.jit(lambda x: x.at[(slice(None),) * axis + (np.array(rows),)].set(values), out_shardings=leaf.sharding)
+    return put(leaf)
 
 
 def _read_pair(adapter: Adapter, keys: Keys, config: DecoderConfig, layers: range) -> Pair | None:
@@ -361,8 +395,8 @@ def save_adapter(
             if not everywhere(keys[:-1]):
                 names = [module_name(keys[:-1], their, layer=layer) for layer in layers]
             for name in names:
-                place = f"{name}.weight" if is_router else name
-                (parameters if is_router else modules)[place] = rank, alpha(rank, leaf.scale)
+                key = f"{name}.weight" if is_router else name
+                (parameters if is_router else modules)[key] = rank, alpha(rank, leaf.scale)
         elif trains and not is_node(leaf):
             x = np.asarray(leaf, np.float32)
             for part in tensors(keys, config, layers):
@@ -375,8 +409,8 @@ def save_adapter(
     for name, blocks, (rank, scale), found in _join_experts(params, config):
         experts = ("layers", "mlp", "experts")
         some = any(module[:3] == experts and adapted[module] and not everywhere(module) for module in every)
-        for place in [f"{block}.{name}" for block in blocks] if some else [name]:
-            parameters[place] = rank, alpha(rank, scale)
+        for parameter in [f"{block}.{name}" for block in blocks] if some else [name]:
+            parameters[parameter] = rank, alpha(rank, scale)
         out |= {PREFIX + key: x for key, x in found.items()}
 
     default = Counter([*modules.values(), *parameters.values()]).most_common(1)[0][0]

@@ -32,6 +32,7 @@ class Vocabulary(NamedTuple):
     decoder: DecoderConfig  # of the rows that the run has
     config: Config  # as given, but for `additional_target` where new rows must train
     change: Change | None  # from what is stored; None: nothing changes
+    resized: bool = False  # rows are not the base's: an adapter must hold them
 
     def source(self, source: Mapping[str, Any]) -> dict[str, Any]:
         """The config.json of the model that is trained."""
@@ -68,7 +69,7 @@ def settle(config: Config, folder: Path, decoder: DecoderConfig) -> Vocabulary:
     held = max((rows for adapter in adapters if (rows := stored_rows(adapter, decoder)) is not None), default=0)
     change = _change(decoder.vocab_size, held, tokenizer, had, bool(added or args.resize_vocab))
     if change is None:
-        return Vocabulary(tokenizer, decoder, config, None)
+        return Vocabulary(tokenizer, decoder, config, None, bool(held))
     new = {i for i in ids_of(tokenizer) if i not in had}
     described = {
         tokenizer.convert_tokens_to_ids(token): tuple(
@@ -84,7 +85,7 @@ def settle(config: Config, folder: Path, decoder: DecoderConfig) -> Vocabulary:
     names = tokenizer.convert_ids_to_tokens(sorted(new))
     shown = f" for {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}" if names else ""
     log.info("vocabulary: %d rows%s (the model has %d)", change.rows, shown, change.stored)
-    return Vocabulary(tokenizer, replace(decoder, vocab_size=change.rows), config, change)
+    return Vocabulary(tokenizer, replace(decoder, vocab_size=change.rows), config, change, resized=True)
 
 
 def is_changed(args: ModelArguments) -> bool:

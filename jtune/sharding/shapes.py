@@ -129,12 +129,16 @@ def adapted_layers(path: tuning.lora.Path, options: Mapping[str, Any], decoder: 
         numbers = {int(i) for name in options.get("target_parameters") or () for i in re.findall(r"\.(\d+)\.", name)}
         return frozenset(numbers or count)
     name = {i: module_name(path, module_names(decoder), layer=i) for i in count}
-    targets, chosen = options["target_modules"] or (), options.get("layers_to_transform")
-    if isinstance(targets, str):
-        return frozenset(i for i in count if targets == "all-linear" or re.fullmatch(targets, name[i]))
+    chosen = options.get("layers_to_transform")
     chosen = {chosen} if isinstance(chosen, int) else set(chosen or count)
-    ends = lambda name: any(name.endswith(f".{target}") for target in targets)
-    return frozenset(i for i in count if name[i] in targets or (i in chosen and ends(name[i])))
+
+    def among(wanted: Any, i: int) -> bool:
+        if isinstance(wanted, str):
+            return wanted == "all-linear" or re.fullmatch(wanted, name[i]) is not None
+        return name[i] in wanted or (i in chosen and any(name[i].endswith(f".{end}") for end in wanted))
+
+    left_out = options.get("exclude_modules") or ()
+    return frozenset(i for i in count if among(options["target_modules"] or (), i) and not among(left_out, i))
 
 
 def batch_shapes(shape: Sequence[int], mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -242,7 +242,7 @@ def run(config: Config) -> dict[str, Any]:
         source=source,
         base=folder,
         tokenizer=tokenizer,
-        resized=settled.change is not None,
+        resized=settled.resized,
     )
     whole = lambda state: tuning.combine(state.trainable, frozen)
     state_file = lambda: trainer_state(
