@@ -148,7 +148,8 @@ class FinetuningArguments:
     freeze_trainable_modules: Names = arg(("all",), "freeze: which modules of these layers, a list, or all")
     freeze_extra_modules: Names = arg((), "freeze: modules outside the layers that train too, a list")
     use_llama_pro: bool = arg(
-        False, "LLaMA Pro: of an expanded model, only the freeze_trainable_layers that were added train, or get adapters"
+        False,
+        "LLaMA Pro: of an expanded model, only the freeze_trainable_layers that were added train, or get adapters",
     )
     additional_target: Names = arg((), "lora: modules that train whole and are saved with the adapter, a list")
     lora_rank: int = arg(8, "rank of the adapters", at_least(1))

@@ -165,10 +165,10 @@ def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
         if v.freeze_trainable_layers < 1:
             message = f"freeze_trainable_layers must be above 0 with use_llama_pro, not {v.freeze_trainable_layers}"
             yield ("freeze_trainable_layers", "use_llama_pro"), message + ": the number of layers that were added"
-    if (v.resize_vocab or v.add_tokens or v.add_special_tokens) and v.finetuning_type == "lora":
-        if "lm_head" in v.lora_target and not v.additional_target:
-            message = "lora_target: lm_head gets new rows (resize_vocab), which train whole: leave it out"
-            yield ("lora_target", "resize_vocab"), f"{message}, or say in additional_target what trains whole"
+    adds_rows = v.resize_vocab or v.add_tokens or v.add_special_tokens or v.new_special_tokens_config
+    if adds_rows and v.finetuning_type == "lora" and "lm_head" in v.lora_target and not v.additional_target:
+        message = "lora_target: lm_head gets new rows (resize_vocab), which train whole: leave it out"
+        yield ("lora_target", "resize_vocab"), f"{message}, or say in additional_target what trains whole"
     if command in TRAINING and command != "data" and v.stage not in ("pt", "sft"):
         message = f"stage: {v.stage}: preference training is not built yet; jtune trains stages pt and sft"
         yield ("stage",), message

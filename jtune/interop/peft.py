@@ -251,7 +251,7 @@ def _read_tokens(adapter: Adapter, keys: Keys, leaf: Any, config: DecoderConfig)
     if keys[0] == "embed_tokens" and config.tie_word_embeddings:  # the head is said to have the same ones
         for end in ("trainable_tokens_delta", "base_layer.weight"):
             mine, heads = (adapter.stored.get(f"{x}.token_adapter.{end}") for x in (stem, "lm_head"))
-            if heads is not None and np.array_equal(mine, heads):
+            if mine is not None and heads is not None and np.array_equal(mine, heads):
                 adapter.used.add(f"lm_head.token_adapter.{end}")
     put = jax.jit(lambda x: x.at[(slice(None),) * axis + (np.array(rows),)].set(values), out_shardings=leaf.sharding)
     return put(leaf)

@@ -114,11 +114,11 @@ def adapter_shapes(params: Any, decoder: DecoderConfig, path: str, config: Confi
     if not peft.selective(options):
         return add(params, targets), whole
     layers: dict[frozenset[int], list[tuning.lora.Path]] = defaultdict(list)
-    for path in tuning.lora.select(params, targets, names):
-        layers[adapted_layers(path, options, decoder)].append(path)
+    for module in tuning.lora.select(params, targets, names):
+        layers[adapted_layers(module, options, decoder)].append(module)
     for numbers, paths in layers.items():
         params = on_layers(params, numbers, paths, lambda tree, names, _: add(tree, names))
-    outside = [".".join(path) for paths in layers.values() for path in paths if path[0] != "layers"]
+    outside = [".".join(module) for paths in layers.values() for module in paths if module[0] != "layers"]
     return add(params, outside) if outside else params, whole
 
 

@@ -8,7 +8,6 @@ trained; what was there is never changed by training the copies alone (`use_llam
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 import jax

@@ -75,8 +75,7 @@ def resize(params: PyTree, change: Change, key: jax.Array, shardings: PyTree = N
     described = sorted(place.keys() & change.described.keys())
     tokens = sorted({t for row in described for t in change.described[row]})
     table = params["embed_tokens"]["embedding"]
-    known = np.asarray(spread.whole(table, (np.array(tokens),)), np.float32) if tokens else np.zeros((0, 0))
-    of = dict(zip(tokens, known))
+    of = dict(zip(tokens, np.asarray(spread.whole(_rows(table, np.array(tokens, np.int32))), np.float64)))
     quiet = [place[row] for row in described if not change.noisy]
     found = dict(params)
     for (module, leaf), axis in TABLES.items():
@@ -84,8 +83,11 @@ def resize(params: PyTree, change: Change, key: jax.Array, shardings: PyTree = N
             continue
         x = params[module][leaf]
         mean = mean_row(x, axis, change.new).astype(np.float32)
-        said = {place[row]: np.mean([of[t] for t in change.described[row]], axis=0, dtype=np.float64)
-                for row in described if change.described[row] and x.ndim == 2}  # fmt: skip
+        said = {
+            place[row]: np.stack([of[t] for t in change.described[row]]).mean(axis=0)
+            for row in described
+            if change.described[row] and x.ndim == 2
+        }
         sharding = x.sharding if shardings is None else shardings[module][leaf]
         grow = jax.jit(partial(_grown, change=change, said=said, quiet=quiet, axis=axis), out_shardings=sharding)
         mine = jax.random.fold_in(key, zlib.crc32(f"{module}.{leaf}".encode()))
@@ -142,6 +144,11 @@ def _pieces(x: jax.Array, axis: int) -> Iterator[tuple[int, np.ndarray]]:
     for first in range(0, size, step):
         piece = _cut(x, np.int32(first), size=min(step, size - first), axis=axis)
         yield first, np.asarray(spread.whole(piece)).astype(np.float32)
+
+
+@jax.jit
+def _rows(x: jax.Array, ids: jax.Array) -> jax.Array:
+    return x[ids]
 
 
 @partial(jax.jit, static_argnames=("size", "axis"))

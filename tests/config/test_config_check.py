@@ -76,7 +76,6 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
         ("quantization_bit=4", "bf16: true"),
         ("use_galore=true", "AdamW"),
         ("use_badam=true", "finetuning_type: lora"),
-        ("resize_vocab=true", "vocabulary"),
         ("rope_scaling=yarn", "config.json"),
         ("push_to_hub=true", "hf upload"),
         ("group_by_length=true", "packing: true"),
