@@ -108,7 +108,7 @@ def load_adapter(
     """
     adapter = _open(hf.fetch(path, **hub) / (subfolder or ""))
     if selective(adapter.options):
-        params = cut_layers(params, _borders(adapter, params, config))
+        params = cut_layers(params, [*_borders(adapter, params, config)])
 
     def place(keys: Keys, leaf: Any, layers: range) -> Any:
         kernel = jax.tree.leaves(leaf)[0]  # under the nodes

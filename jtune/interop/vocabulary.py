@@ -77,10 +77,10 @@ def settle(config: Config, folder: Path, decoder: DecoderConfig) -> Vocabulary:
         )
         for token, text in descriptions.items()
     }
-    if args.init_special_tokens != "noise_init":
+    if args.init_special_tokens != "noise_init" and descriptions:
         change = change._replace(
             described={i: tokens for i, tokens in described.items() if i in new},
-            noisy=args.init_special_tokens == "desc_init_w_noise",
+            noise="described" if args.init_special_tokens == "desc_init_w_noise" else "none",
         )
     names = tokenizer.convert_ids_to_tokens(sorted(new))
     shown = f" for {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}" if names else ""

@@ -5,14 +5,15 @@
 
 Rows are drawn as LLaMA-Factory draws them: the mean of the rows that are there, plus normal noise of deviation
 1 / sqrt(D); or, of a token with a description, the mean of the input embeddings of the description's tokens, for the
-head as well. What a row gets depends on its id, the key and the rows that were there, not on the mesh.
+head as well, and then those without one are the mean of all. What a row gets depends on its id, the key and the rows
+that were there, not on the mesh.
 """
 
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ class Change(NamedTuple):
     rows: int  # rows that there will be
     new: tuple[int, ...] = ()  # ids below `stored` that had no token: their rows are drawn like those of the others
     described: Mapping[int, tuple[int, ...]] = {}  # id -> the tokens of the text that says what it means
-    noisy: bool = False  # noise on the rows of described ones, too
+    noise: Literal["all", "described", "none"] = "all"  # on which of the drawn rows
 
     @property
     def drawn(self) -> tuple[int, ...]:
@@ -76,7 +77,7 @@ def resize(params: PyTree, change: Change, key: jax.Array, shardings: PyTree = N
     tokens = sorted({t for row in described for t in change.described[row]})
     table = params["embed_tokens"]["embedding"]
     of = dict(zip(tokens, np.asarray(spread.whole(_rows(table, np.array(tokens, np.int32))), np.float64)))
-    quiet = [place[row] for row in described if not change.noisy]
+    loud = {"all": [*place.values()], "described": [place[row] for row in described], "none": []}[change.noise]
     found = dict(params)
     for (module, leaf), axis in TABLES.items():
         if leaf not in params.get(module, {}):
@@ -89,7 +90,7 @@ def resize(params: PyTree, change: Change, key: jax.Array, shardings: PyTree = N
             if change.described[row] and x.ndim == 2
         }
         sharding = x.sharding if shardings is None else shardings[module][leaf]
-        grow = jax.jit(partial(_grown, change=change, said=said, quiet=quiet, axis=axis), out_shardings=sharding)
+        grow = jax.jit(partial(_grown, change=change, said=said, loud=loud, axis=axis), out_shardings=sharding)
         mine = jax.random.fold_in(key, zlib.crc32(f"{module}.{leaf}".encode()))
         found[module] = {**found[module], leaf: grow(x, mean, mine)}
     return found
@@ -102,7 +103,7 @@ def _grown(
     *,
     change: Change,
     said: Mapping[int, np.ndarray],
-    quiet: Sequence[int],
+    loud: Sequence[int],
     axis: int,
 ) -> jax.Array:
     """`x` with the rows that `change` draws, float32 before they are rounded.
@@ -110,7 +111,7 @@ def _grown(
     Args:
       mean: of the rows that there were; [D], or a number where a row is one.
       said: of some of the drawn rows (by their place among them), what they are in place of the mean.
-      quiet: those that get no noise.
+      loud: those that get noise.
     """
     ids = np.array(change.drawn)
     rows = jnp.broadcast_to(mean, (len(ids), *mean.shape))
@@ -118,8 +119,7 @@ def _grown(
         rows = rows.at[np.array([*said])].set(np.stack([*said.values()]).astype(np.float32))
     if x.ndim == 2:  # a bias gets none
         noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), mean.shape))(ids)
-        loud = ~np.isin(np.arange(len(ids)), quiet)
-        rows = rows + loud[:, None] * noise / math.sqrt(mean.size)
+        rows = rows + np.isin(np.arange(len(ids)), loud)[:, None] * noise / math.sqrt(mean.size)
     old, tail = jnp.split(jnp.moveaxis(rows.astype(x.dtype), 0, axis), [len(change.new)], axis=axis)
     if change.new:
         x = x.at[(slice(None),) * axis + (ids[: len(change.new)],)].set(old)

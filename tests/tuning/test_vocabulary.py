@@ -86,22 +86,18 @@ def test_a_token_in_a_row_that_was_there_gets_it_drawn_anew():
     assert resize(params, Change(88, 88), jax.random.key(3)) is params
 
 
-@pytest.mark.parametrize("noisy", [False, True])
-def test_a_described_row_is_the_mean_of_its_descriptions_tokens(noisy):
+@pytest.mark.parametrize("noise", ["none", "described", "all"])
+def test_a_described_row_is_the_mean_of_its_descriptions_tokens(noise):
     params = tables()
-    change = Change(88, 128, described={88: (3, 5, 5), 90: ()}, noisy=noisy)
+    change = Change(88, 128, described={88: (3, 5, 5), 90: ()}, noise=noise)
     grown, plain = (resize(params, c, jax.random.key(3)) for c in (change, Change(88, 128)))
-    before, (after, head) = rows(params)[0], rows(grown)
-    noise = rows(plain)[0][88] - before.mean(0) if noisy else 0
-    np.testing.assert_allclose(after[88], before[[3, 5, 5]].mean(axis=0) + noise, atol=1e-5)
-    # As in LLaMA-Factory, the head's row starts from the input embeddings, too.
-    np.testing.assert_allclose(
-        head[88] - noise * (not noisy), before[[3, 5, 5]].mean(axis=0), atol=6 / 8 * noisy + 1e-5
-    )
-    # A description without tokens of old: the mean. Without one: as ever.
-    expected = rows(plain)[0][90] if noisy else before.mean(axis=0)
-    np.testing.assert_allclose(after[90], expected, atol=1e-5)
-    np.testing.assert_array_equal(after[89], rows(plain)[0][89])
+    for before, after, drawn in zip(rows(params), rows(grown), rows(plain)):
+        noises = drawn[88:] - before.mean(axis=0)
+        said = rows(params)[0][[3, 5, 5]].mean(axis=0)  # of the input embeddings, for the head too: as in LLaMA-Factory
+        np.testing.assert_allclose(after[88], said + noises[0] * (noise != "none"), atol=1e-5)
+        # A description without tokens of old: the mean.
+        np.testing.assert_allclose(after[90], before.mean(axis=0) + noises[2] * (noise != "none"), atol=1e-5)
+        np.testing.assert_allclose(after[89], before.mean(axis=0) + noises[1] * (noise == "all"), atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"tensor": 4, "fsdp": 2}, {"data": 2, "tensor": 2, "fsdp": 2}], ids=str)
