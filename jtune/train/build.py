@@ -18,7 +18,7 @@ from jtune import tuning
 from jtune.config import DataArguments, FinetuningArguments, ModelArguments, TrainingArguments
 from jtune.data import Encoded, EvalBatch, EvalPlan, Plan, eval_batches, packing_windows
 from jtune.errors import ConfigError
-from jtune.interop import hf, peft
+from jtune.interop import hf, peft, vocabulary
 from jtune.models import CausalLM, DecoderConfig, abstract_params, attention, init_params, logical_axes
 from jtune.models.families import decoder_config
 from jtune.sharding import (
@@ -41,6 +41,7 @@ from jtune.train.schedule import make_schedule
 from jtune.train.state import TrainState, init_state, state_shardings
 from jtune.train.step import Metrics, make_loss_sum, make_train_step
 from jtune.train.token_loss import TokenLoss, token_nll
+from jtune.tuning.vocabulary import Change
 
 log = logging.getLogger("jtune")
 
@@ -99,21 +100,26 @@ def load_model(
     *,
     dtype: jnp.dtype,
     seed: int,
+    change: Change | None = None,
 ) -> Model:
     """Weights read straight to their place, adapters and freezing applied, trainable leaves in float32.
 
     Frozen leaves are kept in the compute dtype if that is smaller than what is stored: no float32 copy of them exists.
+
+    Args:
+      decoder, source: with the vocabulary of the run.
+      change: what makes it of the one that is stored.
     """
     check_experts(mesh, decoder.num_experts)
-    shardings = tree_shardings(logical_axes(decoder), abstract_params(decoder), mesh)
     if args.train_from_scratch:
         log.info("drawing random weights (train_from_scratch)")
+        shardings = tree_shardings(logical_axes(decoder), abstract_params(decoder), mesh)
         params = jax.jit(lambda key: init_params(decoder, key, jnp.float32), out_shardings=shardings)(
             jax.random.key(seed)
         )
     else:
         log.info("reading weights of %s", args.model_name_or_path)
-        params = hf.load_params(folder, decoder, shardings=shardings)
+        params = vocabulary.load_params(folder, decoder, change, mesh, seed=seed)
     read_adapter = partial(peft.load_adapter, subfolder=args.adapter_folder, **args.hub)
     params, mask = tuning.prepare(
         params,

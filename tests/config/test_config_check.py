@@ -78,7 +78,6 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
         ("galore_layerwise=true", "leave it out"),
         ("optim_target_modules=all-linear", "galore_target"),
         ("apollo_proj=svd", "leave it out"),
-        ("resize_vocab=true", "vocabulary"),
         ("rope_scaling=yarn", "config.json"),
         ("push_to_hub=true", "hf upload"),
         ("group_by_length=true", "packing: true"),
