@@ -276,6 +276,9 @@ def _losses(v: SimpleNamespace) -> Iterator[Rule]:
         if name in losses and v.stage != "sft":
             message = f"{name} is only for stage sft, not {v.stage}: leave it out (LLaMA-Factory, too, trains without)"
             yield (name, "stage"), message
+    if v.use_asft_loss and v.pissa_init and v.finetuning_type == "lora":
+        message = "use_asft_loss: with pissa_init, the model of the start would be put together anew in each update: "
+        yield ("use_asft_loss", "pissa_init"), message + "leave pissa_init out"
     for name in ("label_smoothing_factor", "neftune_noise_alpha"):
         if getattr(v, name) and v.stage not in ("pt", "sft"):
             yield (name, "stage"), f"{name} is only for stages pt and sft, not {v.stage}: leave it out"

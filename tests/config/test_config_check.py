@@ -117,6 +117,7 @@ def test_what_is_not_built_is_refused_with_what_is_nearest(word, nearest):
             ["use_asft_loss=true", "ref_model=other"],
             "the reference of use_asft_loss is the model as it is at the start",
         ),
+        (["use_asft_loss=true", "pissa_init=true"], "leave pissa_init out"),
         (["label_smoothing_factor=1"], "at least 0 and below 1"),
         (["neftune_noise_alpha=-5"], "at least 0"),
         (["eaft_alpha=-1"], "at least 0"),
