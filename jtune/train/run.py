@@ -155,7 +155,7 @@ def run(config: Config) -> dict[str, Any]:
 
     # ------------------------------------------------------------------ state and step
     trainable, frozen = tuning.partition(model.params, model.mask)
-    parameters = sum(x.size for x in jax.tree.leaves(model.params))
+    parameters = tuning.count(model.params)
     tx = build.optimizer_of(training, trainable)
     float16 = dtype == jnp.float16
     state_like = build.abstract_state(trainable, tx, mesh, float16=float16)
