@@ -216,7 +216,7 @@ _dequantized = jax.jit(dequantize, static_argnums=1)  # one program: no copy in 
 @jax.custom_vjp
 def _apply(x: jax.Array, node: Quantized, group_sizes: jax.Array | None) -> jax.Array:
     """`x @ kernel`. What the backward pass keeps is the codes; from them the kernel is computed again."""
-    kernel = dequantize(node.gathered(), x.dtype)
+    kernel = dequantize(_in_turn(node, x).gathered(), x.dtype)
     return x @ kernel if group_sizes is None else jax.lax.ragged_dot(x, kernel, group_sizes)
 
 
@@ -226,11 +226,21 @@ def _apply_forward(x, node, group_sizes):
 
 def _apply_backward(residuals, dy):
     node, group_sizes = residuals
-    # Where layers are unrolled (on CPUs), XLA would see that the kernel was there before, and keep it.
-    hold = lambda *x: jax.lax.optimization_barrier(x)
-    node, dy = jax.lax.platform_dependent(node, dy, cpu=hold, default=lambda *x: x)
-    kernel = jnp.swapaxes(dequantize(node.gathered(), dy.dtype), -1, -2)
+    kernel = jnp.swapaxes(dequantize(_in_turn(node, dy).gathered(), dy.dtype), -1, -2)
     return dy @ kernel if group_sizes is None else jax.lax.ragged_dot(dy, kernel, group_sizes), None, None
+
+
+def _in_turn(node: Quantized, x: jax.Array) -> Quantized:
+    """The node; on CPUs, only when `x` is there.
+
+    Layers are unrolled there, and XLA would compute the kernels of all of them before it needs any, and keep them for
+    the backward pass; barriers against that it drops. That nothing is flipped, unless `x` is no number, it cannot know.
+    """
+    flip = lambda codes, x: (codes.view(jnp.uint8) ^ (x != x).astype(jnp.uint8)).view(codes.dtype)
+    first = x.ravel()[0]
+    return dataclasses.replace(
+        node, codes=jax.lax.platform_dependent(node.codes, first, cpu=flip, default=lambda codes, _: codes)
+    )
 
 
 _apply.defvjp(_apply_forward, _apply_backward)
