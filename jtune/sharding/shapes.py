@@ -28,6 +28,7 @@ from jtune.train.objective import objective_of
 from jtune.train.optimizer import optimizer_of
 from jtune.train.state import TrainState
 from jtune.train.step import Batch
+from jtune.tuning import quantize
 
 
 class Shapes(NamedTuple):
@@ -60,7 +61,7 @@ def run_shapes(
 
     def prepared(params: Any) -> Any:
         params, mask = tuning.prepare(
-            params,
+            quantize.apply(params, build.form_of(config.model)),
             finetuning,
             decoder,
             adapters=config.model.adapter_name_or_path,
@@ -72,6 +73,7 @@ def run_shapes(
         return params
 
     params = jax.eval_shape(prepared, abstract_params(decoder, stored))
+    params = quantize.placed(params, decoder, mesh if isinstance(mesh, Mesh) else None)
     placed = build.placement(params, decoder, mesh)  # type: ignore[arg-type]
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, placed)
     trainable, frozen = tuning.partition(params, masks[0])

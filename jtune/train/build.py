@@ -19,7 +19,7 @@ from jtune.config import DataArguments, FinetuningArguments, ModelArguments, Tra
 from jtune.data import Encoded, EvalBatch, EvalPlan, Plan, eval_batches, packing_windows
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft
-from jtune.models import CausalLM, DecoderConfig, abstract_params, attention, init_params, logical_axes
+from jtune.models import CausalLM, DecoderConfig, abstract_params, attention, init_params
 from jtune.models.families import decoder_config
 from jtune.sharding import (
     batch_sharding,
@@ -41,6 +41,7 @@ from jtune.train.schedule import make_schedule
 from jtune.train.state import TrainState, init_state, state_shardings
 from jtune.train.step import Metrics, make_loss_sum, make_train_step
 from jtune.train.token_loss import TokenLoss, token_nll
+from jtune.tuning import quantize
 
 log = logging.getLogger("jtune")
 
@@ -105,15 +106,14 @@ def load_model(
     Frozen leaves are kept in the compute dtype if that is smaller than what is stored: no float32 copy of them exists.
     """
     check_experts(mesh, decoder.num_experts)
-    shardings = tree_shardings(logical_axes(decoder), abstract_params(decoder), mesh)
+    form = form_of(args)
     if args.train_from_scratch:
         log.info("drawing random weights (train_from_scratch)")
-        params = jax.jit(lambda key: init_params(decoder, key, jnp.float32), out_shardings=shardings)(
-            jax.random.key(seed)
-        )
+        draw = lambda key: quantize.apply(init_params(decoder, key, jnp.float32), form)
+        shardings = placement(jax.eval_shape(draw, jax.random.key(seed)), decoder, mesh)
+        params = jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
     else:
-        log.info("reading weights of %s", args.model_name_or_path)
-        params = hf.load_params(folder, decoder, shardings=shardings)
+        params = read_base(folder, args, decoder, mesh)
     read_adapter = partial(peft.load_adapter, subfolder=args.adapter_folder, **args.hub)
     params, mask = tuning.prepare(
         params,
@@ -124,11 +124,25 @@ def load_model(
         key=jax.random.key(seed),
         frozen_dtype=dtype,
     )
+    params = quantize.placed(params, decoder, mesh)
     params = jax.tree.map(spread.put, params, placement(params, decoder, mesh))
     backend, why = attention.choose(args.flash_attn, mesh.devices.flat[0].platform, decoder)
     log.info("attention: %s (%s)", backend, why)
     module = CausalLM(decoder, dtype=dtype, attention=backend, mesh=mesh)
     return Model(module, decoder, source, params, mask)
+
+
+def form_of(args: ModelArguments) -> quantize.Form | None:
+    """How the base is kept: as it is stored, or in the 4 or 8 bits of `quantization_bit`."""
+    return quantize.form_of(args.quantization_bit, args.quantization_type, args.double_quantization)
+
+
+def read_base(folder: Path, args: ModelArguments, decoder: DecoderConfig, mesh: Mesh) -> Any:
+    """The weights of a model, straight to their places; quantised on the way, if `quantization_bit` says so."""
+    form = form_of(args)
+    log.info("reading weights of %s%s", args.model_name_or_path, f", kept in {form}" if form else "")
+    like = jax.eval_shape(partial(quantize.apply, form=form), abstract_params(decoder))
+    return hf.load_params(folder, decoder, shardings=placement(like, decoder, mesh), form=form)
 
 
 def asked_remat(training: TrainingArguments, model: ModelArguments) -> str:

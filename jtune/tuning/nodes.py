@@ -19,6 +19,9 @@ PyTree = Any
 Path = tuple[str, ...]
 Axes = tuple[str | None, ...]
 
+# Adapter stacks of fewer elements cost more to gather than to keep whole.
+SMALL_ADAPTER = 2**16
+
 
 class Node(ABC):
     """Stands in the place of a kernel `[..., in, out]`; a subclass is a frozen dataclass and a pytree.
@@ -51,6 +54,20 @@ class Node(ABC):
         """
         return {}
 
+    def lies(self, kernel: Axes) -> Any:
+        """The logical axes of every array, as a tree like the node; `kernel`: those of the kernel."""
+        declared = self.axes(kernel)
+
+        def of(name: str, value: Any) -> Any:
+            if name == "base" and value is not None:
+                return value.lies(kernel) if is_node(value) else kernel
+            small = lambda x: name in self.adapter and x.size < SMALL_ADAPTER
+            return jax.tree.map(
+                lambda x: (None,) * x.ndim if small(x) or name not in declared else declared[name], value
+            )
+
+        return map_fields(of, self)
+
     def describe(self) -> str:
         """What the log says of it."""
         return type(self).__name__
@@ -63,6 +80,13 @@ class Node(ABC):
     def dtype(self) -> Any:
         return self.base.dtype
 
+    @property
+    def size(self) -> int:
+        """Its parameters; of a kernel that is held in fewer bits, those of the kernel."""
+        sizes: list[int] = []
+        map_fields(lambda _, value: sizes.append(count(value)), self)
+        return sum(sizes)
+
 
 def is_node(x: Any) -> bool:
     return isinstance(x, Node)
@@ -71,6 +95,11 @@ def is_node(x: Any) -> bool:
 def is_adapter(x: Any) -> bool:
     """Whether it is a node that has something to train."""
     return is_node(x) and bool(x.adapter)
+
+
+def count(params: PyTree) -> int:
+    """How many parameters there are."""
+    return sum(x.size for x in jax.tree.leaves(params, is_leaf=is_node))
 
 
 def map_fields(f: Callable[[str, Any], Any], node: Node) -> Any:

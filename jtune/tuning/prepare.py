@@ -16,7 +16,7 @@ from jtune.models.families import file_names
 from jtune.tuning import lora
 from jtune.tuning.freeze import freeze
 from jtune.tuning.masks import full_mask
-from jtune.tuning.nodes import adapter_mask, is_node, map_fields
+from jtune.tuning.nodes import adapter_mask, count, is_node, map_fields
 
 log = logging.getLogger("jtune")
 
@@ -116,6 +116,11 @@ def whole_modules(params: PyTree, mask: PyTree, names: Sequence[str]) -> PyTree:
         hit = [name for name in names if any(module.endswith(name) for module in modules)]
         matched.update(hit)
         if hit and isinstance(path[-1], jax.tree_util.GetAttrKey):
+            if path[-1].name == "codes" and not isinstance(path[-2], jax.tree_util.GetAttrKey):
+                raise ConfigError(
+                    f"additional_target: {hit[0]!r} is held in few bits (quantization_bit), which cannot train whole: "
+                    "name it in lora_target"
+                )
             raise ConfigError(
                 f"additional_target: {hit[0]!r} has an adapter already (lora_target): name it in one only"
             )
@@ -153,7 +158,7 @@ def describe(params: PyTree, mask: PyTree) -> str:
         module = names[:-1]
         groups[".".join(module[:-1]), how][module[-1]] = None
     sizes = jax.tree.map(lambda x, trains: x.size if trains else 0, params, mask)
-    trained, total = sum(jax.tree.leaves(sizes)), sum(x.size for x in jax.tree.leaves(params))
+    trained, total = sum(jax.tree.leaves(sizes)), count(params)
     lines = [f"trains {trained:,} of {total:,} parameters ({trained / total:.2%}):"]
     for (parent, how), modules in groups.items():
         inner = next(iter(modules)) if len(modules) == 1 else "{" + ",".join(modules) + "}"
