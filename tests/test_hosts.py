@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from small import case, command, curve, state, train, write_data, write_model
+from small import case, command, curve, environment, state, train, write_data, write_model
 
 from jtune.cli import simulate
 from jtune.data.batches import plan_batches
@@ -400,3 +400,96 @@ def test_preflight_sees_that_the_output_folder_is_not_shared(parts, tmp_path):
             os.environ["PYTHONPATH"] = before
     assert finish(path, running) == [3, 3], logs(path)
     assert "process 1 does not see what process 0 has written" in (tmp_path / "process-0.log").read_text()
+
+
+# ---------------------------------------------------------------------- processes that share the encoding of rows
+
+
+def encoded_in(path: Path, cache: str, *words: str, layout: str | None = "2x1") -> subprocess.CompletedProcess:
+    """A run, in two processes or one, whose rows are encoded in the folder `cache` beside the YAML."""
+    env = (os.environ if layout else environment()) | QUICK | {"HF_DATASETS_CACHE": str(path.parent / cache)}
+    words = [*command(path, *words), *(["--simulate", layout] if layout else [])]
+    return subprocess.run(words, env=env, capture_output=True, text=True)
+
+
+def part_files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*-of-*.arrow") if p.name[:5] == "cache"}
+
+
+@pytest.mark.slow
+def test_two_processes_encode_each_its_share_once_and_train_on_the_rows_of_one(parts, tmp_path):
+    path = case(tmp_path, *parts, max_steps=2, eval_steps=2, mesh_fsdp=-1, preprocessing_batch_size=10)
+    one = encoded_in(path, "one", "output_dir=" + str(tmp_path / "alone"), "per_device_train_batch_size=2", layout=None)
+    assert one.returncode == 0, one.stdout + one.stderr
+    share = "per_device_train_batch_size=1"
+    two = encoded_in(path, "two", share)
+    assert two.returncode == 0, two.stdout + two.stderr
+    assert "Aligning dates: 0 + 120 rows by the processes that share" in two.stdout  # one batch
+    assert "Encoding: 50 + 58 rows by the processes that share" in two.stdout
+    assert "Encoding: 10 + 2 rows by the processes that share" in two.stdout  # the rows that are held out
+    files = part_files(tmp_path / "one")
+    assert len(files) == 1 + 11 + 2
+    assert part_files(tmp_path / "two") == files
+    keys = ("step", "loss", "eval_loss")
+    for ours, theirs in zip(curve(tmp_path / "out", *keys), curve(tmp_path / "alone", *keys), strict=True):
+        assert [x for x in ours if x is not None] == pytest.approx([x for x in theirs if x is not None], rel=1e-5)
+    again = encoded_in(path, "two", share, "output_dir=" + str(tmp_path / "again"))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "Encoding" not in again.stdout + again.stderr
+    assert curve(tmp_path / "again", *keys) == curve(tmp_path / "out", *keys)
+
+
+@pytest.mark.slow
+def test_a_row_of_the_second_process_that_cannot_be_read_ends_both_and_is_named(parts, tmp_path):
+    lines = [json.dumps({"instruction": f"Say {n}.", "output": "x"}).encode() for n in range(2500)]
+    lines[2100] = b'{"instruction": "Say \xe9.", "output": "x"}'
+    (tmp_path / "latin.jsonl").write_bytes(b"\n".join(lines))
+    path = case(tmp_path, *parts, dataset=str(tmp_path / "latin.jsonl"), mesh_fsdp=-1)
+    done = encoded_in(path, "cache")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "exit statuses of the processes: 3, 3" in done.stderr
+    said = [line for line in done.stderr.splitlines() if "latin.jsonl:2101: not UTF-8 at byte 22 of the line" in line]
+    assert [line.startswith("[process 1]") for line in sorted(said)] == [True, False]
+    assert "process 1 stopped: " in next(line for line in said if line[0] != "[")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_row_that_lacks_a_column_is_named_once_whoever_read_it(parts, tmp_path):
+    lines = [json.dumps({"instruction": f"Say {n}.", "output": None if n == 2100 else "x"}) for n in range(2500)]
+    (tmp_path / "lacking.jsonl").write_text("\n".join(lines))
+    done = encoded_in(case(tmp_path, *parts, dataset=str(tmp_path / "lacking.jsonl"), mesh_fsdp=-1), "cache")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("lacking.jsonl:2101: nothing in column 'output'") == 1
+
+
+@pytest.mark.slow
+def test_those_who_share_a_folder_share_the_work_and_wait_for_who_works_only(tmp_path):
+    body = f"""
+    from pathlib import Path
+    hosts.STILL = 3.0
+    team = hosts.team(Path({str(tmp_path)!r}) / str(hosts.index() // 2))
+    assert team.members == ((0, 1), (0, 1), (2,))[hosts.index()], team
+    assert team.apart
+    order = Path({str(tmp_path)!r}) / "order"
+    def slowly():
+        time.sleep(1 - hosts.index() % 2)
+        print(hosts.index(), file=order.open("a"), flush=True)
+    team.first("write", slowly)
+    def work(place, of, beat):
+        for _ in range(6 * (hosts.index() != 0)):
+            time.sleep(1)
+            beat()
+        return 10 * of + place
+    made = team.share("work", str(hosts.index() // 2), work)
+    assert made == ([20, 21] if hosts.index() < 2 else [10]), made
+    assert team.share("differ", str(hosts.index()), lambda place, of, beat: of) == [1]
+    hosts.exchange("all", "here")
+    team.share("hang", "x", lambda place, of, beat: time.sleep(60 * (hosts.index() == 1)) or 0)
+    time.sleep(60)"""
+    codes, said = ends(meet(body.strip()), within=60)
+    assert codes == [70, 70, 70], said
+    assert "process 1 did not come to 'jtune/team-" in said[0]
+    order = (tmp_path / "order").read_text().split()
+    assert order.index("0") < order.index("1")
+    assert not list(tmp_path.glob("*/.host-*"))

@@ -283,7 +283,7 @@ FOREIGN: dict[str, Group] = {name: group for group in GROUPS for name in group.n
 def is_inert(name: str, value: Any) -> bool:
     """Whether a foreign argument was given the value that asks for nothing.
 
-    >>> is_inert("deepspeed", None), is_inert("use_dora", False), is_inert("use_dora", True)
+    >>> is_inert("deepspeed", None), is_inert("use_badam", False), is_inert("use_badam", True)
     (True, True, False)
     """
     inert = FOREIGN[name].names[name]

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from jtune.data.cache import fingerprint
 from jtune.data.encoded import arrow_column
 from jtune.data.load import places
+from jtune.data.parts import ALONE, Team, in_parts
 from jtune.data.registry import Columns, Entry, Tags
 from jtune.errors import DataError
 
@@ -40,6 +41,7 @@ ALIGNED = datasets.Features(
     }
 )
 
+BATCH = 1000  # rows that are aligned together
 MISSING = "no "  # begins the fault of a row that lacks a column, or has null in it; the column's name follows
 
 Message = Mapping[str, str]
@@ -66,27 +68,29 @@ def align(
     index: int = 0,
     num_proc: int | None = None,
     overwrite_cache: bool = False,
+    team: Team = ALONE,
 ) -> datasets.Dataset:
     """Bring `table` into the form `ALIGNED`, row by row.
 
     Args:
       rows: the place in the file of each row of `table`, where some were picked.
       index: what to write into the column `dataset`.
+      team: the processes that share the folder where `table` is.
 
     Raises:
       DataError: a row has nothing in a column that it must have.
     """
     args = {"entry": entry, "stage": stage, "index": index}
-    aligned = table.map(
-        partial(_align_table, rows=rows, **args),
-        with_indices=True,
-        batched=True,
-        remove_columns=table.column_names,
-        features=ALIGNED,
+    aligned = in_parts(
+        partial(_align_rows, table, table.with_format("arrow"), rows=rows, **args),
+        table,
+        ALIGNED,
+        name=fingerprint(table, "align", args, rows),
+        what=f"Aligning {entry.name}",
+        batch_size=BATCH,
         num_proc=num_proc,
-        load_from_cache_file=not overwrite_cache,
-        new_fingerprint=fingerprint(table, "align", args, rows),
-        desc=f"Aligning {entry.name}",
+        overwrite=overwrite_cache,
+        team=team,
     )
     refuse_missing(aligned, {index: entry})
     return aligned
@@ -149,9 +153,17 @@ def align_row(row: Mapping[Any, Any], entry: Entry, stage: str = "sft") -> Conve
     return Conversation(messages, system, tools, desirable=desirable)
 
 
-def _align_table(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], **how: Any) -> pa.Table:
-    """As `_align_batch`, for files: Arrow itself takes the lists sooner than `datasets` does."""
-    return pa.Table.from_pydict(_align_batch(batch, indices, **how), schema=ALIGNED.arrow_schema)
+def _align_rows(
+    table: datasets.Dataset, arrow: datasets.Dataset, start: int, stop: int, *, rows: np.ndarray | None, **how: Any
+) -> pa.Table:
+    """The rows of `table` from one number up to another, as `_align_batch`, in Arrow; `arrow` is `table` as such."""
+    found = _alpaca_table(arrow[start:stop], how["entry"], how["stage"])
+    if found is None:
+        made = _align_batch(table[start:stop], range(start, stop), rows=rows, **how)
+    else:
+        place = np.arange(start, stop) if rows is None else rows[start:stop]
+        made = found | {"dataset": [how["index"]] * (stop - start), "row": place}
+    return pa.Table.from_pydict(made, schema=ALIGNED.arrow_schema)
 
 
 def _align_batch(
@@ -198,6 +210,62 @@ def _alpaca(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[dict
     if answer is None:
         raise FaultyRow(f"{MISSING}{columns.response}")
     return [*messages, _message("assistant", answer, columns.response)], ""
+
+
+def _alpaca_table(table: pa.Table, entry: Entry, stage: str) -> dict[str, Any] | None:
+    """`align_row` of all rows of the usual form, texts without history, at once; None: they are not of this form."""
+    columns = entry.columns
+    if entry.formatting != "alpaca" or entry.ranking or columns.kto_tag or columns.history in table.column_names:
+        return None
+    names = [columns.prompt, columns.query, columns.response, columns.system, columns.tools]
+    texts = [_texts(table, name) for name in names]
+    if any(text is None for text in texts):
+        return None
+    call = pc.call_function
+    prompt, query, answer, system, tools = texts
+    asked = [x for x, name in ((prompt, columns.prompt), (query, columns.query)) if name]
+    lacking = [np.logical_and.reduce([_is_null(x) for x in asked])]
+    reasons = [f"{MISSING}{columns.prompt or columns.query}"]
+    if stage != "pt":
+        lacking, reasons = [*lacking, _is_null(answer)], [*reasons, f"{MISSING}{columns.response}"]
+    first, second = (call("coalesce", [x, ""]) for x in (prompt, query))
+    both = call("and", [call("not_equal", [first, ""]), call("not_equal", [second, ""])])
+    question = call("binary_join_element_wise", [first, call("if_else", [both, "\n", ""]), second, ""])
+    fault = np.select(lacking, reasons, "")
+    kept = np.flatnonzero(fault == "")
+    roles = ("user",) if stage == "pt" else ("user", "assistant")
+    contents = pa.concat_arrays([question, answer][: len(roles)])
+    order = (kept[:, None] + len(table) * np.arange(len(roles))).ravel()
+    offsets = np.concatenate([[0], len(roles) * np.cumsum(fault == "")]).astype(np.int32)
+    parts = pa.array(roles * len(kept), pa.string()), contents.take(pa.array(order))
+    message = pa.StructArray.from_arrays(parts, fields=list(ALIGNED.arrow_schema.field("messages").type.value_type))
+    empty = lambda x: call("if_else", [pa.array(fault == ""), call("coalesce", [x, ""]), ""])
+    return {
+        "messages": pa.ListArray.from_arrays(pa.array(offsets), message),
+        "system": empty(system),
+        "tools": empty(tools),
+        "rejected": pa.nulls(len(table), ALIGNED.arrow_schema.field("rejected").type),
+        "desirable": pa.nulls(len(table), pa.bool_()),
+        "fault": fault.astype(object),
+    }
+
+
+def _texts(table: pa.Table, name: str | None) -> pa.Array | None:
+    """A column of texts, nulls where there is none; None: it holds something else."""
+    if name is None or name not in table.column_names:
+        return pa.nulls(len(table), pa.string())
+    column = table[name].combine_chunks()
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_null(column.type)):
+        return None
+    try:
+        column.validate(full=True)  # that it is UTF-8
+    except pa.ArrowInvalid:
+        return None
+    return column.cast(pa.string())
+
+
+def _is_null(texts: pa.Array) -> np.ndarray:
+    return texts.is_null().to_numpy(zero_copy_only=False)
 
 
 # ---------------------------------------------------------------------- sharegpt, openai

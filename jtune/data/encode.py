@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -24,6 +25,7 @@ from jtune.data.cache import fingerprint
 from jtune.data.chat_format import Pieces
 from jtune.data.encoded import IGNORED
 from jtune.data.ids import Ids
+from jtune.data.parts import ALONE, Team, in_parts
 from jtune.data.templates import Template
 from jtune.data.tools import WHOLE
 from jtune.errors import DataError
@@ -139,12 +141,15 @@ def encode_rows(
     batch_size: int = 1000,
     num_proc: int | None = None,
     overwrite_cache: bool = False,
+    team: Team = ALONE,
+    folder: Path | None = None,
 ) -> datasets.Dataset:
     """Ids and labels of aligned rows: a row for each, empty where `fault` says why it is left out.
 
     Args:
       stage: "sft": the columns of `CONVERSATIONS`; "predict": the same, but only the last answer is labelled, and all
         of it; "rm" or "dpo": of `PAIRS`; "kto": of `FEEDBACK`.
+      team, folder: who shares the work, and where the files lie (see `in_parts`).
 
     Raises:
       DataError: `train_on_prompt` with a template that cannot.
@@ -162,53 +167,42 @@ def encode_rows(
             template.name,
             WHOLE[template.tool_format],
         )
-    encode, features = {
+    encode, features, *more = {
         "sft": (_encode_conversations, CONVERSATIONS),
         "predict": (_encode_last_answers, CONVERSATIONS),
-        "kto": (_encode_feedback, FEEDBACK),
-    }.get(stage, (_encode_pairs, PAIRS))
-    args: tuple[Any, ...] = (rules, template.key, told_the_day)
-    if stage == "kto":  # an answer is also set against the next question of its batch
-        args = (*args, batch_size, num_proc)
-    return _in_batches(
-        partial(encode, template=template, rules=rules),
+        "kto": (_encode_feedback, FEEDBACK, "desirable"),
+    }.get(stage, (_encode_pairs, PAIRS, "rejected"))
+    read = _columns(table, "messages", "system", "tools", "fault", "dataset", "row", *more)
+    # With kto, an answer is also set against the next question of its batch: rows depend on how they are batched.
+    return in_parts(
+        partial(_encode_slice, read, encode, template=template, rules=rules),
         table,
         features,
+        name=fingerprint(table, stage, (rules, template.key, told_the_day)),
+        what="Encoding",
         batch_size=batch_size,
+        batched_for=num_proc or 1 if stage == "kto" else 1,
         num_proc=num_proc,
-        overwrite_cache=overwrite_cache,
-        name=fingerprint(table, stage, args),
+        overwrite=overwrite_cache,
+        team=team,
+        folder=folder,
     )
 
 
 Aligned = Mapping[str, Sequence[Any]]  # a batch of aligned rows
 
 
-def _in_batches(
-    encode: Callable[[Aligned], pa.Table],
-    table: datasets.Dataset,
-    features: datasets.Features,
-    *,
-    batch_size: int,
-    num_proc: int | None,
-    overwrite_cache: bool,
-    name: str,
-) -> datasets.Dataset:
-    """What `encode` makes of every batch of rows: in the cache, as `name`, or in memory where the rows are."""
-    if not table.cache_files:  # a window of a stream: no file is left behind, no progress is shown
-        made = [encode(table[i : i + batch_size]) for i in range(0, len(table), batch_size)]
-        return datasets.Dataset(pa.concat_tables(made or [features.arrow_schema.empty_table()]), fingerprint=name)
-    return table.map(
-        encode,
-        batched=True,
-        batch_size=batch_size,
-        remove_columns=table.column_names,
-        features=features,
-        num_proc=num_proc,
-        load_from_cache_file=not overwrite_cache,
-        new_fingerprint=name,
-        desc="Encoding",
-    )
+def _encode_slice(
+    table: datasets.Dataset, encode: Callable[..., pa.Table], start: int, stop: int, **how: Any
+) -> pa.Table:
+    """What `encode` makes of the rows of `table`, whose format is Arrow, from one number up to another."""
+    batch: Any = table[start:stop]
+    return encode({name: batch[name].to_pylist() for name in batch.column_names}, **how)
+
+
+def _columns(table: datasets.Dataset, *names: str) -> datasets.Dataset:
+    """What is read of aligned rows. As Arrow: `datasets` takes three times as long to make Python objects of it."""
+    return table.select_columns(list(names)).with_format("arrow")
 
 
 def _render(batch: Aligned, template: Template, answers: Sequence[Any] | None = None, **how: bool) -> list[Any]:
@@ -258,16 +252,16 @@ def _put(out: dict[str, list[Any]], batch: Aligned, i: int, fault: str, cut: boo
     out["cut"].append(cut)
 
 
-def _arrow(rows: Mapping[str, list[Any]], features: datasets.Features) -> pa.Table:
+def _arrow(rows: Mapping[str, Any], features: datasets.Features) -> pa.Table:
     """Rows as a table. Lists of ids are joined first: Arrow takes one array much sooner than many lists."""
     columns = []
     for name, feature in features.items():
-        if feature is not IDS:
+        if feature != IDS:
             columns.append(pa.array(rows[name], feature.pa_type))
             continue
-        offsets = np.cumsum([0, *map(len, rows[name])], dtype=np.int32)
-        values = np.concatenate([np.zeros(0, np.int32), *(np.asarray(row, np.int32) for row in rows[name])])
-        columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)))
+        ids = rows[name] if isinstance(rows[name], Ids) else Ids.join(rows[name])
+        offsets = np.concatenate([[0], np.cumsum(ids.sizes)]).astype(np.int32)
+        columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids.values)))
     return pa.Table.from_arrays(columns, schema=features.arrow_schema)
 
 
@@ -290,34 +284,67 @@ def _encode_conversations(batch: Aligned, *, template: Template, rules: Rules) -
     ids = template.tokenise(_sequences(rendered))
     turns = np.array([0 if isinstance(row, str) else len(row) for row in rendered])
     labels = _labels(ids, turns, template, rules)
-    end = np.array([template.eos_id] if template.efficient_eos else [], np.int32)
-    bounds = np.concatenate([[0], np.cumsum(ids.sizes)]).tolist()  # of sequences in `ids.values`
-    out, first = _table(list(CONVERSATIONS)), 0
-    for i, row in enumerate(rendered):
-        if isinstance(row, str):
-            _put(out, batch, i, row, False)
+    bounds = np.concatenate([[0], np.cumsum(ids.sizes)])  # of sequences in `ids.values`
+    stops = 2 * np.cumsum(turns)  # of rows, in sequences
+    ends, values = bounds[stops], ids.values  # of rows, in tokens
+    if template.efficient_eos:
+        values, labels = np.insert(values, ends, template.eos_id), np.insert(labels, ends, template.eos_id)
+        ends = ends + np.arange(1, len(ends) + 1)
+    sizes = np.diff(ends, prepend=0)
+    # With as many tokens as cutoff_len, the rounding of proportions may cut one.
+    whole = (turns > 0) & (sizes < rules.cutoff_len) & _rows_learn(labels, ends)
+
+    # Rows that are as they should be, most of them, are taken in runs, without a look at each; the others one by one.
+    runs: list[_Run] = []
+    begin = 0
+    for i in [*np.flatnonzero(~whole).tolist(), len(rendered)]:
+        if i > begin:
+            run = slice(ends[begin] - sizes[begin], ends[i - 1])
+            runs.append(_Run([*range(begin, i)], values[run], labels[run], sizes[begin:i]))
+        begin = i + 1
+        if i == len(rendered):
+            break
+        if isinstance(rendered[i], str):
+            runs.append(_Run([i], fault=rendered[i]))
             continue
-        sequences = range(first, first + 2 * len(row))
-        first = sequences.stop
-        own = slice(bounds[sequences.start], bounds[sequences.stop])
-        if own.stop - own.start + len(end) < rules.cutoff_len:  # with as many, the rounding of proportions may cut one
-            parts: list[Any] = [(ids.values[own], labels[own], False)]
-            if len(end):
-                parts = [(np.append(ids.values[own], end), np.append(labels[own], end), False)]
-        else:
-            lists = [ids.values[bounds[k] : bounds[k + 1]].tolist() for k in sequences]
-            parts = [label(list(zip(lists[::2], lists[1::2])))]
-            if parts[0][2] and rules.overlong == "drop":
-                _put(out, batch, i, too_long(rules.cutoff_len), False)
-                continue
-            if parts[0][2] and rules.overlong == "split":
-                parts = [label(part) for part in _split(batch, i, template, rules, discard)]
+        lists = [ids.values[bounds[k] : bounds[k + 1]].tolist() for k in range(stops[i] - 2 * turns[i], stops[i])]
+        parts = [label(list(zip(lists[::2], lists[1::2])))]
+        if parts[0][2] and rules.overlong == "drop":
+            runs.append(_Run([i], fault=too_long(rules.cutoff_len)))
+            continue
+        if parts[0][2] and rules.overlong == "split":
+            parts = [label(part) for part in _split(batch, i, template, rules, discard)]
         for tokens, learned, cut in parts:
-            if not _learns(learned):
-                _put(out, batch, i, NOTHING_TO_LEARN, cut)
+            if _learns(learned):
+                runs.append(_Run([i], tokens, learned, [len(tokens)], cut=cut))
             else:
-                _put(out, batch, i, "", cut, input_ids=tokens, labels=learned)
-    return _arrow(out, CONVERSATIONS)
+                runs.append(_Run([i], fault=NOTHING_TO_LEARN, cut=cut))
+    rows = [row for run in runs for row in run.rows]
+    joined = {"input_ids": Ids.join([run.ids for run in runs]), "labels": Ids.join([run.labels for run in runs])}
+    sizes = np.array([size for run in runs for size in run.sizes], np.int64)
+    columns: dict[str, Any] = {name: ids._replace(sizes=sizes) for name, ids in joined.items()}
+    columns |= {name: [getattr(run, name) for run in runs for _ in run.rows] for name in ("fault", "cut")}
+    columns |= {name: np.asarray(batch[name])[rows] for name in ("dataset", "row")}
+    return _arrow(columns, CONVERSATIONS)
+
+
+class _Run(NamedTuple):
+    """Rows in a line, their ids and labels joined."""
+
+    rows: list[int]  # of the batch
+    ids: np.ndarray | Sequence[int] = ()
+    labels: np.ndarray | Sequence[int] = ()
+    sizes: np.ndarray | Sequence[int] = (0,)
+    fault: str = ""
+    cut: bool = False
+
+
+def _rows_learn(labels: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """`_learns` of each of the rows that end in `labels` at `ends`, bool `[rows]`."""
+    learned = labels != IGNORED
+    before = np.concatenate([[0], np.cumsum(learned)])
+    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+    return before[ends] > before[np.minimum(starts + 1, ends)]
 
 
 def _labels(ids: Ids, turns: np.ndarray, template: Template, rules: Rules) -> np.ndarray:
@@ -464,6 +491,8 @@ def encode_documents(
     batch_size: int = 1000,
     num_proc: int | None = None,
     overwrite_cache: bool = False,
+    team: Team = ALONE,
+    folder: Path | None = None,
 ) -> datasets.Dataset:
     """Ids of the texts of aligned rows; every token is learned, so there is no column of labels.
 
@@ -472,15 +501,19 @@ def encode_documents(
     what `overlong` says (see `Rules`); with `neat_packing` it is split.
     """
     form = "split" if neat_packing else "blocks" if packing else overlong
-    args = {"cutoff_len": cutoff_len, "form": form, "eos": document_end(template), "batch_size": batch_size}
-    return _in_batches(
-        partial(_encode_texts, template=template, **{k: args[k] for k in ("cutoff_len", "form", "eos")}),
+    args = {"cutoff_len": cutoff_len, "form": form, "eos": document_end(template)}
+    return in_parts(
+        partial(_encode_slice, _columns(table, "messages", "fault"), _encode_texts, template=template, **args),
         table,
         DOCUMENTS,
-        batch_size=batch_size,
-        num_proc=num_proc,
-        overwrite_cache=overwrite_cache,
         name=fingerprint(table, "pt", (args, template.key)),
+        what="Encoding",
+        batch_size=batch_size,
+        batched_for=num_proc or 1 if form == "blocks" else 1,
+        num_proc=num_proc,
+        overwrite=overwrite_cache,
+        team=team,
+        folder=folder,
     )
 
 

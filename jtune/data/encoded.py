@@ -88,6 +88,8 @@ class Encoded:
 
 def arrow_column(table: datasets.Dataset, name: str) -> pa.ChunkedArray:
     """A column of the rows of `table`, in their order."""
+    if table._indices is None:  # as it lies there; `datasets` would copy all that it knows of the table
+        return table.data.column(name)
     return table.select_columns([name]).with_format("arrow")[:][name]
 
 

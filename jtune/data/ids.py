@@ -39,6 +39,12 @@ class Ids(NamedTuple):
         return [values[start:end] for start, end in zip([0, *ends], ends)]
 
     @classmethod
+    def join(cls, lists: Sequence[np.ndarray | Sequence[int]]) -> "Ids":
+        """As `of`, of arrays, or few lists."""
+        arrays = [np.zeros(0, np.int32), *(np.asarray(row, np.int32) for row in lists)]
+        return cls(np.concatenate(arrays), np.array([len(row) for row in lists], np.int64))
+
+    @classmethod
     def of(cls, lists: Sequence[Sequence[int]]) -> "Ids":
         sizes = np.fromiter(map(len, lists), np.int64, len(lists))
         return cls(np.fromiter(chain.from_iterable(lists), np.int32, int(sizes.sum())), sizes)

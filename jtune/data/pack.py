@@ -98,16 +98,21 @@ def pack(lengths: np.ndarray, row_length: int, windows: np.ndarray | None = None
     return Packs(np.frombuffer(examples, np.int32), np.frombuffer(starts, np.int64))
 
 
-def preprocessing_batches(rows: int, batch_size: int, processes: int | None) -> np.ndarray:
-    """The batch in which LLaMA-Factory would encode, and pack, each of so many rows: int64 `[rows]`.
+def batch_bounds(rows: int, batch_size: int, processes: int | None = None) -> np.ndarray:
+    """Where the batches begin in which LLaMA-Factory would encode so many rows, and `rows`: int64 `[batches + 1]`.
 
     Each process takes an equal run of rows, the first ones one more where it does not divide, in batches of its own.
     """
     processes = max(1, min(processes or 1, rows))
-    parts = np.array_split(np.arange(rows), processes)
-    sizes = [np.arange(len(part)) // batch_size for part in parts]
-    firsts = np.cumsum([0, *(batches[-1] + 1 if len(batches) else 0 for batches in sizes)])
-    return np.concatenate([batches + first for batches, first in zip(sizes, firsts)])
+    size, more = divmod(rows, processes)
+    firsts = [i * size + min(i, more) for i in range(processes + 1)]
+    return np.array([*(start for run in pairwise(firsts) for start in range(*run, batch_size)), rows], np.int64)
+
+
+def preprocessing_batches(rows: int, batch_size: int, processes: int | None) -> np.ndarray:
+    """The batch of `batch_bounds` of each row, int64 `[rows]`."""
+    sizes = np.diff(batch_bounds(rows, batch_size, processes))
+    return np.repeat(np.arange(len(sizes)), sizes)
 
 
 def best_fit_many(lengths_UN: np.ndarray, row_length: int) -> np.ndarray:

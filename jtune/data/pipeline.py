@@ -8,17 +8,20 @@ With `streaming` the training sets go another way (see stream.py).
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+from datasets import config as datasets_config
 
 from jtune.data import saved
 from jtune.data.align import align
 from jtune.data.encoded import Encoded
 from jtune.data.load import check_columns, check_stage, load_table, not_utf8, resolve_format
 from jtune.data.mix import hold_out, merge, pick_rows
+from jtune.data.parts import ALONE, Team, TeamOf, alone
 from jtune.data.registry import Entry, find_datasets
 from jtune.data.report import EXAMPLES, Report, SetReport
 from jtune.data.sets import check_report, encode_set
@@ -29,6 +32,9 @@ from jtune.errors import ConfigError, DataError
 log = logging.getLogger("jtune")
 
 STAGES = ("sft", "pt", "rm", "dpo", "kto")
+
+
+Sets = dict[str, tuple[Encoded, SetReport]]  # "train", "eval", "eval_<name>"
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ def load_datasets(
     cache_dir: str | None = None,
     token: str | None = None,
     most_examples: int = EXAMPLES,
+    team_of: TeamOf = alone,
 ) -> Splits:
     """Read, mix, split and encode the sets that `data_args` names; what was left out is logged, once, in a sentence.
 
@@ -68,6 +75,8 @@ def load_datasets(
       predict: evaluation sets are to be answered: of each row the last answer is labelled, and nothing else.
       cache_dir, token: for downloads from the hub.
       most_examples: rows of which the report says where they are, of each reason for which rows are left out.
+      team_of: which processes share a folder. Files are read by the first of those that share the cache, rows are
+        encoded by all that share the folder which they are kept in, each its part.
 
     Raises:
       DataError: a set is missing or damaged, or more is left out of it than `max_dropped` allows.
@@ -77,12 +86,24 @@ def load_datasets(
     if template.tokenizer is not tokenizer:
         raise ValueError("the template was made for another tokenizer")
     folder = Path(data_args.tokenized_path) if data_args.tokenized_path else None
+    team = team_of(Path(cache_dir or datasets_config.HF_DATASETS_CACHE))
+    keepers = team_of(folder) if folder else team
     eval_stage = "predict" if predict else stage
     evaluated = eval_stage if evaluate else None
     settings = saved.settings_of(data_args, stage, seed, template, evaluated=evaluated) if folder else {}
-    sets = saved.load(folder, settings) if folder else None
     stream = None
+
+    def kept() -> Sets | None:
+        return saved.load(folder, settings) if folder else None
+
+    sets = keepers.first("looking for encoded sets", kept)
     if sets is None:
+        if keepers.apart:
+            log.info(
+                "%s is not shared by all processes: those that share one encode all rows for themselves. "
+                "tokenized_path, or HF_DATASETS_CACHE, on a file system that all share: each encodes its part",
+                folder or "the cache of datasets",
+            )
         load = {"cache_dir": cache_dir, "token": token}
         sets = {}
         if data_args.streaming and data_args.dataset and (train or evaluate):
@@ -93,17 +114,28 @@ def load_datasets(
                 log.info("streaming: a first look at %d rows", first.report.read)
                 _tell(first.report)
             tables = {} if held_out is None or not evaluate else {"eval": (held_out, stream.entries)}
-            tables |= _aligned_sets(replace(data_args, dataset=()), stage, seed, False, evaluate, **load)
+            tables |= _aligned_sets(replace(data_args, dataset=()), stage, seed, False, evaluate, team=team, **load)
         else:
-            tables = _aligned_sets(data_args, stage, seed, train, evaluate, **load)
+            tables = _aligned_sets(data_args, stage, seed, train, evaluate, team=team, **load)
+        to = saved.parts(folder) if folder else None
         for name, (table, entries) in tables.items():
             kind = stage if name == "train" else eval_stage
-            sets[name] = encode_set(name, table, entries, data_args, kind, template, most_examples)
+            sets[name] = encode_set(
+                name, table, entries, data_args, kind, template, most_examples, team=keepers, folder=to
+            )
             check_report(sets[name][1], data_args, kind)
             _tell(sets[name][1])
         if folder:
-            saved.save(folder, sets, settings)
-            log.info("encoded sets written to %s", folder)
+            made = sets
+
+            def keep() -> Sets:
+                found = kept()
+                if found is None:
+                    saved.save(folder, made, settings)
+                    log.info("encoded sets written to %s", folder)
+                return found or made
+
+            sets = keepers.first("writing encoded sets", keep)
     else:
         log.info("encoded sets read from %s\n%s", folder, "\n".join(report.sentence() for _, report in sets.values()))
     encoded = {name: rows for name, (rows, _) in sets.items()}
@@ -154,16 +186,18 @@ def load_aligned(
     overwrite_cache: bool = False,
     cache_dir: str | None = None,
     token: str | None = None,
+    team: Team = ALONE,
 ) -> tuple[Entry, datasets.Dataset]:
     """One set: its rows read, picked, and brought into one form. The entry comes back with its format resolved."""
-    table = load_table(entry, cache_dir=cache_dir, token=token, num_proc=num_proc)
+    read = partial(load_table, entry, cache_dir=cache_dir, token=token, num_proc=num_proc)
+    table = team.first(f"reading {entry.name}", read)
     entry = resolve_format(entry, table.column_names)
     check_stage(entry, stage)
     check_columns(entry, table.column_names, stage)
     rows = pick_rows(len(table), entry.num_samples, max_samples, random)
     if rows is not None:
         table = table.select(rows)
-    options: dict[str, Any] = {"num_proc": num_proc, "overwrite_cache": overwrite_cache}
+    options: dict[str, Any] = {"num_proc": num_proc, "overwrite_cache": overwrite_cache, "team": team}
     try:
         return entry, align(table, entry, stage=stage, rows=rows, index=index, **options)
     except UnicodeDecodeError as error:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,8 +19,8 @@ from rich.text import Text
 
 from jtune.data.encoded import IGNORED, Encoded
 from jtune.data.pipeline import Splits, load_datasets
-from jtune.data.report import EXAMPLES
-from jtune.data.stream import Stream
+from jtune.data.report import EXAMPLES, SetReport, add
+from jtune.data.stream import Stream, one_pass
 from jtune.data.templates import Template, template_of
 from jtune.data.tokenizer import load_tokenizer
 from jtune.data.updates import plan_updates
@@ -97,23 +98,33 @@ def check(config: Any, out: TextIO | None = None) -> int:
       JtuneError: what stops the run whatever the limit is.
     """
     out = out or sys.stdout
+    streaming = config.data.streaming and bool(config.data.dataset)
     unlimited = replace(config, data=replace(config.data, max_dropped=sys.maxsize))
-    _, splits = encode_sets(unlimited, evaluate=True, most_examples=sys.maxsize)
-    if splits.stream is not None:
-        print(f"streaming: only the first {config.data.buffer_size} rows are read (all: streaming=false)", file=out)
-    status = 0
-    for report in splits.report.sets:
+    _, splits = encode_sets(unlimited, train=not streaming, evaluate=True, most_examples=sys.maxsize)
+
+    def name_rows(report: SetReport) -> SetReport:
         for dropped in report.dropped:
             for place in dropped.examples:
                 print(f"{place}: {dropped.reason}", file=out)
+        return report
+
+    streamed = []
+    if splits.stream is not None:  # a whole pass, window by window, as it is trained on
+        windows = (name_rows(window.report) for window in one_pass(splits.stream))
+        streamed = [reduce(add, windows, SetReport("train"))]
+        log.info("%s", streamed[0].sentence())
+    status = 0
+    for report in (*streamed, *map(name_rows, splits.report.sets)):
         if report.exceeds(config.data.max_dropped):
             print(report.too_many(config.data.max_dropped), file=out)
             status = DataError.exit_code
     return status
 
 
-def encode_sets(config: Any, *, evaluate: bool = False, most_examples: int = EXAMPLES) -> tuple[Template, Splits]:
-    """The template of `config` and its sets, encoded."""
+def encode_sets(
+    config: Any, *, train: bool = True, evaluate: bool = False, most_examples: int = EXAMPLES
+) -> tuple[Template, Splits]:
+    """The template of `config` and its sets, encoded; without `train` not that to train on."""
     data, model = config.data, config.model
     tokenizer = load_tokenizer(model.model_name_or_path, split_special_tokens=model.split_special_tokens, **model.hub)
     template = template_of(data, tokenizer)
@@ -123,7 +134,7 @@ def encode_sets(config: Any, *, evaluate: bool = False, most_examples: int = EXA
         config.training.seed,
         template.tokenizer,
         template,
-        train=bool(data.dataset),
+        train=train and bool(data.dataset),
         # What is kept in tokenized_path is for training, too.
         evaluate=evaluate or bool(data.tokenized_path and (config.training.do_eval or config.training.do_predict)),
         predict=config.training.predict_with_generate,

@@ -1,20 +1,27 @@
-"""Encoded sets in a folder, `tokenized_path`: made once, where the rows are, and read wherever the run is."""
+"""Encoded sets in a folder, `tokenized_path`: made once, where the rows are, and read wherever the run is.
+
+jtune_data.json     what they were made with, what became of the rows, and which files are a set
+parts/*.arrow       rows (see parts.py)
+<set>.npy           which of them are examples, where not all are
+"""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 
 from jtune.data.encoded import Encoded
+from jtune.data.parts import open_parts
 from jtune.data.report import SetReport, report_of
 from jtune.data.templates import Template
 from jtune.errors import DataError
 
 INDEX = "jtune_data.json"  # written last: a folder without it is not complete
+PARTS = "parts"
 # Arguments that say how it is done, not what comes out.
 NO_MATTER = (
     *("overwrite_cache", "tokenized_path", "preprocessing_num_workers", "max_dropped", "dataset_dir"),
@@ -33,15 +40,31 @@ def settings_of(data_args: Any, stage: str, seed: int, template: Template, *, ev
     return json.loads(json.dumps(made, default=str))
 
 
+def parts(folder: Path) -> Path:
+    """Where the files of encoded rows lie."""
+    return folder / PARTS
+
+
 def save(folder: Path, sets: Mapping[str, tuple[Encoded, SetReport]], settings: Mapping[str, Any]) -> None:
-    """Write the sets and what they were made with."""
+    """Write what the sets are, and what they were made with. Their rows are in `parts(folder)`, or are put there."""
     index: dict[str, Any] = {"settings": settings, "sets": {}}
+    used = set()
     for name, (encoded, report) in sets.items():
-        encoded.table.save_to_disk(folder / name)
+        files = [Path(file["filename"]) for file in encoded.table.cache_files]
         if encoded.kept is not None:
             np.save(folder / f"{name}.npy", encoded.kept)
-        index["sets"][name] = {"prefix": encoded.prefix, "all": encoded.kept is None, "report": asdict(report)}
-    (folder / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")
+        about = {"prefix": encoded.prefix, "all": encoded.kept is None, "report": asdict(report)}
+        index["sets"][name] = about | {
+            "fingerprint": encoded.table._fingerprint,
+            "files": [file.name for file in files],
+        }
+        used |= {file.name for file in files}
+    for file in parts(folder).iterdir():
+        if file.name not in used:  # of a run that was cut short, with other settings
+            file.unlink()
+    partial = folder / f".{INDEX}"
+    partial.write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, folder / INDEX)
 
 
 def load(folder: Path, settings: Mapping[str, Any]) -> dict[str, tuple[Encoded, SetReport]] | None:
@@ -52,7 +75,7 @@ def load(folder: Path, settings: Mapping[str, Any]) -> dict[str, tuple[Encoded, 
     """
     path = folder / INDEX
     if not path.exists():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(file.name != PARTS and file.name[0] != "." for file in folder.iterdir()):
             raise DataError(
                 f"tokenized_path {folder} holds something, but no {INDEX}: it was not written by jtune, or not to its "
                 "end. Give another folder, or empty it"
@@ -74,7 +97,6 @@ def load(folder: Path, settings: Mapping[str, Any]) -> dict[str, tuple[Encoded, 
     for name, about in index["sets"].items():
         kept = None if about["all"] else np.load(folder / f"{name}.npy", allow_pickle=False)
         report = report_of(about["report"])
-        table = datasets.load_from_disk(str(folder / name))
-        assert isinstance(table, datasets.Dataset)
+        table = open_parts([parts(folder) / file for file in about["files"]], about["fingerprint"])
         sets[name] = Encoded(table, kept, about["prefix"]), report
     return sets

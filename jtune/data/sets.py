@@ -1,6 +1,7 @@
 """One set: from aligned rows to ids, and the account of what became of them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -10,6 +11,7 @@ from jtune.data.align import is_faulty
 from jtune.data.encode import NOTHING_TO_LEARN, Rules, encode_documents, encode_rows, too_long
 from jtune.data.encoded import Encoded, arrow_column
 from jtune.data.load import places
+from jtune.data.parts import ALONE, Team
 from jtune.data.registry import Entry
 from jtune.data.report import EXAMPLES, Dropped, SetReport, reasons
 from jtune.data.templates import Template
@@ -24,11 +26,15 @@ def encode_set(
     stage: str,
     template: Template,
     most_examples: int = EXAMPLES,
+    *,
+    team: Team = ALONE,
+    folder: Path | None = None,
 ) -> tuple[Encoded, SetReport]:
     """Encode aligned rows and count what is left out.
 
     Args:
       stage: as of `encode_rows`, or "pt".
+      team, folder: who shares the work, and where the files lie (see jtune.data.parts).
 
     Raises:
       DataError: a row is too long, and `overlong` is "error".
@@ -36,18 +42,19 @@ def encode_set(
     cutoff_len = data_args.cutoff_len
     if data_args.packing and stage != "predict" and not (stage == "pt" and data_args.neat_packing):
         cutoff_len -= 1  # LLaMA-Factory's packed rows end with one token of padding; only where packing is asked for
-    shared = {
-        "cutoff_len": cutoff_len,
+    how: dict[str, Any] = {
         "batch_size": data_args.preprocessing_batch_size,
         "num_proc": data_args.preprocessing_num_workers,
         "overwrite_cache": data_args.overwrite_cache,
+        "team": team,
+        "folder": folder,
     }
     policy = data_args.overlong
     encoding = "truncate" if policy == "error" or (policy == "split" and stage == "predict") else policy
     if stage == "pt":
         packing = data_args.packing is None or data_args.packing
-        neat = data_args.neat_packing
-        made = encode_documents(table, template, packing=packing, neat_packing=neat, overlong=encoding, **shared)
+        how |= {"cutoff_len": cutoff_len, "packing": packing, "neat_packing": data_args.neat_packing}
+        made = encode_documents(table, template, overlong=encoding, **how)
         encoded = Encoded(made)
         short = np.flatnonzero(encoded.labelled == 0)
         if len(short):
@@ -63,9 +70,7 @@ def encode_set(
         origin = table
     else:
         rules = Rules(cutoff_len, data_args.mask_history, data_args.train_on_prompt, encoding)
-        made = origin = encode_rows(
-            table, template, stage, rules, **{k: shared[k] for k in shared if k != "cutoff_len"}
-        )
+        made = origin = encode_rows(table, template, stage, rules, **how)
         dropped, joined = _count_faults(made, entries, most_examples), False
         faulty = is_faulty(made)
         prefix = "chosen_" if stage in ("rm", "dpo") else ""

@@ -29,6 +29,7 @@ from jtune.errors import DataError
 log = logging.getLogger("jtune")
 
 Position = Mapping[str, Any]  # JSON-able: where a window begins
+START: dict[str, Any] = {"window": 0, "pass": 0, "rows": None, "report": asdict(SetReport("train"))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,40 +121,45 @@ def windows(stream: Stream, position: Position | None = None) -> Iterator[Window
     Raises:
       DataError: rows cannot be read or encoded; too many are left out; nothing is left of a whole pass.
     """
-    begin = position or {"window": 0, "pass": 0, "rows": None, "report": asdict(SetReport("train"))}
-    number, passes, report = begin["window"], begin["pass"], report_of(begin["report"])
-    state = begin["rows"]
+    begin = position or START
     while True:
-        rows = _fresh(stream.rows)
-        if state is not None:
-            rows.load_state_dict(state)
-        reader = iter(rows)
-        while len(table := _read(reader, stream.data_args.buffer_size, stream)):
-            if number == 0:
-                refuse_missing(table, stream.entries)
-            encoded, read = encode_set(
-                "train", table, stream.named, stream.data_args, stream.stage, stream.template, stream.most_examples
-            )
-            report = add(report, read)
-            check_report(report, stream.data_args, stream.stage)
-            if stream.vocab_size is not None:
-                check_vocabulary(encoded, stream.vocab_size)
-            if read.dropped and number:
-                log.warning("window %d of the stream: %s", number + 1, read.sentence())
-            number += 1
-            end = {"window": number, "pass": passes, "rows": rows.state_dict(), "report": asdict(report)}
-            if len(encoded):
-                yield Window(number - 1, encoded, read, begin, end)
-            begin = end
+        for window in one_pass(stream, begin):
+            begin = window.end
+            if window.report.dropped and window.number:
+                log.warning("window %d of the stream: %s", window.number + 1, window.report.sentence())
+            if len(window.encoded):
+                yield window
+        report = report_of(begin["report"])
         if report.read == 0:
             names = ", ".join(entry.name for entry in stream.entries)
             raise DataError(
                 f"nothing to train on: {names}: the first {int(stream.data_args.val_size)} rows are held out"
             )
-        passes += 1
-        log.info("the stream is used up, and read again (pass %d): %s", passes + 1, report.sentence())
-        state, report = None, SetReport("train")
-        begin = {"window": number, "pass": passes, "rows": None, "report": asdict(report)}
+        log.info("the stream is used up, and read again (pass %d): %s", begin["pass"] + 2, report.sentence())
+        begin = START | {"window": begin["window"], "pass": begin["pass"] + 1}
+
+
+def one_pass(stream: Stream, begin: Position = START) -> Iterator[Window]:
+    """The windows from a position to the end of its pass, also such of which nothing is left (see `windows`)."""
+    number, report = begin["window"], report_of(begin["report"])
+    rows = _fresh(stream.rows)
+    if begin["rows"] is not None:
+        rows.load_state_dict(begin["rows"])
+    reader = iter(rows)
+    while len(table := _read(reader, stream.data_args.buffer_size, stream)):
+        if number == 0:
+            refuse_missing(table, stream.entries)
+        encoded, read = encode_set(
+            "train", table, stream.named, stream.data_args, stream.stage, stream.template, stream.most_examples
+        )
+        report = add(report, read)
+        check_report(report, stream.data_args, stream.stage)
+        if stream.vocab_size is not None:
+            check_vocabulary(encoded, stream.vocab_size)
+        number += 1
+        end = {"window": number, "pass": begin["pass"], "rows": rows.state_dict(), "report": asdict(report)}
+        yield Window(number - 1, encoded, read, begin, end)
+        begin = end
 
 
 def _fresh(rows: datasets.IterableDataset) -> datasets.IterableDataset:

@@ -29,6 +29,7 @@ from jtune.data import (
     rows_are_packed,
     template_of,
 )
+from jtune.data.parts import TeamOf, alone
 from jtune.errors import Preempted
 from jtune.generation.settings import describe as describe_sampling
 from jtune.generation.settings import read_generation_config, sampling_of
@@ -82,11 +83,11 @@ def run(config: Config) -> dict[str, Any]:
     log.info("devices: %d x %s%s (%s)", mesh.size, jax.devices()[0].device_kind, held, axes)
 
     # ------------------------------------------------------------------ data
-    folder = hosts.in_turn(lambda _: build.fetch_model(config.model), hub_cache(config))
+    folder = hosts.team(hub_cache(config)).first("fetching the model", partial(build.fetch_model, config.model))
     source = hf.read_config(folder)
     decoder = build.decoder_of(source, config.model)
     tokenizer = load_tokenizer(str(folder), split_special_tokens=config.model.split_special_tokens)
-    splits = hosts.in_turn(partial(load_data, config, tokenizer, decoder.vocab_size), data_cache())
+    splits = load_data(config, tokenizer, decoder.vocab_size, hosts.team)
     preflight.check_data(splits)
 
     # ------------------------------------------------------------------ model
@@ -337,21 +338,13 @@ def hub_cache(config: Config) -> Path:
     return Path(config.model.cache_dir or HF_HUB_CACHE)
 
 
-def data_cache() -> Path:
-    """Where encoded rows are kept."""
-    from datasets.config import HF_DATASETS_CACHE
-
-    return Path(HF_DATASETS_CACHE)
-
-
-def load_data(config: Config, tokenizer: Any, vocab_size: int, first: bool = True) -> Splits:
+def load_data(config: Config, tokenizer: Any, vocab_size: int, team_of: TeamOf = alone) -> Splits:
     """The encoded training and evaluation sets, every id of them inside the vocabulary.
 
     Args:
-      first: False where another process has just encoded them into the same cache: `overwrite_cache` has been done.
+      team_of: which processes share a folder, and so the work (see `load_datasets`).
     """
-    data = config.data if first else dataclasses.replace(config.data, overwrite_cache=False)
-    training = config.training
+    data, training = config.data, config.training
     only_prompts = not training.do_train and training.predict_with_generate
     template = template_of(data, tokenizer, for_training=not only_prompts)
     splits = load_datasets(
@@ -365,6 +358,7 @@ def load_data(config: Config, tokenizer: Any, vocab_size: int, first: bool = Tru
         predict=training.predict_with_generate,
         cache_dir=config.model.cache_dir,
         token=config.model.hf_hub_token,
+        team_of=team_of,
     )
     for encoded in (splits.train, *splits.eval.values()):
         if encoded is not None:

@@ -198,5 +198,5 @@ def test_sets_in_tokenized_path_are_read_again_and_only_with_the_same_settings(t
         f"tokenized_path {tmp_path / 't'} was made with other settings: cutoff_len (2048 then, 99 now). Set them back, "
         "or give another folder"
     )
-    (tmp_path / "t" / "jtune_data.json").unlink()
+    (tmp_path / "t" / "jtune_data.json").rename(tmp_path / "t" / "other.json")
     assert "was not written by jtune" in said(template, tmp_path, tokenized_path=str(tmp_path / "t"))

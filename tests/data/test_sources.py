@@ -10,6 +10,7 @@ from jtune.config import DataArguments
 from jtune.data import load_datasets
 from jtune.data.align import align_row
 from jtune.data.load import resolve_format
+from jtune.data.parts import alone
 from jtune.data.registry import Entry, entry_of, find_datasets
 from jtune.errors import DataError
 
@@ -58,9 +59,10 @@ def write(folder, name, content, info=None):
     index.write_text(json.dumps(known | {name.split(".")[0]: {"file_name": name} | (info or {})}))
 
 
-def load(folder, *names, stage="sft", train=True, evaluate=False, seed=0, template=None, **args):
+def load(folder, *names, stage="sft", train=True, evaluate=False, seed=0, template=None, team_of=alone, **args):
     arguments = DataArguments(**{"dataset": names, "dataset_dir": str(folder), "template": "chatml", **args})
-    return load_datasets(arguments, stage, seed, template.tokenizer, template, train=train, evaluate=evaluate)
+    how = {"train": train, "evaluate": evaluate, "team_of": team_of}
+    return load_datasets(arguments, stage, seed, template.tokenizer, template, **how)
 
 
 def texts(template, encoded):

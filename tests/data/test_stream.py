@@ -13,7 +13,7 @@ from test_batches import segments
 from jtune.config import DataArguments, FinetuningArguments, TrainingArguments, load_config
 from jtune.data import StreamPlan, plan_updates
 from jtune.data.pipeline import load_datasets
-from jtune.data.preview import show
+from jtune.data.preview import check, show
 from jtune.data.stream import open_stream, windows
 from jtune.errors import ConfigError, DataError
 
@@ -160,6 +160,21 @@ def test_what_a_stream_cannot_give_is_refused(two, template, tmp_path):
         next(windows(stream(two, template, dataset=("b",), val_size=99)))
     with pytest.raises(DataError, match=r"has 0 rows"):
         stream(write(tmp_path, a=[]), template, dataset=("a",))
+
+
+def test_a_check_reads_all_windows_and_names_every_row(template, tmp_path, capsys):
+    """Also rows of windows of which nothing is left, and what is held out."""
+    bad = {"instruction": "q", "input": "", "output": None}
+    rows = [*(row("a", n) for n in range(20)), *[bad] * 17, *(row("a", n) for n in range(3))]
+    folder = write(tmp_path, a=rows, b=[row("b", 1), bad])
+    template.tokenizer.save_pretrained(tmp_path / "model")
+    words = [f"model_name_or_path={tmp_path / 'model'}", "template=chatml", f"dataset_dir={folder}", "dataset=a,b"]
+    words += ["stage=sft", "streaming=true", "max_steps=1", "buffer_size=8", "val_size=2"]
+    assert check(load_config([*words, "max_dropped=17"], command="data")) == 3
+    *named, last = capsys.readouterr().out.splitlines()
+    assert named == [f"a.jsonl row {n}: no output" for n in range(21, 38)] + ["b.jsonl row 2: no output"]
+    assert last == "train: 18 of 40 rows are left out, and max_dropped is 17"
+    assert check(load_config([*words, "max_dropped=18"], command="data")) == 0
 
 
 # ---------------------------------------------------------------------- updates
