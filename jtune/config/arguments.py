@@ -73,7 +73,7 @@ class ModelArguments:
     disable_gradient_checkpointing: bool = arg(False, "keep all activations: faster, more memory (see remat)")
     moe_aux_loss_coef: float | None = arg(None, "weight of the loss that spreads tokens over experts", at_least(0))
     quantization_bit: int | None = arg(None, "keep the layers' kernels in 4 or 8 bits: QLoRA", BITS)
-    quantization_type: Literal["nf4", "fp4"] = arg("nf4", "the 16 values of 4 bits: of a normal distribution, or floats")
+    quantization_type: Literal["nf4", "fp4"] = arg("nf4", "the 16 values of 4 bits: normal quantiles, or floats")
     double_quantization: bool = arg(True, "keep the scales of 4 bits in 8 bits, too")
     quantization_method: Literal["bnb", "hqq", "eetq"] = arg("bnb", "bnb: 4 or 8 bits; eetq: the same 8 bits")
     infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = arg("auto", "dtype of chat and export")

@@ -181,7 +181,10 @@ def _quantized(v: SimpleNamespace, command: str) -> Iterator[Rule]:
         message = f"quantization_method: hqq is not built: bnb is the nearest, with {bit}"
         yield ("quantization_method",), message
     if v.quantization_method == "eetq" and v.quantization_bit != 8:
-        yield ("quantization_method", "quantization_bit"), f"quantization_method: eetq is quantization_bit: 8 only, not {v.quantization_bit}: bnb has both"
+        yield (
+            ("quantization_method", "quantization_bit"),
+            f"quantization_method: eetq is quantization_bit: 8 only, not {v.quantization_bit}: bnb has both",
+        )
     if v.pissa_init:
         message = f"pissa_init changes the base that {bit} rounds: leave pissa_init out, or quantization_bit"
         yield ("pissa_init", "quantization_bit"), message
@@ -190,7 +193,9 @@ def _quantized(v: SimpleNamespace, command: str) -> Iterator[Rule]:
         message = f"create_new_adapter merges adapter_name_or_path, and {bit} cannot be merged into: {merged}"
         yield ("create_new_adapter", "quantization_bit"), message
     elif len(v.adapter_name_or_path) > 1:
-        message = f"adapter_name_or_path has {len(v.adapter_name_or_path)} adapters, and with {bit} one can be: {merged}"
+        message = (
+            f"adapter_name_or_path has {len(v.adapter_name_or_path)} adapters, and with {bit} one can be: {merged}"
+        )
         yield ("adapter_name_or_path", "quantization_bit"), message
 
 
