@@ -73,7 +73,6 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
     ("word", "nearest"),
     [
         ("use_dora=true", "use_rslora"),
-        ("quantization_bit=4", "bf16: true"),
         ("use_galore=true", "AdamW"),
         ("use_badam=true", "finetuning_type: lora"),
         ("resize_vocab=true", "vocabulary"),
@@ -108,7 +107,7 @@ def test_a_training_file_serves_the_other_commands():
     for command in ("export", "chat"):
         assert load_config(words, command=command).model.export_dir == "out"
     assert load_config([*TRAIN, "stage=dpo"], command="data").finetuning.stage == "dpo"
-    assert "quantised weights are not built yet" in complaint("export_dir=x", "quantization_bit=4", command="export")
+    assert "merged into the model as it is stored" in complaint("export_dir=x", "quantization_bit=4", command="export")
 
 
 # ------------------------------------------------------------------ all faults, with their lines
