@@ -87,10 +87,7 @@ class Quantized(Node):
     place: tuple[Mesh, Axes] | None = None
 
     def project(self, x: jax.Array, rng: jax.Array | None, group_sizes: jax.Array | None) -> jax.Array:
-        # Inside `jax.shard_map`, where `x` may be the same on devices that have different parts of the kernel: then its
-        # gradient is a sum over them, which this says.
-        apart = tuple(jax.typeof(self.codes).vma - jax.typeof(x).vma)
-        return _apply(jax.lax.pcast(x, apart, to="varying") if apart else x, self, group_sizes)
+        return _apply(x, self, group_sizes)
 
     def merged(self, dtype: Any = None) -> jax.Array:
         return _dequantized(self, jnp.dtype(dtype or self.stored))
