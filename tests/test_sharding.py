@@ -184,7 +184,7 @@ def alone(family, method, packed):
     ids=str,
 )
 def test_a_mesh_trains_as_one_device_does(family, method, packed, accum, sizes, monkeypatch):
-    monkeypatch.setattr("jtune.tuning.nodes.SMALL_ADAPTER", 0)
+    monkeypatch.setattr("jtune.tuning.axes.SMALL_ADAPTER", 0)
     figures, params = trained(family, method, packed, accum, make_mesh(**sizes))
     expected, expected_params = alone(family, method, packed)
     np.testing.assert_allclose(figures, expected, rtol=5e-5)
@@ -195,7 +195,7 @@ def test_a_mesh_trains_as_one_device_does(family, method, packed, accum, sizes, 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_layers_are_gathered_one_at_a_time_and_activations_and_gradients_stay_split(method, monkeypatch):
-    monkeypatch.setattr("jtune.tuning.nodes.SMALL_ADAPTER", 0)
+    monkeypatch.setattr("jtune.tuning.axes.SMALL_ADAPTER", 0)
     mesh = make_mesh(fsdp=4, devices=jax.devices()[:4])
     text = lowered("wide", method, True, 2, mesh, remat="full")[-1].compile(QUICKLY).as_text()
     assert "f32[32,96]" in text  # a layer's kernel, gathered

@@ -253,8 +253,11 @@ def _read_quantized(
     for first in range(0, shape[0], step):
         stop = min(first + step, shape[0])
         piece = make(_read_piece(stored, by_index, shape, shardings.codes, dtype, 0, first, stop))
-        put = lambda whole, piece, sharding: _put(sharding, 0)(whole, piece, np.int32(first))
-        whole = jax.block_until_ready(jax.tree.map(put, whole, piece, shardings))
+        at = np.int32(first)
+        grown = [
+            _put(where, 0)(x, part, at) for x, part, where in zip(*map(jax.tree.leaves, (whole, piece, shardings)))
+        ]
+        whole = jax.block_until_ready(jax.tree.unflatten(jax.tree.structure(like), grown))
     return whole
 
 

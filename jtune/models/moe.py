@@ -24,6 +24,8 @@ from jtune.models.kernels import Kernel, Linear, parameter
 from jtune.models.mlp import ACTIVATIONS, MLP, gated
 from jtune.sharding import divides, gather, named, spec
 
+SMALL = 2**16  # elements of one layer
+
 
 class Load(NamedTuple):
     """How tokens were spread over the experts; sums over tokens, and over layers."""
@@ -229,7 +231,13 @@ def _specs(path: Any, leaf: Any, *, config: DecoderConfig, mesh: Mesh) -> Any:
         return spec(("experts", axes[1]), leaf.shape, mesh)
     if not is_kernel(leaf):
         return spec(("experts", *axes), leaf.shape, mesh)
-    return jax.tree.map(lambda x, names: spec(names, x.shape, mesh), leaf, leaf.lies(("experts", *axes)))
+
+    def of(x: Any, names: tuple[str | None, ...]) -> P:
+        # What is small comes whole: it is not worth a collective of its own.
+        names = tuple(name if name in ("experts", wide) else None for name in names) if x.size < SMALL else names
+        return spec(names, x.shape, mesh)
+
+    return jax.tree.map(of, leaf, leaf.lies(("experts", *axes)))
 
 
 def _cast(kernel: Any, dtype: Any) -> Any:

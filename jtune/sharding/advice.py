@@ -25,6 +25,7 @@ from jtune.sharding.shapes import Shapes, abstract_mesh, batch_shapes, bytes_by_
 from jtune.sharding.topology import link_speed
 from jtune.train.flops import peak_flops
 from jtune.train.loss import CHUNK_ELEMENTS
+from jtune.tuning.quantize import Quantized
 
 # A microbatch with fewer tokens on a device leaves its matrix units waiting.
 SMALL_MICROBATCH = 512
@@ -159,13 +160,17 @@ def estimate(shapes: Shapes, rows: Rows) -> dict[str, int]:
     if any(mesh.shape[axis] > 1 for axis in ZERO_AXES):
         layer = sum(x.size for x in jax.tree.leaves(shapes.params["layers"])) // decoder.num_hidden_layers
         gathered = (2 * layer + decoder.vocab_size * d) * size // split
+    # Kernels that are kept in few bits are computed for the layer at work.
+    is_quantized = lambda x: isinstance(x, Quantized)
+    computed = [x.size for x in jax.tree.leaves(shapes.params["layers"], is_leaf=is_quantized) if is_quantized(x)]
+    kernels = sum(computed) // decoder.num_hidden_layers * size // split
     chunk = min(CHUNK_ELEMENTS, int(tokens * rows.label_share) * decoder.vocab_size) * (8 + size) // split
-    temporaries = saved + gradients + max(scores, inside, chunk) + gathered
+    temporaries = saved + gradients + max(scores, inside, chunk) + gathered + kernels
     return {
         "arguments": kept,
         "temporaries": temporaries,
         "peak": kept + temporaries,
-        "floor": kept + saved_activations(decoder, "full", tokens, rows.seq, size),
+        "floor": kept + kernels + saved_activations(decoder, "full", tokens, rows.seq, size),
     }
 
 

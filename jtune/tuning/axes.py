@@ -8,11 +8,14 @@ import jax
 from jtune.models import DecoderConfig, logical_axes
 from jtune.tuning.nodes import Axes, is_node
 
+# Adapter stacks of fewer elements cost more to gather than to keep whole.
+SMALL_ADAPTER = 2**16
+
 
 def prepared_axes(params: Any, decoder: DecoderConfig) -> Any:
     """The logical axes of a prepared tree's leaves: those of the decoder, and of a node's, what the node says."""
     of = declared_axes(decoder)
-    lies = lambda path, leaf: leaf.lies(of(path)) if is_node(leaf) else of(path)
+    lies = lambda path, leaf: leaf.lies(of(path), SMALL_ADAPTER) if is_node(leaf) else of(path)
     return jax.tree_util.tree_map_with_path(lies, params, is_leaf=is_node)
 
 

@@ -19,9 +19,6 @@ PyTree = Any
 Path = tuple[str, ...]
 Axes = tuple[str | None, ...]
 
-# Adapter stacks of fewer elements cost more to gather than to keep whole.
-SMALL_ADAPTER = 2**16
-
 
 class Node(ABC):
     """Stands in the place of a kernel `[..., in, out]`; a subclass is a frozen dataclass and a pytree.
@@ -54,17 +51,20 @@ class Node(ABC):
         """
         return {}
 
-    def lies(self, kernel: Axes) -> Any:
-        """The logical axes of every array, as a tree like the node; `kernel`: those of the kernel."""
+    def lies(self, kernel: Axes, small: int = 0) -> Any:
+        """The logical axes of every array, as a tree like the node.
+
+        Args:
+          kernel: those of the kernel.
+          small: adapters of fewer elements lie everywhere.
+        """
         declared = self.axes(kernel)
 
         def of(name: str, value: Any) -> Any:
             if name == "base" and value is not None:
-                return value.lies(kernel) if is_node(value) else kernel
-            small = lambda x: name in self.adapter and x.size < SMALL_ADAPTER
-            return jax.tree.map(
-                lambda x: (None,) * x.ndim if small(x) or name not in declared else declared[name], value
-            )
+                return value.lies(kernel, small) if is_node(value) else kernel
+            everywhere = lambda x: name not in declared or (name in self.adapter and x.size < small)
+            return jax.tree.map(lambda x: (None,) * x.ndim if everywhere(x) else declared[name], value)
 
         return map_fields(of, self)
 

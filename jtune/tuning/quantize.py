@@ -132,8 +132,8 @@ def quantize(kernel: jax.Array, form: Form) -> Quantized:
 
     4 bits: each block of 64 inputs (or of the largest power of two below that divides them) is divided by its largest
     magnitude, and each number becomes the nearest of the table. `double`: of 256 outputs (or the most that divide
-    them), the scales lie evenly between the smallest and the largest: 8 bits each, -127 ... 127. (The paper takes the
-    mean, and 8-bit floats; that halves no error here, and a mean would depend on how it is summed.) 8 bits: each output
+    them), each scale is the nearest of 255 even steps from their smallest to their largest. (The paper has 8-bit floats
+    around the mean of all: a larger error, and one that depends on the order in which devices sum.) 8 bits: each output
     is divided by its largest magnitude over the largest code.
 
     Raises:
@@ -234,13 +234,11 @@ def _in_turn(node: Quantized, x: jax.Array) -> Quantized:
     """The node; on CPUs, only when `x` is there.
 
     Layers are unrolled there, and XLA would compute the kernels of all of them before it needs any, and keep them for
-    the backward pass; barriers against that it drops. That nothing is flipped, unless `x` is no number, it cannot know.
+    the backward pass; barriers against that it drops. What is added is 0 unless `x` is no number, which it cannot know.
     """
-    flip = lambda codes, x: (codes.view(jnp.uint8) ^ (x != x).astype(jnp.uint8)).view(codes.dtype)
-    first = x.ravel()[0]
-    return dataclasses.replace(
-        node, codes=jax.lax.platform_dependent(node.codes, first, cpu=flip, default=lambda codes, _: codes)
-    )
+    wrong = lambda x: (x != x).astype(jnp.uint8)
+    added = jax.lax.platform_dependent(x.ravel()[0], cpu=wrong, default=lambda x: wrong(x) * jnp.uint8(0))
+    return dataclasses.replace(node, codes=(node.codes.view(jnp.uint8) + added).view(node.codes.dtype))
 
 
 _apply.defvjp(_apply_forward, _apply_backward)

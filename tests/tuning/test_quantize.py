@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from jax.sharding import PartitionSpec as P
 
 from jtune import tuning
 from jtune.config import FinetuningArguments, ModelArguments, load_config
@@ -59,7 +60,7 @@ FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2
 
 
 def theirs(w, table, double=False):
-    """What bitsandbytes makes of a weight `[out, in]`: blocks of 64 in the order of memory, the nearest of the table."""
+    """What bitsandbytes makes of a weight `[out, in]`: blocks of 64 in memory, the nearest of the table."""
     table = np.array(table, np.float32)
     flat = w.reshape(-1, 64)
     absmax = np.abs(flat).max(1)
@@ -125,6 +126,12 @@ def test_blocks_divide_the_inputs():
 # ------------------------------------------------------------------ products
 
 
+def moved(params):
+    """With the adapters off their start."""
+    noise = lambda x, m: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape) if m else x
+    return jax.tree.map(noise, params, tuning.adapter_mask(params))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_products_and_gradients_are_those_of_the_kernel(form):
     node, x = quantize.quantize(kernel(64, 32), form), jax.random.normal(jax.random.key(1), (3, 5, 64))
@@ -153,13 +160,9 @@ def test_an_adapter_on_a_quantised_base(form):
     base = quantize.apply(weights(), Form("nf4", True))
     params = lora.add(base, "all", rank=3, form=form)
     np.testing.assert_allclose(logits(params), logits(base), atol=1e-5)
-    moved = jax.tree.map(
-        lambda x, m: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape) if m else x,
-        params,
-        tuning.adapter_mask(params),
-    )
-    np.testing.assert_allclose(logits(lora.merge(moved)), logits(moved), atol=2e-5)
-    plain, adapters = lora.split(moved)
+    trained = moved(params)
+    np.testing.assert_allclose(logits(lora.merge(trained)), logits(trained), atol=2e-5)
+    plain, adapters = lora.split(trained)
     jax.tree.map(np.testing.assert_array_equal, plain, base)
     assert len(jax.tree.leaves(adapters)) == 7 * (3 if form == "dora" else 2)
 
@@ -191,7 +194,7 @@ def gradient(config, mesh, module, params):
 def test_sharded_equals_one_device(config, sizes, form):
     base = quantize.apply(weights(config), form)
     targets = "all" if config is DENSE else "q_proj,gate_proj,down_proj"
-    params = jax.tree.map(lambda x: x + 0.01 if x.dtype == jnp.float32 else x, lora.add(base, targets, rank=4))
+    params = moved(lora.add(base, targets, rank=4))
     found = []
     several = jax.devices()[: np.prod([*sizes.values()])]
     for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(devices=several, **sizes)):
@@ -253,7 +256,7 @@ def test_what_is_quantised_while_it_is_read_is_what_is_quantised_later(form, siz
     found = hf.load_params(folder, decoder, form=form, shardings=places)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     node = found["layers"]["mlp"]["up_proj"]["kernel"]
-    assert node.codes.sharding.spec == (None, "fsdp", "tensor")
+    assert node.codes.sharding.spec == P(None, "fsdp", "tensor")
     assert node.codes.addressable_shards[0].data.size * 8 == node.codes.size
 
 
@@ -266,10 +269,13 @@ def parts(tmp_path_factory):
     return small.write_model(folder / "model"), small.write_data(folder / "data")
 
 
+EIGHT = {"mesh_fsdp": -1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+
+
 def train(folder, parts, **changes):
     from jtune.train.run import run
 
-    case = small.case(folder, *parts, finetuning_type="lora", lora_rank=4, learning_rate=1e-2, **changes)
+    case = small.case(folder, *parts, finetuning_type="lora", lora_rank=4, learning_rate=1e-2, **EIGHT | changes)
     run(load_config([str(case)]))
     return folder / "out"
 
@@ -321,7 +327,9 @@ def test_asking_a_quantised_model(parts, tmp_path):
     loaded = load.load(load_config([case, "quantization_bit=4"], command="chat"))
     whole = load.load(load_config([case, "quantization_bit=null"], command="chat"))
     node = loaded.params["layers"]["mlp"]["up_proj"]["kernel"]
-    assert out.exists() and node.base.kind == "nf4" and node.base.spread.dtype == jnp.float32
+    assert out.exists()
+    assert node.base.kind == "nf4"
+    assert node.base.spread.dtype == jnp.float32
     both = [np.asarray(x.model.apply({"params": x.params}, IDS)) for x in (loaded, whole)]
     assert 1e-4 < np.abs(both[0] - both[1]).max() < 0.5
 
