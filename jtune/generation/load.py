@@ -17,7 +17,6 @@ from jtune.models import CausalLM, attention
 from jtune.models.families import decoder_config
 from jtune.sharding import check_experts
 from jtune.train import build
-from jtune.tuning import quantize
 from jtune.tuning.prepare import in_dtypes
 
 log = logging.getLogger("jtune")
@@ -57,7 +56,6 @@ def load(config: Config) -> Loaded:
         params = tuning.lora.merge(params) if i else params
         params, _ = peft.load_adapter(params, decoder, path, subfolder=args.adapter_folder, **args.hub)
     params = in_dtypes(params, jax.tree.map(lambda _: False, params), dtype, dtype)
-    params = quantize.placed(params, decoder, mesh)
     params = jax.device_put(params, build.placement(params, decoder, mesh))
     backend, _ = attention.choose(args.flash_attn, mesh.devices.flat[0].platform, decoder)
     return Loaded(CausalLM(decoder, dtype=dtype, attention=backend, mesh=mesh), params, tokenizer, folder)

@@ -241,8 +241,9 @@ def _read_quantized(
     """A stack of kernels as a node, which grows by some layers at a time: only they are there as they are stored.
 
     Args:
-      shardings: of the node's arrays, as a node; a kernel's is that of its codes.
+      shardings: of the node's arrays, as a node; the first is that of the kernel, too.
     """
+    of_kernel = jax.tree.leaves(shardings)[0]
     dtype = _dtype(stored, parts) if dtype is None else dtype
     by_index = {part.index: part for part in parts}
     step = max(1, PIECE_BYTES * shape[0] // (math.prod(shape) * jnp.dtype(dtype).itemsize))
@@ -252,7 +253,7 @@ def _read_quantized(
     whole = jax.tree.map(zeros, like, shardings)
     for first in range(0, shape[0], step):
         stop = min(first + step, shape[0])
-        piece = make(_read_piece(stored, by_index, shape, shardings.codes, dtype, 0, first, stop))
+        piece = make(_read_piece(stored, by_index, shape, of_kernel, dtype, 0, first, stop))
         at = np.int32(first)
         grown = [
             _put(where, 0)(x, part, at) for x, part, where in zip(*map(jax.tree.leaves, (whole, piece, shardings)))

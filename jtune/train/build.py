@@ -111,7 +111,7 @@ def load_model(
         log.info("drawing random weights (train_from_scratch)")
         draw = lambda key: quantize.apply(init_params(decoder, key, jnp.float32), form)
         shardings = placement(jax.eval_shape(draw, jax.random.key(seed)), decoder, mesh)
-        params = jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
+        params = quantize.placed(jax.jit(draw, out_shardings=shardings)(jax.random.key(seed)), decoder, mesh)
     else:
         params = read_base(folder, args, decoder, mesh)
     read_adapter = partial(peft.load_adapter, subfolder=args.adapter_folder, **args.hub)
@@ -124,7 +124,6 @@ def load_model(
         key=jax.random.key(seed),
         frozen_dtype=dtype,
     )
-    params = quantize.placed(params, decoder, mesh)
     params = jax.tree.map(spread.put, params, placement(params, decoder, mesh))
     backend, why = attention.choose(args.flash_attn, mesh.devices.flat[0].platform, decoder)
     log.info("attention: %s (%s)", backend, why)
@@ -142,7 +141,8 @@ def read_base(folder: Path, args: ModelArguments, decoder: DecoderConfig, mesh: 
     form = form_of(args)
     log.info("reading weights of %s%s", args.model_name_or_path, f", kept in {form}" if form else "")
     like = jax.eval_shape(partial(quantize.apply, form=form), abstract_params(decoder))
-    return hf.load_params(folder, decoder, shardings=placement(like, decoder, mesh), form=form)
+    params = hf.load_params(folder, decoder, shardings=placement(like, decoder, mesh), form=form)
+    return quantize.placed(params, decoder, mesh)
 
 
 def asked_remat(training: TrainingArguments, model: ModelArguments) -> str:

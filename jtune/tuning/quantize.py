@@ -87,7 +87,10 @@ class Quantized(Node):
     place: tuple[Mesh, Axes] | None = None
 
     def project(self, x: jax.Array, rng: jax.Array | None, group_sizes: jax.Array | None) -> jax.Array:
-        return _apply(x, self, group_sizes)
+        # Inside `jax.shard_map`, where `x` may be the same on devices that have different parts of the kernel: then its
+        # gradient is a sum over them, which this says.
+        apart = tuple(_varying(self.codes) - _varying(x))
+        return _apply(jax.lax.pcast(x, apart, to="varying") if apart else x, self, group_sizes)
 
     def merged(self, dtype: Any = None) -> jax.Array:
         return _dequantized(self, jnp.dtype(dtype or self.stored))
@@ -176,6 +179,8 @@ def dequantize(node: Quantized, dtype: Any) -> jax.Array:
       ConfigError: the codes are split over devices where their scales cannot be.
     """
     *lead, inputs, outputs = node.shape
+    if node.kind in WIDE:  # however the inputs are split, the scale is that of all
+        return (node.codes.astype(jnp.float32) * node.absmax).astype(dtype)
     expected = (*lead, inputs // node.block, outputs)
     if node.absmax.shape != expected or (node.group and node.spread.shape[-1] * node.group != outputs):
         raise ConfigError(
@@ -186,13 +191,15 @@ def dequantize(node: Quantized, dtype: Any) -> jax.Array:
     if node.group:
         groups = absmax.astype(jnp.float32).reshape(*lead, -1, outputs // node.group, node.group)
         absmax = (groups * node.spread[..., None] + node.centre[..., None]).reshape(expected)
-    if node.kind in WIDE:
-        blocks = node.codes.astype(jnp.float32).reshape(*lead, -1, node.block, outputs)
-        return (blocks * absmax[..., None, :]).astype(dtype).reshape(node.shape)
     packed = node.codes.astype(jnp.int32).reshape(*lead, -1, 1, node.block // 2, outputs)
     codes = packed >> jnp.array([0, 4], jnp.int32)[:, None, None]
     values = _look_up(TABLES[node.kind], codes, 3) * absmax[..., None, None, :]
     return values.astype(dtype).reshape(node.shape)
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    """Inside `jax.shard_map`: the mesh axes along which devices may have different parts of it."""
+    return jax.typeof(x).manual_axis_type.varying
 
 
 def _look_up(table: Sequence[float], codes: jax.Array, bit: int) -> Any:
