@@ -170,7 +170,7 @@ def estimate(shapes: Shapes, rows: Rows) -> dict[str, int]:
         "arguments": kept,
         "temporaries": temporaries,
         "peak": kept + temporaries,
-        "floor": kept + kernels + saved_activations(decoder, "full", tokens, rows.seq, size),
+        "floor": kept + saved_activations(decoder, "full", tokens, rows.seq, size),
     }
 
 

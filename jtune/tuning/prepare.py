@@ -121,7 +121,7 @@ def whole_modules(params: PyTree, mask: PyTree, names: Sequence[str]) -> PyTree:
             )
         if hit and is_node(leaf):
             raise ConfigError(
-                f"additional_target: {hit[0]!r} is kept as {leaf.describe()}, which cannot train: name it in lora_target"
+                f"additional_target: {hit[0]!r} is kept as {leaf.describe()}, which cannot train: put it in lora_target"
             )
         return True if hit else trains
 
