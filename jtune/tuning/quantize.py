@@ -93,7 +93,7 @@ class Quantized(Node):
         return _apply(jax.lax.pcast(x, apart, to="varying") if apart else x, self, group_sizes)
 
     def merged(self, dtype: Any = None) -> jax.Array:
-        return _dequantized(self, jnp.dtype(dtype or self.stored))
+        return dequantize(self, jnp.dtype(dtype or self.stored))
 
     def plain(self) -> jax.Array:
         return self.merged()
@@ -130,6 +130,7 @@ class Quantized(Node):
 # ---------------------------------------------------------------------- numbers
 
 
+@partial(jax.jit, static_argnums=1)
 def quantize(kernel: jax.Array, form: Form) -> Quantized:
     """The node of a kernel `[..., in, out]`.
 
@@ -172,8 +173,10 @@ def quantize(kernel: jax.Array, form: Form) -> Quantized:
     return make(packed, jnp.round(steps).astype(jnp.int8).reshape(absmax.shape), spread, centre)
 
 
+@partial(jax.jit, static_argnums=1)
 def dequantize(node: Quantized, dtype: Any) -> jax.Array:
-    """The kernel that a node stands for: elementwise from its codes, so that it is computed where it is read.
+    """The kernel that a node stands for: elementwise from its codes, so that it is computed where it is read, and in one
+    program, so that no copy in float32 or int32 is on the way.
 
     Raises:
       ConfigError: the codes are split over devices where their scales cannot be.
@@ -212,9 +215,6 @@ def _look_up(table: Sequence[float], codes: jax.Array, bit: int) -> Any:
         return _look_up(table, codes, bit - 1)
     low, high = _look_up(table[:half], codes, bit - 1), _look_up(table[half:], codes, bit - 1)
     return jnp.where((codes & half) != 0, high, low)
-
-
-_dequantized = jax.jit(dequantize, static_argnums=1)  # one program: no copy in float32 or int32 on the way
 
 
 # ---------------------------------------------------------------------- the product
@@ -276,12 +276,9 @@ def apply(params: PyTree, form: Form | None) -> PyTree:
 
     def one(path: Any, leaf: Any) -> Any:
         keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        return _quantized(leaf, form) if chosen(keys) and not is_node(leaf) else leaf
+        return quantize(leaf, form) if chosen(keys) and not is_node(leaf) else leaf
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_node)
-
-
-_quantized = jax.jit(quantize, static_argnums=1)
 
 
 def placed(params: PyTree, decoder: DecoderConfig, mesh: Mesh | None) -> PyTree:

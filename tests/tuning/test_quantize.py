@@ -304,12 +304,8 @@ def losses(folder):
 def test_the_adapter_of_a_quantised_base_is_one_for_any(parts, trained):
     """For the base as it is stored, by PEFT and by us; and for the quantised one, where it was trained."""
     case = str(trained.parent / "case.yaml")
-    asked = {
-        bit: load.load(
-            load_config([case, f"quantization_bit={bit}", f"adapter_name_or_path={trained}"], command="chat")
-        )
-        for bit in ("4", "null")
-    }
+    words = [case, f"adapter_name_or_path={trained}"]
+    asked = {bit: load.load(load_config([*words, f"quantization_bit={bit}"], command="chat")) for bit in ("4", "null")}
     node = asked["4"].params["layers"]["mlp"]["up_proj"]["kernel"]
     assert (node.base.kind, node.base.spread.dtype) == ("nf4", jnp.float32)
     found = {bit: np.asarray(x.model.apply({"params": x.params}, IDS)) for bit, x in asked.items()}
@@ -354,9 +350,7 @@ def test_what_is_shown(capsys):
     show(params, mask)
     assert "layers.self_attn.q_proj.kernel.base.codes" in capsys.readouterr().out
     whole = FinetuningArguments(finetuning_type="lora", lora_target=("q_proj",), additional_target=("up_proj",))
-    with pytest.raises(
-        ConfigError, match=r"'up_proj' is kept as nf4 in blocks of 64, which cannot train: name it in lora_target"
-    ):
+    with pytest.raises(ConfigError, match="'up_proj' is kept as nf4 in blocks of 64, which cannot train"):
         prepared(args=whole, frozen_dtype=jnp.dtype(jnp.bfloat16))
 
 
