@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
-from small import case, curve, state, train, write_data, write_model
+from small import case, curve, rows, state, train, write_data, write_model
 
 from jtune.cli.main import main
 from jtune.train.ledger import KINDS
@@ -115,13 +115,16 @@ def test_packed_runs_have_one_shape(changes, parts, tmp_path, capsys):
 
 
 def test_the_best_model_is_what_is_written_and_early_stopping_stops(parts, tmp_path):
+    # Answers that training never sees: once it has learned which letters dates have, every update makes them worse.
+    others = [row | {"output": "???????"} for row in rows(12)]
     path = case(
-        tmp_path, *parts, eval_steps=2, save_steps=2, learning_rate=20.0, lr_scheduler_type="constant",
-        load_best_model_at_end=True, early_stopping_steps=2, save_total_limit=1, warmup_ratio=0, **EIGHT,
+        tmp_path, parts[0], write_data(tmp_path / "data", others=others), eval_dataset="others", val_size=None,
+        eval_steps=2, save_steps=2, learning_rate=0.02, lr_scheduler_type="constant", warmup_ratio=0, max_steps=24,
+        load_best_model_at_end=True, early_stopping_steps=2, save_total_limit=1, **EIGHT,
     )  # fmt: skip
     assert run(path) == 0
     found = state(tmp_path / "out")
-    assert found["global_step"] < 12
+    assert found["global_step"] < 24
     losses = {r["step"]: r["eval_loss"] for r in found["log_history"] if "eval_loss" in r}
     assert found["best_global_step"] == min(losses, key=losses.get)
     assert found["best_metric"] == min(losses.values())

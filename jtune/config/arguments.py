@@ -66,6 +66,16 @@ class ModelArguments:
     model_revision: str = arg("main", "branch, tag or commit on the hub")
     hf_hub_token: str | None = arg(None, "token for gated models; better: the HF_TOKEN variable", secret=True)
     split_special_tokens: bool = arg(False, "treat special tokens as text, in templates too")
+    resize_vocab: bool = arg(False, "give embeddings and head rows for tokens that the model has none for")
+    add_tokens: Names = arg((), "tokens added to the tokenizer, a list; with rows for them, as with resize_vocab")
+    add_special_tokens: Names = arg((), "the same, for special tokens: left out when an answer is shown")
+    new_special_tokens_config: str | None = arg(
+        None, "a YAML file, token: description, in the place of add_special_tokens"
+    )
+    init_special_tokens: Literal["noise_init", "desc_init", "desc_init_w_noise"] = arg(
+        "noise_init",
+        "new rows: mean of the others and noise; mean of the description's tokens; the same and noise",
+    )
     train_from_scratch: bool = arg(False, "random weights in the shape of the model's config.json")
     flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3"] = arg(
         "auto", "auto: the best attention kernel of the platform; disabled: plain XLA"
@@ -142,6 +152,10 @@ class FinetuningArguments:
     freeze_trainable_layers: int = arg(2, "freeze: how many layers train, the last ones; negative: the first ones")
     freeze_trainable_modules: Names = arg(("all",), "freeze: which modules of these layers, a list, or all")
     freeze_extra_modules: Names = arg((), "freeze: modules outside the layers that train too, a list")
+    use_llama_pro: bool = arg(
+        False,
+        "LLaMA Pro: of an expanded model, only the freeze_trainable_layers that were added train, or get adapters",
+    )
     additional_target: Names = arg((), "lora: modules that train whole and are saved with the adapter, a list")
     lora_rank: int = arg(8, "rank of the adapters", at_least(1))
     lora_alpha: int | None = arg(None, "adapters are scaled by alpha / rank; default: twice the rank", at_least(0))

@@ -62,6 +62,12 @@ def check(
     if command in TRAINING and values.get("use_asft_loss") and other and not is_inert("ref_model", other.value):
         message = "ref_model: the reference of use_asft_loss is the model as it is at the start: leave ref_model out"
         faults.append(Fault(other.origin, message))
+    if values.get("new_special_tokens_config") and values.get("add_special_tokens"):
+        where = given["add_special_tokens"].origin
+        notes.append(f"{where}: add_special_tokens is ignored: new_special_tokens_config names the special tokens")
+    if values.get("init_special_tokens", "noise_init") != "noise_init" and not values.get("new_special_tokens_config"):
+        where, name = given["init_special_tokens"].origin, values["init_special_tokens"]
+        notes.append(f"{where}: init_special_tokens: {name} needs new_special_tokens_config: it is noise_init")
     if values.get("streaming") and values.get("preprocessing_num_workers"):
         where = given["preprocessing_num_workers"].origin
         notes.append(f"{where}: preprocessing_num_workers is for eval_dataset only: a stream is encoded in a thread")
@@ -190,6 +196,17 @@ def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
         yield ("pissa_init", "adapter_name_or_path"), message
     if v.quantization_bit is not None:
         yield from _quantized(v, command)
+    if v.use_llama_pro:
+        if v.finetuning_type == "full":
+            message = "use_llama_pro is only valid for finetuning_type: freeze or lora, not full"
+            yield ("use_llama_pro", "finetuning_type"), message
+        if v.freeze_trainable_layers < 1:
+            message = f"freeze_trainable_layers must be above 0 with use_llama_pro, not {v.freeze_trainable_layers}"
+            yield ("freeze_trainable_layers", "use_llama_pro"), message + ": the number of layers that were added"
+    adds_rows = v.resize_vocab or v.add_tokens or v.add_special_tokens or v.new_special_tokens_config
+    if adds_rows and v.finetuning_type == "lora" and "lm_head" in v.lora_target and not v.additional_target:
+        message = "lora_target: lm_head gets new rows (resize_vocab), which train whole: leave it out"
+        yield ("lora_target", "resize_vocab"), f"{message}, or say in additional_target what trains whole"
     if command in TRAINING and command != "data" and v.stage not in ("pt", "sft"):
         message = f"stage: {v.stage}: preference training is not built yet; jtune trains stages pt and sft"
         yield ("stage",), message
@@ -292,6 +309,9 @@ def _losses(v: SimpleNamespace) -> Iterator[Rule]:
         if name in losses and v.stage != "sft":
             message = f"{name} is only for stage sft, not {v.stage}: leave it out (LLaMA-Factory, too, trains without)"
             yield (name, "stage"), message
+    if v.use_asft_loss and v.pissa_init and v.finetuning_type == "lora":
+        message = "use_asft_loss: with pissa_init, the model of the start would be put together anew in each update: "
+        yield ("use_asft_loss", "pissa_init"), message + "leave pissa_init out"
     for name in ("label_smoothing_factor", "neftune_noise_alpha"):
         if getattr(v, name) and v.stage not in ("pt", "sft"):
             yield (name, "stage"), f"{name} is only for stages pt and sft, not {v.stage}: leave it out"

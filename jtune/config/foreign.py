@@ -116,11 +116,6 @@ GROUPS: tuple[Group, ...] = (
     # ---------------------------------------------------------------- model
     _refused("code of model repositories is never run: leave it out; tokenizers load without", trust_remote_code=False),
     _refused("set rope_scaling (rope_parameters) in the model's config.json", rope_scaling=None),
-    _refused(
-        "the vocabulary cannot be changed yet: use tokens that the tokenizer has",
-        resize_vocab=False, add_tokens=None, add_special_tokens=None, new_special_tokens_config=None,
-    ),
-    _ignored("it belongs to add_special_tokens", init_special_tokens="noise_init"),
     _refused_in_training(
         "it stands in for attention over long rows, and here that is exact, its scores never held whole: leave it out; "
         "rows too long for one device are split by mesh_context",
@@ -180,7 +175,6 @@ GROUPS: tuple[Group, ...] = (
     # ---------------------------------------------------------------- adapters and optimizers
     _ignored("with pissa_init, what is written is a plain LoRA adapter anyway", pissa_convert=False),
     _ignored("it belongs to OFT", module_dropout=0.0, oft_rank=0, oft_block_size=32, oft_target="all"),
-    _refused_in_training("added layers are not built: finetuning_type: freeze", use_llama_pro=False),
     _refused_in_training(
         "training one block of layers at a time is not built: finetuning_type: freeze trains some layers all the time, "
         "and use_galore or optim: adafactor keep little of all",

@@ -147,5 +147,5 @@ def check_id(highest: int, vocab_size: int) -> None:
         raise DataError(
             f"token id {highest} is outside the model's vocabulary of {vocab_size}: the tokenizer has more tokens than "
             "the model. Is it the model's tokenizer, and `template` the model's template (another one's special tokens "
-            "are added to the vocabulary)?"
+            "are added to the vocabulary)? If so: resize_vocab: true gives the model rows for them"
         )

@@ -22,7 +22,7 @@ from jtune.data.pipeline import Splits, load_datasets
 from jtune.data.report import EXAMPLES, SetReport, add
 from jtune.data.stream import Stream, one_pass
 from jtune.data.templates import Template, template_of
-from jtune.data.tokenizer import load_tokenizer
+from jtune.data.tokenizer import add_model_tokens, load_tokenizer
 from jtune.data.updates import plan_updates
 from jtune.errors import DataError
 
@@ -127,6 +127,7 @@ def encode_sets(
     """The template of `config` and its sets, encoded; without `train` not that to train on."""
     data, model = config.data, config.model
     tokenizer = load_tokenizer(model.model_name_or_path, split_special_tokens=model.split_special_tokens, **model.hub)
+    add_model_tokens(tokenizer, model)
     template = template_of(data, tokenizer)
     return template, load_datasets(
         data,

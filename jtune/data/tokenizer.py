@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jtune.errors import DataError
+import yaml
+
+from jtune.errors import ConfigError, DataError
 
 log = logging.getLogger("jtune")
 
@@ -62,6 +64,54 @@ def fix_special_tokens(tokenizer: Any, stop_words: Sequence[str] = (), *, replac
         log.warning(
             "tokens that the tokenizer did not have: %s. Is it the template of this model?", ", ".join(map(str, added))
         )
+
+
+def ids_of(tokenizer: Any) -> frozenset[int]:
+    """Every id that it may give."""
+    return frozenset(tokenizer.get_vocab().values())
+
+
+def add_tokens(tokenizer: Any, plain: Sequence[str] = (), special: Sequence[str] = ()) -> list[str]:
+    """Append tokens to the vocabulary of `tokenizer`, in place; those that it has are not added again.
+
+    Returns:
+      Those that it did not have.
+    """
+    before = tokenizer.get_vocab()
+    tokenizer.add_tokens(list(plain), special_tokens=False)
+    tokenizer.add_tokens(list(special), special_tokens=True)
+    return [token for token in dict.fromkeys((*plain, *special)) if token not in before]
+
+
+def add_model_tokens(tokenizer: Any, args: Any) -> tuple[list[str], dict[str, str]]:
+    """`add_tokens` as the arguments of a run ask for it; what was added, and what was said of the special ones.
+
+    Args:
+      args: with LLaMA-Factory's names (jtune.config.ModelArguments).
+    """
+    descriptions = read_descriptions(args.new_special_tokens_config) if args.new_special_tokens_config else {}
+    return add_tokens(tokenizer, args.add_tokens, tuple(descriptions) or args.add_special_tokens), descriptions
+
+
+def read_descriptions(path: str) -> dict[str, str]:
+    """The content of a `new_special_tokens_config`: special tokens, and a text that says what each means.
+
+    Raises:
+      ConfigError: there is no such file, or it is not `token: description`.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        raise ConfigError(f"new_special_tokens_config: {path} cannot be read: {reason}") from error
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(f"new_special_tokens_config: {path} must hold lines of `token: description`")
+    for token, text in content.items():
+        if not isinstance(token, str) or not isinstance(text, str):
+            raise ConfigError(
+                f"new_special_tokens_config: {path}: {token!r}: {text!r} is not text: write both in quotes"
+            )
+    return content
 
 
 def _unreadable(path: str, error: Exception) -> str:

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 
 from jtune import tuning
 from jtune.config import Config, ModelArguments
-from jtune.data import load_tokenizer
 from jtune.errors import ConfigError
-from jtune.interop import hf, peft
+from jtune.interop import hf, peft, vocabulary
 from jtune.models import CausalLM, attention
 from jtune.models.families import decoder_config
 from jtune.sharding import check_experts
@@ -43,14 +42,14 @@ def load(config: Config) -> Loaded:
     mesh = build.mesh_of(config.training)
     folder = build.fetch_model(args)
     source = hf.read_config(folder)
-    decoder = decoder_config(source)
+    settled = vocabulary.settle(replace(config, model=args), folder, decoder_config(source))
+    decoder, tokenizer = settled.decoder, settled.tokenizer
     check_experts(mesh, decoder.num_experts)
-    tokenizer = load_tokenizer(str(folder), split_special_tokens=args.split_special_tokens)
     if args.infer_dtype == "auto":
         dtype = build.compute_dtype(config.training, config.finetuning.pure_bf16, hf.stored_dtype(source))
     else:
         dtype = jnp.dtype(args.infer_dtype)
-    params = build.read_base(folder, args, decoder, mesh)
+    params = build.read_base(folder, args, decoder, settled.change, mesh, seed=config.training.seed)
     for i, path in enumerate(args.adapter_name_or_path):
         log.info("adapter %s", path)
         params = tuning.lora.merge(params) if i else params

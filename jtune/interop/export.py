@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtune.config import Config
-from jtune.data import get_template, load_tokenizer
+from jtune.data import get_template
 from jtune.errors import ConfigError
-from jtune.interop import hf, peft
+from jtune.interop import hf, peft, vocabulary
 from jtune.models import CausalLM, DecoderConfig, abstract_params, logical_axes
 from jtune.models.families import decoder_config
 from jtune.sharding import make_mesh, tree_shardings
@@ -41,14 +41,15 @@ def run(config: Config) -> Path:
     if out.resolve() == base.resolve():
         raise ConfigError(f"export_dir: {out} is the folder of the base itself: give another one")
     source = hf.read_config(base)
-    decoder = decoder_config(source)
-    tokenizer = load_tokenizer(str(base), split_special_tokens=args.split_special_tokens)
+    settled = vocabulary.settle(config, base, decoder_config(source))
+    decoder, tokenizer, source = settled.decoder, settled.tokenizer, settled.source(source)
     if config.data.template is not None:
         get_template(config.data.template, tokenizer)  # gives the tokenizer the template's eos and pad tokens
 
     log.info("reading weights of %s", args.model_name_or_path)
-    shardings = tree_shardings(logical_axes(decoder), abstract_params(decoder), make_mesh())
-    params: Any = hf.load_params(base, decoder, shardings=shardings)
+    mesh = make_mesh()
+    shardings = tree_shardings(logical_axes(decoder), abstract_params(decoder), mesh)
+    params = vocabulary.load_params(base, decoder, settled.change, mesh, seed=config.training.seed)
     dtype = hf.stored_dtype(source) if args.infer_dtype == "auto" else jnp.dtype(args.infer_dtype)
     for path in args.adapter_name_or_path:
         log.info("reading adapter %s", path)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jtune.interop import hf, peft
+from jtune.interop import hf, peft, vocabulary
 from jtune.models import CausalLM
 from jtune.models.families import decoder_config
 
@@ -16,7 +16,8 @@ def load_model(path: str, adapter: str | None = None, dtype: str = "float32") ->
 
     Args:
       path: a folder, or a hub id.
-      adapter: a folder, or a hub id; its kernels are `jtune.lora.LoRA` nodes in `params`.
+      adapter: a folder, or a hub id; its kernels are `jtune.lora.LoRA` nodes in `params`. One that was trained with
+        another vocabulary brings its rows along.
       dtype: of the parameters and of the computation.
 
     Returns:
@@ -30,6 +31,7 @@ def load_model(path: str, adapter: str | None = None, dtype: str = "float32") ->
     config = decoder_config(hf.read_config(folder))
     params = hf.load_params(folder, config, dtype=jnp.dtype(dtype))
     if adapter is not None:
+        config, params = vocabulary.as_adapter(params, config, hf.fetch(adapter))
         params, _ = peft.load_adapter(params, config, adapter)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     return CausalLM(config, dtype=jnp.dtype(dtype)), params

@@ -7,8 +7,8 @@ module, are read as well.
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,11 +28,13 @@ from jtune.models.families.base import Names
 from jtune.models.names import located, module_name, tensors
 from jtune.sharding import hosts, replicated, spread
 from jtune.tuning import is_node, kernels
+from jtune.tuning.freeze import cut_layers
 from jtune.tuning.lora import DoRA, LoRA, PiSSA
-from jtune.tuning.nodes import is_adapter, map_fields
+from jtune.tuning.nodes import in_float32, is_adapter, map_fields
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+EMBEDDINGS = ("embed_tokens", "lm_head")
 PyTree = Any
 Keys = tuple[str, ...]
 
@@ -44,7 +46,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False,),
     "layer_replication": (None,),
     "alora_invocation_tokens": (None,),
-    "trainable_token_indices": (None,),
     "use_bdlora": (None, False),
     "arrow_config": (None,),
     "kasa_config": (None,),
@@ -118,9 +119,15 @@ def load_adapter(
       DataError: it is no LoRA adapter, is not for this model, or uses what jtune does not honour, by name.
     """
     adapter = _open(hf.fetch(path, **hub) / (subfolder or ""))
+    if selective(adapter.options):
+        params = cut_layers(params, [*_borders(adapter, params, config)])
 
     def place(keys: Keys, leaf: Any, layers: range) -> Any:
-        leaf = leaf if is_node(leaf) else _read_whole(adapter, keys, leaf, config, layers)
+        kernel = jax.tree.leaves(leaf)[0]  # under the nodes
+        whole = _read_whole(adapter, keys, kernel, config, layers)
+        leaf = leaf if whole is kernel else whole
+        if keys[0] in EMBEDDINGS and keys[-1] != "bias":
+            leaf = _read_tokens(adapter, keys, leaf, config)
         pair = _read_pair(adapter, keys, config, layers) if keys[-1] == "kernel" else None
         if pair is None:
             return leaf
@@ -143,7 +150,34 @@ def load_adapter(
     if left:
         shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
         raise DataError(f"{adapter.folder / WEIGHTS}: {shown} have no place in this model ({config.family})")
-    return loaded, tuple(adapter.options.get("modules_to_save") or ())
+    return loaded, (*(adapter.options.get("modules_to_save") or ()), *_token_modules(adapter.options))
+
+
+def selective(options: Mapping[str, Any]) -> bool:
+    """Whether an adapter_config.json says which layers are adapted, by their numbers: the others are not."""
+    layers, targets = options.get("layers_to_transform"), options.get("target_modules") or ()
+    names = [*([targets] if isinstance(targets, str) else targets), *(options.get("target_parameters") or ())]
+    numbered = isinstance(targets, str) or any(re.search(r"\.\d+\.", name) for name in names)
+    return bool(layers or layers == 0 or options.get("exclude_modules") or numbered)
+
+
+def _borders(adapter: Adapter, params: PyTree, config: DecoderConfig) -> set[int]:
+    """The layers at which it changes what the adapter holds something for."""
+    found: set[int] = set()
+    for keys, _, layers in located(params):
+        if not layers or keys[-1] != "kernel":
+            continue
+        has = [any(f"{name}.lora_A.weight" in adapter.stored for name in _lora_names(keys, config, i)) for i in layers]
+        found |= {layers.start + i for i in range(1, len(has)) if has[i] != has[i - 1]}
+    return found
+
+
+def _lora_names(keys: Keys, config: DecoderConfig, layer: int) -> list[str]:
+    """What the adapter of a kernel in a layer may be called."""
+    if "experts" not in keys:
+        return _module_names(keys, config, layer)
+    block = module_name(keys[: keys.index("experts")], module_names(config), layer=layer) + ".experts"
+    return [*_module_names(keys, config, layer, 0), f"{block}.base_layer", block]
 
 
 def _beside(leaf: jax.Array, x: np.ndarray) -> jax.Array:
@@ -183,9 +217,10 @@ def _open(folder: Path) -> Adapter:
 def _read_whole(adapter: Adapter, keys: Keys, leaf: jax.Array, config: DecoderConfig, layers: range) -> jax.Array:
     """The leaf as the adapter holds it, if it does: modules saved whole, and the base of an adapted head."""
     parts = list(tensors(keys, config, layers))
-    if keys[0] == "lm_head":
-        based = [part._replace(name=part.name.replace(".weight", ".base_layer.weight")) for part in parts]
-        parts = based if all(part.name in adapter.stored for part in based) else parts
+    if keys[0] in EMBEDDINGS:
+        for base in (".base_layer.weight", ".token_adapter.base_layer.weight"):
+            based = [part._replace(name=part.name.replace(".weight", base)) for part in parts]
+            parts = based if all(part.name in adapter.stored for part in based) else parts
     if not all(part.name in adapter.stored for part in parts):
         return leaf
     out = np.empty(leaf.shape, leaf.dtype)
@@ -194,13 +229,47 @@ def _read_whole(adapter: Adapter, keys: Keys, leaf: jax.Array, config: DecoderCo
         adapter.used.add(part.name)
         x = x.swapaxes(-1, -2) if part.transposed else x
         if x.shape != leaf.shape[len(part.index) :]:
+            rows = "its vocabulary was resized: set resize_vocab, with the same tokens: or " * (keys[0] in EMBEDDINGS)
             raise DataError(
-                f"{adapter.folder / WEIGHTS}: {part.name} has shape {list(x.shape)}: is it for another model?"
+                f"{adapter.folder / WEIGHTS}: {part.name} has shape {list(x.shape)}, this model's is "
+                f"{list(leaf.shape[len(part.index) :])}: {rows}is it for another model?"
             )
         out[part.index] = x
     if keys[0] == "embed_tokens" and config.tie_word_embeddings:
         adapter.used.add("lm_head.weight")  # the same, repeated
     return spread.put(out, leaf.sharding)
+
+
+def _token_modules(options: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    """PEFT's `trainable_token_indices`: of each module of which only some rows were trained, these rows."""
+    found = options.get("trainable_token_indices") or {}
+    return found if isinstance(found, dict) else {"embed_tokens": found}
+
+
+def _read_tokens(adapter: Adapter, keys: Keys, leaf: Any, config: DecoderConfig) -> Any:
+    """The leaf with those of its rows that the adapter holds alone. They are rows, not what is added to rows."""
+    [part] = tensors(keys, config, range(0))
+    stem = part.name.removesuffix(".weight")
+    name = f"{stem}.token_adapter.trainable_tokens_delta"
+    if name not in adapter.stored:
+        return leaf
+    tokens = _token_modules(adapter.options)
+    rows = next((ids for module, ids in tokens.items() if stem.endswith(module) or keys[0] == module), ())
+    values, axis = adapter.stored[name], leaf.ndim - 2 + part.transposed
+    if values.shape != (len(rows), leaf.shape[1 - axis]) or not len(rows) or max(rows) >= leaf.shape[axis]:
+        raise DataError(
+            f"{adapter.folder / WEIGHTS}: {name} has shape {list(values.shape)} for {len(rows)} tokens "
+            f"(trainable_token_indices), and the model's table {list(leaf.shape)}: is it for another model?"
+        )
+    adapter.used.add(name)
+    values = np.asarray(values.swapaxes(0, axis), leaf.dtype)
+    if keys[0] == "embed_tokens" and config.tie_word_embeddings:  # the head is said to have the same ones
+        for end in ("trainable_tokens_delta", "base_layer.weight"):
+            mine, heads = (adapter.stored.get(f"{x}.token_adapter.{end}") for x in (stem, "lm_head"))
+            if mine is not None and heads is not None and np.array_equal(mine, heads):
+                adapter.used.add(f"lm_head.token_adapter.{end}")
+    put = jax.jit(lambda x: x.at[(slice(None),) * axis + (np.array(rows),)].set(values), out_shardings=leaf.sharding)
+    return put(leaf)
 
 
 def _read_pair(adapter: Adapter, keys: Keys, config: DecoderConfig, layers: range) -> Pair | None:
@@ -281,7 +350,14 @@ def _read_experts(adapter: Adapter, keys: Keys, config: DecoderConfig, layer: in
 
 
 def save_adapter(
-    params: PyTree, mask: PyTree, config: DecoderConfig, folder: str | Path, *, base: str, use_rslora: bool = False
+    params: PyTree,
+    mask: PyTree,
+    config: DecoderConfig,
+    folder: str | Path,
+    *,
+    base: str,
+    use_rslora: bool = False,
+    resized: bool = False,
 ) -> None:
     """Write the LoRA nodes of `params`, and what else `mask` says was trained, as PEFT does.
 
@@ -290,9 +366,11 @@ def save_adapter(
     Args:
       base: model_name_or_path, which PEFT needs to find the base.
       use_rslora: write alpha for the scale alpha / sqrt(rank).
+      resized: write the embedding and the head in any case: their rows are not the base's. PEFT does the same.
     """
     folder = Path(folder)
-    params = _at_hand(params, mask)
+    kept = EMBEDDINGS if resized else ()
+    params = _at_hand(params, mask, kept)
     if not hosts.is_first():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -306,11 +384,22 @@ def save_adapter(
         return round(value) if abs(value - round(value)) < 1e-6 else value
 
     their = module_names(config)
-    every = {keys[:-1] for keys, *_ in located(params) if keys[-1] == "kernel"}
+    every: dict[Keys, set[int]] = defaultdict(set)  # modules, and the layers that have them
+    adapted: dict[Keys, set[int]] = defaultdict(set)
+    for keys, leaf, layers in located(params):
+        if keys[-1] == "kernel":
+            every[keys[:-1]] |= set(layers)
+            adapted[keys[:-1]] |= set(layers) if is_adapter(leaf) else set()
+    everywhere = lambda module: adapted[module] == every[module]  # else each layer's is named
     masks = jax.tree.leaves(mask, is_leaf=is_node)
     check_writable(params)
     for (keys, leaf, layers), its_mask in zip(located(params), masks, strict=True):
         trains = its_mask is True
+        if keys[0] in kept and not trains:
+            x = np.asarray(in_float32(leaf.plain() if is_adapter(leaf) else leaf))
+            [part] = tensors(keys, config, layers)
+            name = part.name.replace(".weight", ".base_layer.weight") if is_adapter(leaf) else part.name
+            out[PREFIX + name] = x.swapaxes(-1, -2) if part.transposed else x
         if is_adapter(leaf) and "experts" not in keys:
             pair = _written(leaf)
             rank = pair.a.shape[-1]
@@ -321,8 +410,12 @@ def save_adapter(
                 if pair.magnitude is not None:
                     out[f"{module}.lora_magnitude_vector"] = pair.magnitude[place]
             is_router = keys[-2] == "gate" and config.experts is not None
-            name = "gate.weight" if is_router else _target(keys[:-1], every, their)
-            (parameters if is_router else modules)[name] = rank, alpha(rank, pair.scale)
+            names = ["gate" if is_router else _target(keys[:-1], every.keys(), their)]
+            if not everywhere(keys[:-1]):
+                names = [module_name(keys[:-1], their, layer=layer) for layer in layers]
+            for name in names:
+                key = f"{name}.weight" if is_router else name
+                (parameters if is_router else modules)[key] = rank, alpha(rank, pair.scale)
         elif trains and not is_node(leaf):
             x = np.asarray(leaf, np.float32)
             for part in tensors(keys, config, layers):
@@ -332,8 +425,11 @@ def save_adapter(
             if keys[0] == "embed_tokens" and config.tie_word_embeddings:
                 # PEFT asks for both names of a tied pair.
                 out[f"{PREFIX}{their.words.get('lm_head', 'lm_head')}.weight"] = x
-    for name, (rank, scale), found in _join_experts(params, config):
-        parameters[name] = rank, alpha(rank, scale)
+    for name, blocks, (rank, scale), found in _join_experts(params, config):
+        experts = ("layers", "mlp", "experts")
+        some = any(module[:3] == experts and adapted[module] and not everywhere(module) for module in every)
+        for parameter in [f"{block}.{name}" for block in blocks] if some else [name]:
+            parameters[parameter] = rank, alpha(rank, scale)
         out |= {PREFIX + key: x for key, x in found.items()}
 
     nodes = [x for x in jax.tree.leaves(params, is_leaf=is_node) if is_adapter(x)]
@@ -346,8 +442,8 @@ def save_adapter(
         "inference_mode": True,
         "r": default[0],
         "lora_alpha": default[1],
-        "rank_pattern": {f".*\\.{re.escape(name)}": rank for name, (rank, _) in other.items()},
-        "alpha_pattern": {f".*\\.{re.escape(name)}": a for name, (_, a) in other.items()},
+        "rank_pattern": {_pattern(name): rank for name, (rank, _) in other.items()},
+        "alpha_pattern": {_pattern(name): a for name, (_, a) in other.items()},
         "lora_dropout": nodes[0].dropout,
         "target_modules": sorted(modules),
         "target_parameters": sorted(parameters) or None,
@@ -383,18 +479,24 @@ def _written(node: LoRA) -> Pair:
     return Pair(a, b, node.scale, np.asarray(node.magnitude, np.float32) if isinstance(node, DoRA) else None)
 
 
-def _at_hand(params: PyTree, mask: PyTree) -> PyTree:
+def _at_hand(params: PyTree, mask: PyTree, kept: Sequence[str]) -> PyTree:
     """What is written, adapters and what was trained whole, where this process can read it; the rest as it is."""
 
-    def fetch(leaf: Any, trains: Any) -> Any:
+    def fetch(path: Any, leaf: Any, trains: Any) -> Any:
+        keep = path[0].key in kept
         if is_adapter(leaf):  # what it keeps of its start, too
-            return map_fields(lambda name, x: x if name == "base" else spread.whole(x), leaf)
-        return jax.tree.map(lambda x, its: spread.whole(x) if its else x, leaf, trains)
+            return map_fields(lambda name, x: x if name == "base" and not keep else jax.tree.map(spread.whole, x), leaf)
+        return jax.tree.map(lambda x, its: spread.whole(x) if its or keep else x, leaf, trains)
 
-    return jax.tree.map(fetch, params, mask, is_leaf=is_node)
+    return jax.tree_util.tree_map_with_path(fetch, params, mask, is_leaf=is_node)
 
 
-def _target(module: Keys, every: set[Keys], their: Names) -> str:
+def _pattern(name: str) -> str:
+    """A regular expression of PEFT's for what `target_modules` calls `name`: a whole name has nothing before it."""
+    return re.escape(name) if re.search(r"\.\d+\.", name) else f".*\\.{re.escape(name)}"
+
+
+def _target(module: Keys, every: Collection[Keys], their: Names) -> str:
     """What PEFT is to call a module: the last word of its name, or two where others end in the same word."""
     words = lambda keys: tuple(their.words.get(key, key) for key in keys)
     alike = [other for other in every if words(other)[-1] == words(module)[-1] and "experts" not in other]
@@ -403,8 +505,8 @@ def _target(module: Keys, every: set[Keys], their: Names) -> str:
 
 def _join_experts(
     params: PyTree, config: DecoderConfig
-) -> Iterator[tuple[str, tuple[int, float], dict[str, np.ndarray]]]:
-    """Adapters of experts as PEFT's parameters, stack by stack: (name, (rank, scale), tensors).
+) -> Iterator[tuple[str, list[str], tuple[int, float], dict[str, np.ndarray]]]:
+    """Adapters of experts as PEFT's parameters, stack by stack: (name, modules, (rank, scale), tensors).
 
     Gate and up become one adapter of their ranks together: `a` side by side, `b` block-diagonal.
     """
@@ -424,9 +526,9 @@ def _join_experts(
         down, joined = nodes.get("down_proj"), _joined(nodes)
         if joined is not None:
             modules = [f"{name}.base_layer" for name in block] if down is not None else block
-            yield "gate_up_proj", (joined.a.shape[-1], joined.scale), _files(joined, modules)
+            yield "gate_up_proj", block, (joined.a.shape[-1], joined.scale), _files(joined, modules)
         if down is not None:
-            yield "down_proj", (down.a.shape[-1], down.scale), _files(down, block)
+            yield "down_proj", block, (down.a.shape[-1], down.scale), _files(down, block)
 
 
 def _joined(nodes: Mapping[str, Pair]) -> Pair | None:

@@ -15,9 +15,10 @@ import numpy as np
 
 from jtune import tuning
 from jtune.config import Config
-from jtune.data import Splits, load_tokenizer, plan_updates
+from jtune.data import Splits, plan_updates
 from jtune.errors import DataError
-from jtune.interop import hf
+from jtune.interop import hf, vocabulary
+from jtune.interop.vocabulary import Vocabulary
 from jtune.models import DecoderConfig
 from jtune.sharding import batch_shards
 from jtune.sharding.advice import Found, Work, advise, changed, estimate, largest, search, sound_remat
@@ -34,6 +35,7 @@ log = logging.getLogger("jtune")
 
 UTILISATION = 0.4  # of the peak, by model FLOPs: what good training programs reach on most chips
 MOST_COMPILES = 4  # of a search
+NO_ROWS = "there is no dataset"
 SAMPLED_UPDATES = 64  # whose tokens are counted
 
 
@@ -88,7 +90,11 @@ def plan(
     folder = hf.fetch(config.model.model_name_or_path, weights=False, **config.model.hub)
     source = hf.read_config(folder)
     decoder = build.decoder_of(source, config.model)
-    splits, why = read_rows(config, folder, decoder)
+    settled, why = settle(config, folder, decoder)
+    splits = None
+    if settled is not None:
+        config, decoder, source = settled.config, settled.decoder, settled.source(source)
+        splits, why = read_rows(config, settled)
     kind = devices[0].device_kind
     usable = usable_memory(devices[0]) if memory is None else memory
     memory = device_memory(devices[0]) if memory is None else memory
@@ -187,13 +193,26 @@ def work_of(decoder: DecoderConfig, shapes: Shapes, batches: Batches) -> Work:
 # ---------------------------------------------------------------------- the batches
 
 
-def read_rows(config: Config, folder: Path, decoder: DecoderConfig) -> tuple[Splits | None, str | None]:
+def settle(config: Config, folder: Path, decoder: DecoderConfig) -> tuple[Vocabulary | None, str | None]:
+    """The tokenizer and the vocabulary of the run; or None, and why there is no tokenizer.
+
+    Raises:
+      DataError: there is none, and what it would say changes the model.
+    """
+    try:
+        return vocabulary.settle(config, folder, decoder), None
+    except DataError as error:
+        if vocabulary.is_changed(config.model):
+            raise
+        return None, str(error).splitlines()[0] if config.data.dataset else NO_ROWS
+
+
+def read_rows(config: Config, settled: Vocabulary) -> tuple[Splits | None, str | None]:
     """The encoded sets; or None, and why it cannot be read."""
     if not config.data.dataset:
-        return None, "there is no dataset"
+        return None, NO_ROWS
     try:
-        tokenizer = load_tokenizer(str(folder), split_special_tokens=config.model.split_special_tokens)
-        return load_data(changed(config, do_train=True), tokenizer, decoder.vocab_size), None
+        return load_data(changed(config, do_train=True), settled.tokenizer, settled.decoder.vocab_size), None
     except DataError as error:
         return None, str(error).splitlines()[0]
 

@@ -6,7 +6,9 @@ Works on a mesh of devices, and on an `AbstractMesh`, which has none: enough for
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +31,8 @@ from jtune.train.optimizer import optimizer_of
 from jtune.train.state import TrainState
 from jtune.train.step import Batch
 from jtune.tuning import quantize
+from jtune.tuning.expand import on_layers
+from jtune.tuning.nodes import Path
 
 
 class Shapes(NamedTuple):
@@ -111,8 +115,36 @@ def adapter_shapes(params: Any, decoder: DecoderConfig, path: str, config: Confi
     dropout = float(options.get("lora_dropout") or 0.0)
     form = "dora" if options.get("use_dora") else "lora"
     names = file_names(decoder)
-    added = tuning.lora.add(params, targets, rank=rank, alpha=alpha, dropout=dropout, form=form, names=names)
-    return added, tuple(options.get("modules_to_save") or ())
+    add = partial(tuning.lora.add, rank=rank, alpha=alpha, dropout=dropout, form=form, names=names)
+    whole = tuple(options.get("modules_to_save") or ())
+    if not peft.selective(options):
+        return add(params, targets), whole
+    layers: dict[frozenset[int], list[Path]] = defaultdict(list)
+    for module in tuning.select(params, targets, names):
+        layers[adapted_layers(module, options, decoder)].append(module)
+    for numbers, paths in layers.items():
+        params = on_layers(params, numbers, paths, lambda tree, names, _: add(tree, names))
+    outside = [".".join(module) for paths in layers.values() for module in paths if module[0] != "layers"]
+    return add(params, outside) if outside else params, whole
+
+
+def adapted_layers(path: Path, options: Mapping[str, Any], decoder: DecoderConfig) -> frozenset[int]:
+    """The layers in which PEFT adapts the module at `path`."""
+    count = range(decoder.num_hidden_layers)
+    if "experts" in path or path[-1] == "gate":
+        numbers = {int(i) for name in options.get("target_parameters") or () for i in re.findall(r"\.(\d+)\.", name)}
+        return frozenset(numbers or count)
+    name = {i: module_name(path, module_names(decoder), layer=i) for i in count}
+    chosen = options.get("layers_to_transform")
+    chosen = {chosen} if isinstance(chosen, int) else set(chosen or count)
+
+    def among(wanted: Any, i: int) -> bool:
+        if isinstance(wanted, str):
+            return wanted == "all-linear" or re.fullmatch(wanted, name[i]) is not None
+        return name[i] in wanted or (i in chosen and any(name[i].endswith(f".{end}") for end in wanted))
+
+    left_out = options.get("exclude_modules") or ()
+    return frozenset(i for i in count if among(options["target_modules"] or (), i) and not among(left_out, i))
 
 
 def batch_shapes(shape: Sequence[int], mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:

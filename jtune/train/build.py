@@ -18,8 +18,8 @@ from jtune import tuning
 from jtune.config import DataArguments, FinetuningArguments, ModelArguments, TrainingArguments
 from jtune.data import Encoded, EvalBatch, EvalPlan, Plan, eval_batches, packing_windows
 from jtune.errors import ConfigError
-from jtune.interop import hf, peft
-from jtune.models import CausalLM, DecoderConfig, abstract_params, attention, init_params
+from jtune.interop import hf, peft, vocabulary
+from jtune.models import CausalLM, DecoderConfig, attention, init_params
 from jtune.models.families import decoder_config
 from jtune.sharding import (
     batch_sharding,
@@ -42,6 +42,7 @@ from jtune.train.state import TrainState, init_state, state_shardings
 from jtune.train.step import Metrics, make_loss_sum, make_train_step
 from jtune.train.token_loss import TokenLoss, token_nll
 from jtune.tuning import quantize
+from jtune.tuning.vocabulary import Change
 
 log = logging.getLogger("jtune")
 
@@ -100,10 +101,15 @@ def load_model(
     *,
     dtype: jnp.dtype,
     seed: int,
+    change: Change | None = None,
 ) -> Model:
     """Weights read straight to their place, adapters and freezing applied, trainable leaves in float32.
 
     Frozen leaves are kept in the compute dtype if that is smaller than what is stored: no float32 copy of them exists.
+
+    Args:
+      decoder, source: with the vocabulary of the run.
+      change: what makes it of the one that is stored.
     """
     check_experts(mesh, decoder.num_experts)
     form = form_of(args)
@@ -113,7 +119,7 @@ def load_model(
         shardings = placement(jax.eval_shape(draw, jax.random.key(seed)), decoder, mesh)
         params = quantize.placed(jax.jit(draw, out_shardings=shardings)(jax.random.key(seed)), decoder, mesh)
     else:
-        params = read_base(folder, args, decoder, mesh)
+        params = read_base(folder, args, decoder, change, mesh, seed=seed)
     read_adapter = partial(peft.load_adapter, subfolder=args.adapter_folder, **args.hub)
     params, mask = tuning.prepare(
         params,
@@ -136,13 +142,13 @@ def form_of(args: ModelArguments) -> quantize.Form | None:
     return quantize.form_of(args.quantization_bit, args.quantization_type, args.double_quantization)
 
 
-def read_base(folder: Path, args: ModelArguments, decoder: DecoderConfig, mesh: Mesh) -> Any:
+def read_base(
+    folder: Path, args: ModelArguments, decoder: DecoderConfig, change: Change | None, mesh: Mesh, *, seed: int
+) -> Any:
     """The weights of a model, straight to their places; quantised on the way, if `quantization_bit` says so."""
     form = form_of(args)
     log.info("reading weights of %s%s", args.model_name_or_path, f", kept in {form}" if form else "")
-    like = jax.eval_shape(partial(quantize.apply, form=form), abstract_params(decoder))
-    params = hf.load_params(folder, decoder, shardings=placement(like, decoder, mesh), form=form)
-    return quantize.placed(params, decoder, mesh)
+    return quantize.placed(vocabulary.load_params(folder, decoder, change, mesh, seed=seed, form=form), decoder, mesh)
 
 
 def asked_remat(training: TrainingArguments, model: ModelArguments) -> str:

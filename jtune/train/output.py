@@ -97,7 +97,8 @@ def check_same_run(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> No
     Raises:
       CheckpointError: with each difference.
     """
-    changed = [f"{key}: {saved.get(key)} then, {now[key]} now" for key in now if saved.get(key) != now[key]]
+    both = {key: (saved.get(key), now.get(key)) for key in {**saved, **now}}
+    changed = [f"{key}: {then} then, {here} now" for key, (then, here) in both.items() if then != here]
     if changed:
         raise CheckpointError(
             f"{path} belongs to another run, or its inputs have changed:\n  " + "\n  ".join(changed) + "\n"
@@ -140,15 +141,19 @@ def save_model(
     source: dict[str, Any],
     base: Path,
     tokenizer: Any,
+    resized: bool = False,
 ) -> None:
     """Write the model as others load it: a PEFT adapter for lora, else a Hugging Face checkpoint; and the tokenizer.
 
     All processes call it, since each has a part of the parameters; the first writes.
+
+    Args:
+      resized: the vocabulary is not the base's: an adapter holds the tables of rows, whether they train or not.
     """
     model, finetuning = config.model, config.finetuning
     if finetuning.finetuning_type == "lora":
         name = model.model_name_or_path or ""
-        peft.save_adapter(params, mask, decoder, folder, base=name, use_rslora=finetuning.use_rslora)
+        peft.save_adapter(params, mask, decoder, folder, base=name, use_rslora=finetuning.use_rslora, resized=resized)
     else:
         hf.save_model(params, decoder, source, folder, max_shard_bytes=model.export_size * 10**9)
         if hosts.is_first():

@@ -23,7 +23,6 @@ from jtune.data import (
     StreamPlan,
     check_vocabulary,
     load_datasets,
-    load_tokenizer,
     order_seed,
     plan_updates,
     rows_are_packed,
@@ -34,7 +33,7 @@ from jtune.errors import Preempted
 from jtune.generation.settings import describe as describe_sampling
 from jtune.generation.settings import read_generation_config, sampling_of
 from jtune.inspect import show
-from jtune.interop import hf
+from jtune.interop import hf, vocabulary
 from jtune.sharding import batch_shards, check_row_length, describe_unsplit, hosts, spread, unsplit
 from jtune.sharding.advice import largest, sound_remat
 from jtune.sharding.shapes import Shapes
@@ -86,13 +85,25 @@ def run(config: Config) -> dict[str, Any]:
     folder = hosts.team(hub_cache(config)).first("fetching the model", partial(build.fetch_model, config.model))
     source = hf.read_config(folder)
     decoder = build.decoder_of(source, config.model)
-    tokenizer = load_tokenizer(str(folder), split_special_tokens=config.model.split_special_tokens)
+    settled = vocabulary.settle(config, folder, decoder)
+    config, decoder, tokenizer = settled.config, settled.decoder, settled.tokenizer
+    finetuning, source = config.finetuning, settled.source(source)
     splits = load_data(config, tokenizer, decoder.vocab_size, hosts.team)
     preflight.check_data(splits)
 
     # ------------------------------------------------------------------ model
     dtype = build.compute_dtype(training, finetuning.pure_bf16, hf.stored_dtype(source))
-    model = build.load_model(folder, config.model, finetuning, decoder, source, mesh, dtype=dtype, seed=training.seed)
+    model = build.load_model(
+        folder,
+        config.model,
+        finetuning,
+        decoder,
+        source,
+        mesh,
+        dtype=dtype,
+        seed=training.seed,
+        change=settled.change,
+    )
     if whole := unsplit(tuning.prepared_axes(model.params, decoder), model.params, mesh):
         log.info("%s", describe_unsplit(whole))
     if training.do_train:
@@ -204,6 +215,8 @@ def run(config: Config) -> dict[str, Any]:
         "updates": plan.max_steps,
         "frozen weights": build.frozen_fingerprint(held),
     }
+    if settled.change is not None:
+        identity["vocabulary"] = [decoder.vocab_size, list(settled.change.new)]
     progress = Progress()
     state: TrainState
     if checkpoint is None:
@@ -241,6 +254,7 @@ def run(config: Config) -> dict[str, Any]:
         source=source,
         base=folder,
         tokenizer=tokenizer,
+        resized=settled.resized,
     )
     whole = lambda state: tuning.combine(state.trainable, frozen)
     state_file = lambda: trainer_state(
@@ -394,16 +408,18 @@ def inspect(config: Config) -> None:
     """Print the parameter tree that `config` trains: paths, shapes, dtypes, bytes, sharding, what trains."""
     folder = build.fetch_model(config.model)
     source = hf.read_config(folder)
+    settled = vocabulary.settle(config, folder, build.decoder_of(source, config.model))
     mesh = build.mesh_of(config.training)
     dtype = build.compute_dtype(config.training, config.finetuning.pure_bf16, hf.stored_dtype(source))
     model = build.load_model(
         folder,
         config.model,
-        config.finetuning,
-        build.decoder_of(source, config.model),
-        source,
+        settled.config.finetuning,
+        settled.decoder,
+        settled.source(source),
         mesh,
         dtype=dtype,
         seed=config.training.seed,
+        change=settled.change,
     )
     show(model.params, model.mask)

@@ -3,6 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,9 +15,10 @@ from jtune.models import DecoderConfig
 from jtune.models.decoder import stacks
 from jtune.models.families import file_names
 from jtune.tuning import lora
-from jtune.tuning.freeze import freeze
+from jtune.tuning.expand import on_layers
+from jtune.tuning.freeze import expanded_layers, freeze
 from jtune.tuning.masks import full_mask
-from jtune.tuning.nodes import adapter_mask, count, is_adapter, is_node, map_fields
+from jtune.tuning.nodes import adapter_mask, count, is_adapter, is_node, map_fields, select
 
 log = logging.getLogger("jtune")
 
@@ -52,7 +54,11 @@ def prepare(
         mask = full_mask(params)
     elif args.finetuning_type == "freeze":
         params, mask = freeze(
-            params, args.freeze_trainable_layers, args.freeze_trainable_modules, args.freeze_extra_modules
+            params,
+            args.freeze_trainable_layers,
+            args.freeze_trainable_modules,
+            args.freeze_extra_modules,
+            expanded=args.use_llama_pro,
         )
     else:
         params, whole = with_adapter(params, args, decoder, adapters, load_adapter, key)
@@ -83,9 +89,8 @@ def with_adapter(
         log.info("merging adapter %s into the base", path)
         params = lora.merge(load_adapter(params, decoder, path)[0])
     if resumed is None:
-        added = lora.add(
-            params,
-            args.lora_target,
+        add = partial(
+            lora.add,
             rank=args.lora_rank,
             alpha=args.lora_alpha,
             dropout=args.lora_dropout,
@@ -94,10 +99,14 @@ def with_adapter(
             svd_iterations=args.pissa_iter,
             rank_pattern=args.rank_pattern,
             alpha_pattern=args.alpha_pattern,
-            key=key,
             names=file_names(decoder),
         )
-        return added, args.additional_target
+        if not args.use_llama_pro:
+            return add(params, args.lora_target, key=key), args.additional_target
+        modules = select(params, args.lora_target, file_names(decoder))
+        expanded = expanded_layers(decoder.num_hidden_layers, args.freeze_trainable_layers)
+        in_stack = lambda tree, names, first: add(tree, names, key=jax.random.fold_in(key, first))
+        return on_layers(params, expanded, modules, in_stack), args.additional_target
     log.info("training goes on from adapter %s: rank, alpha and targets are its own", resumed)
     return load_adapter(params, decoder, resumed)
 

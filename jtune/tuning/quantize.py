@@ -175,7 +175,7 @@ def quantize(kernel: jax.Array, form: Form) -> Quantized:
 
 @partial(jax.jit, static_argnums=1)
 def dequantize(node: Quantized, dtype: Any) -> jax.Array:
-    """The kernel that a node stands for: elementwise from its codes, so that it is computed where it is read, and in one
+    """The kernel that a node stands for: elementwise from its codes, so that it is computed where it is read; by one
     program, so that no copy in float32 or int32 is on the way.
 
     Raises:

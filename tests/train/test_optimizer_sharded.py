@@ -131,3 +131,12 @@ def test_whole_matrices_go_to_devices_of_their_own(layers):
     assert ours.memory_analysis().temp_size_in_bytes < plain.memory_analysis().temp_size_in_bytes / 3
     split = jax.device_put(x, where)
     np.testing.assert_allclose(ours(split), jax.vmap(orthogonalized)(x), atol=1e-5)
+
+
+def test_matrices_that_are_many_are_worked_on_some_at_a_time(monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (5, 3, 16, 8))
+    expected = jax.vmap(jax.vmap(orthogonalized))(x)
+    monkeypatch.setattr("jtune.train.optimizers.leafwise.AT_WORK", 4 * 16 * 8)
+    work = jax.jit(lambda x: whole_matrices(orthogonalized, x, 2, None))
+    np.testing.assert_allclose(work(x), expected, atol=1e-5)
+    assert "f32[4,16,8]" in work.lower(x).compile().as_text()

@@ -167,7 +167,7 @@ def test_a_quantised_model_is_the_model_of_its_merged_kernels(config, form):
     assert held == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}  # no head, no router
 
 
-@pytest.mark.parametrize("form", ["lora", "dora"])
+@pytest.mark.parametrize("form", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_an_adapter_on_a_quantised_base(form):
     base = quantize.apply(weights(), Form("nf4", True))
     params = lora.add(base, "all", rank=3, form=form)
@@ -245,18 +245,22 @@ def test_no_copy_of_the_base_in_floats_is_kept():
         kernels = sum(x.base.size for _, x in tuning.kernels(params) if tuning.is_node(x))
         return step.memory_analysis().temp_size_in_bytes, kernels
 
-    (few, some), (many, more) = of(1), of(4)
+    (few, some), (many, more) = of(1), of(3)
     assert many - few < more - some  # bytes; a copy in bfloat16 would be twice that, in float32 four times
 
 
 # ------------------------------------------------------------------ reading
 
 
-@pytest.mark.parametrize(
-    ("form", "sizes"), [(FORMS[2], {}), (FORMS[1], {"fsdp": 4, "tensor": 2}), (FORMS[5], {"fsdp": 4, "tensor": 2})]
-)
-def test_what_is_quantised_while_it_is_read_is_what_is_quantised_later(form, sizes, tmp_path, monkeypatch):
-    folder = small.write_model(tmp_path)
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantised")
+    return small.write_model(folder / "model"), small.write_data(folder / "data")
+
+
+@pytest.mark.parametrize(("form", "sizes"), [(FORMS[5], {}), (FORMS[1], {"fsdp": 4, "tensor": 2})])
+def test_what_is_quantised_while_it_is_read_is_what_is_quantised_later(form, sizes, parts, monkeypatch):
+    folder, _ = parts
     decoder = build.decoder_of(hf.read_config(folder), ModelArguments())
     expected = quantize.apply(hf.load_params(folder, decoder), form)
     monkeypatch.setattr(hf, "PIECE_BYTES", 5000)  # a layer at a time
@@ -273,12 +277,6 @@ def test_what_is_quantised_while_it_is_read_is_what_is_quantised_later(form, siz
 
 
 # ------------------------------------------------------------------ runs
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quantised")
-    return small.write_model(folder / "model"), small.write_data(folder / "data")
 
 
 def train(folder, parts, **changes):
@@ -301,6 +299,7 @@ def losses(folder):
     return np.array([x for (x,) in small.curve(folder, "loss") if x is not None])
 
 
+@pytest.mark.slow
 def test_the_adapter_of_a_quantised_base_is_one_for_any(parts, trained):
     """For the base as it is stored, by PEFT and by us; and for the quantised one, where it was trained."""
     case = str(trained.parent / "case.yaml")
@@ -348,7 +347,9 @@ def test_what_is_shown(capsys):
     node = params["layers"]["self_attn"]["q_proj"]["kernel"].base
     assert node.spread.dtype == jnp.float32  # scales are not rounded with the rest
     show(params, mask)
-    assert "layers.self_attn.q_proj.kernel.base.codes" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "layers.self_attn.q_proj.kernel.base.codes" in shown
+    assert f"{tuning.count(weights()) + trained:,} parameters" in shown
     whole = FinetuningArguments(finetuning_type="lora", lora_target=("q_proj",), additional_target=("up_proj",))
     with pytest.raises(ConfigError, match="'up_proj' is kept as nf4 in blocks of 64, which cannot train"):
         prepared(args=whole, frozen_dtype=jnp.dtype(jnp.bfloat16))

@@ -72,18 +72,28 @@ def decoder_config(source: Mapping[str, Any]) -> DecoderConfig:
     Raises:
       DataError: an unknown family, or an option that the decoder does not honour, by name.
     """
+    kind, family = _family(source.get("model_type"))
+    full, defaults = full_config(source)
+    asked = Asked(full)
+    fields = family.read(asked)
+    _refuse_what_is_not_honoured(kind, full, defaults, asked.read)
+    return DecoderConfig(family=kind, **fields)
+
+
+def full_config(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A config.json as transformers reads it, with everything that it fills in; and the family's defaults.
+
+    Raises:
+      DataError: an unknown family, or a value that it cannot have.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # slow to import
 
     kind, family = _family(source.get("model_type"))
     config_class = CONFIG_MAPPING[family.config_of or kind]
     try:
-        full, defaults = config_class.from_dict(dict(source)).to_dict(), config_class().to_dict()
+        return config_class.from_dict(dict(source)).to_dict(), config_class().to_dict()
     except Exception as error:  # transformers raises its own kinds for values of a wrong type
         raise DataError(f"config.json: {str(error).strip()}") from error
-    asked = Asked(full)
-    fields = family.read(asked)
-    _refuse_what_is_not_honoured(kind, full, defaults, asked.read)
-    return DecoderConfig(family=kind, **fields)
 
 
 def file_names(config: DecoderConfig) -> Names:

@@ -5,6 +5,7 @@ on its own. `lead` says how many dimensions of a leaf are such stacks.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -118,33 +119,36 @@ def lead(path: Path) -> int:
     return int(names[:1] == ("layers",)) + int("experts" in names)
 
 
+AT_WORK = 2**26  # numbers of matrices that a device works on at a time: 256 MiB of float32, a few times over
+
+
 def whole_matrices(f: Callable[[jax.Array], Any], x: jax.Array, stacked: int, sharding: NamedSharding | None) -> Any:
-    """`f` of each matrix of a stack; each device takes whole matrices of its own, where a mesh splits them.
+    """`f` of each matrix of a stack, some at a time; each device takes whole ones of its own, where a mesh splits them.
 
     A product of a matrix with itself, or its decomposition, needs all of it: done where the pieces lie, each device
     would gather the whole stack. The stack is filled up to what the devices divide.
 
     Args:
-      f: of one matrix `[in, out]`; gives an array, or a tree of them.
+      f: of one matrix `[in, out]`; gives an array.
       x: `[stacks..., in, out]` with `stacked` leading dimensions.
       sharding: of `x`; None, or a mesh of one device: nothing is moved.
     """
-    many = f
-    for _ in range(stacked):
-        many = jax.vmap(many)
+
+    def several(x: jax.Array) -> jax.Array:
+        flat = x.reshape(-1, *x.shape[stacked:])
+        size = max(1, AT_WORK // max(1, flat[0].size))
+        y = jax.vmap(f)(flat) if size >= len(flat) else jax.lax.map(f, flat, batch_size=size)
+        return y.reshape(*x.shape[:stacked], *y.shape[1:])
+
     if sharding is None or sharding.mesh.size == 1 or not stacked:
-        return many(x)
+        return several(x)
     spec = (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
-    kept = [named(part) for part in spec[1:stacked]]
+    kept = [named(part) or None for part in spec[1:stacked]]
     mine = tuple(axis for part in (spec[0], *spec[stacked:]) for axis in named(part))
-    devices = 1
-    for axis in mine:
-        devices *= sharding.mesh.shape[axis]
-    count = x.shape[0]
-    padded = jnp.pad(x, [(0, -count % devices), *[(0, 0)] * (x.ndim - 1)])
-    where = NamedSharding(sharding.mesh, P(mine or None, *(part or None for part in kept)))
-    place = lambda y: jax.lax.with_sharding_constraint(y, where)
-    return jax.tree.map(lambda y: place(y)[:count], many(place(padded)))
+    devices = math.prod(sharding.mesh.shape[axis] for axis in mine)
+    padded = jnp.pad(x, [(0, -len(x) % devices), *[(0, 0)] * (x.ndim - 1)])
+    where = P(mine or None, *kept)
+    return jax.shard_map(several, mesh=sharding.mesh, in_specs=where, out_specs=where)(padded)[: len(x)]
 
 
 def by_path(tree: Any, of: Callable[[Any], Any]) -> Mapping[str, Any]:
