@@ -4,7 +4,7 @@ Shape suffixes: B batch, T tokens, D embed, V vocab.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -378,12 +378,17 @@ def init_params(config: DecoderConfig, key: jax.Array, dtype: Any = jnp.float32)
     return jax.tree.map(lambda x: x.astype(dtype), nn.unbox(_boxed(config, key)))
 
 
+@cache
+def _declared(config: DecoderConfig) -> Any:
+    """What `_boxed` gives, of `ShapeDtypeStruct`s. Traced once for a config: a run asks for it many times."""
+    return jax.eval_shape(lambda: _boxed(config, jax.random.key(0)))
+
+
 def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
     """The parameter tree as `ShapeDtypeStruct`s; nothing is computed."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(_declared(config)))
 
 
 def logical_axes(config: DecoderConfig) -> dict[str, Any]:
     """The parameter tree with the names of each leaf's axes (see `jtune.sharding.RULES`) in its place."""
-    boxed = jax.eval_shape(lambda: _boxed(config, jax.random.key(0)))
-    return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    return jax.tree.map(lambda box: box.names, _declared(config), is_leaf=lambda x: isinstance(x, nn.Partitioned))
