@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jtune.errors import DataError
 from jtune.models import CausalLM
 from jtune.models.names import located, tensors
-from jtune.tuning import is_node, trainable_mask
+from jtune.tuning import count, is_node, trainable_mask
 
 
 def show(tree: Any, mask: Any = None, *, norms: bool = False) -> None:
@@ -31,11 +31,12 @@ def show(tree: Any, mask: Any = None, *, norms: bool = False) -> None:
     mask = trainable_mask(tree) if mask is None else mask
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     rows = [("parameter", "shape", "dtype", "bytes", *(["rms"] if norms else []), "sharding", "trains")]
-    totals = {True: [0, 0], False: [0, 0]}  # trains -> parameters, bytes
+    trained, total = 0, count(tree)
+    held = {True: 0, False: 0}  # trains -> bytes
     for (path, leaf), trains in zip(leaves, jax.tree.leaves(mask), strict=True):
         size = leaf.size * leaf.dtype.itemsize
-        totals[trains][0] += leaf.size
-        totals[trains][1] += size
+        trained += leaf.size if trains else 0
+        held[trains] += size
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         shape = "x".join(map(str, leaf.shape)) or "scalar"
         rms = [f"{float(_rms(leaf)):.3g}"] if norms else []
@@ -43,11 +44,9 @@ def show(tree: Any, mask: Any = None, *, norms: bool = False) -> None:
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:  # whole names, however narrow the terminal: they are what is typed next
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    (trained, trained_bytes), (frozen, frozen_bytes) = totals[True], totals[False]
-    total = trained + frozen
     print(
-        f"{total:,} parameters, {human(trained_bytes + frozen_bytes)}; {trained:,} of them train "
-        f"({trained / max(1, total):.2%}, {human(trained_bytes)})"
+        f"{total:,} parameters, {human(sum(held.values()))}; {trained:,} of them train "
+        f"({trained / max(1, total):.2%}, {human(held[True])})"
     )
     if _in_notebook():
         import treescope  # comes with flax

@@ -95,8 +95,9 @@ def test_planning_neither_reads_weights_nor_makes_arrays(made, tmp_path, monkeyp
         {"finetuning_type": "full"},
         {"finetuning_type": "lora", "lora_dropout": 0.1, "packing": True},
         {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "freeze_extra_modules": "norm"},
+        {"finetuning_type": "lora", "quantization_bit": 4},
     ],
-    ids=lambda method: method["finetuning_type"],
+    ids=lambda method: "quantised" if "quantization_bit" in method else method["finetuning_type"],
 )
 def test_what_is_planned_is_what_is_trained(made, tmp_path, monkeypatch, method):
     seen = []

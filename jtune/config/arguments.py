@@ -42,6 +42,7 @@ def is_range(text: str) -> bool:
 
 
 UPDATES = Range("first-last, as in 10-12", is_range)
+BITS = Range("4 or 8", lambda x: x in (4, 8))
 SIZE_OR_REST = Range("at least 1, or -1 for what is left", lambda x: x == -1 or x >= 1)
 
 
@@ -81,6 +82,10 @@ class ModelArguments:
     )
     disable_gradient_checkpointing: bool = arg(False, "keep all activations: faster, more memory (see remat)")
     moe_aux_loss_coef: float | None = arg(None, "weight of the loss that spreads tokens over experts", at_least(0))
+    quantization_bit: int | None = arg(None, "keep the layers' kernels in 4 or 8 bits: QLoRA", BITS)
+    quantization_type: Literal["nf4", "fp4"] = arg("nf4", "the 16 values of 4 bits: a normal distribution's, or floats")
+    double_quantization: bool = arg(True, "keep the scales of 4 bits in 8 bits, too")
+    quantization_method: Literal["bnb", "hqq", "eetq"] = arg("bnb", "bnb: 4 or 8 bits; eetq: the same 8 bits")
     infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = arg("auto", "dtype of chat and export")
     print_param_status: bool = arg(False, "list every parameter: dtype, shape, whether it trains")
     export_dir: str | None = arg(None, "where `jtune export` writes the merged model")

@@ -194,6 +194,8 @@ def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
     elif v.pissa_init and v.adapter_name_or_path and not v.create_new_adapter:
         message = "pissa_init starts an adapter, but one is given: create_new_adapter: true merges that one first"
         yield ("pissa_init", "adapter_name_or_path"), message
+    if v.quantization_bit is not None:
+        yield from _quantized(v, command)
     if v.use_llama_pro:
         if v.finetuning_type == "full":
             message = "use_llama_pro is only valid for finetuning_type: freeze or lora, not full"
@@ -208,6 +210,37 @@ def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
     if command in TRAINING and command != "data" and v.stage not in ("pt", "sft"):
         message = f"stage: {v.stage}: preference training is not built yet; jtune trains stages pt and sft"
         yield ("stage",), message
+
+
+def _quantized(v: SimpleNamespace, command: str) -> Iterator[Rule]:
+    """LLaMA-Factory's rules for `quantization_bit`."""
+    bit = f"quantization_bit: {v.quantization_bit}"
+    if v.finetuning_type in ("full", "freeze"):
+        message = f"{bit} keeps kernels that do not train, finetuning_type: {v.finetuning_type} trains them: lora"
+        yield ("finetuning_type", "quantization_bit"), message
+    if command == "export":
+        message = f"{bit}: the adapter is merged into the model as it is stored, not into {v.quantization_bit} bits"
+        yield ("quantization_bit",), f"{message}: leave it out (quantization_bit=null)"
+    if v.quantization_method == "hqq":
+        message = f"quantization_method: hqq is not built: bnb is the nearest, with {bit}"
+        yield ("quantization_method",), message
+    if v.quantization_method == "eetq" and v.quantization_bit != 8:
+        yield (
+            ("quantization_method", "quantization_bit"),
+            f"quantization_method: eetq is quantization_bit: 8 only, not {v.quantization_bit}: bnb has both",
+        )
+    if v.pissa_init:
+        message = f"pissa_init changes the base that {bit} rounds: leave pissa_init out, or quantization_bit"
+        yield ("pissa_init", "quantization_bit"), message
+    merged = "merge it first: `jtune export` writes a model, which then is model_name_or_path"
+    if v.adapter_name_or_path and v.create_new_adapter:
+        message = f"create_new_adapter merges adapter_name_or_path, and {bit} cannot be merged into: {merged}"
+        yield ("create_new_adapter", "quantization_bit"), message
+    elif len(v.adapter_name_or_path) > 1:
+        message = (
+            f"adapter_name_or_path has {len(v.adapter_name_or_path)} adapters, and with {bit} one can be: {merged}"
+        )
+        yield ("adapter_name_or_path", "quantization_bit"), message
 
 
 def _generating(v: SimpleNamespace) -> Iterator[Rule]:

@@ -126,14 +126,10 @@ GROUPS: tuple[Group, ...] = (
         "finetuning_type: freeze trains for less, and a model with experts computes less for each token",
         mixture_of_depths=None,
     ),
+    _ignored("weights are placed on all devices, as mesh_fsdp and mesh_tensor say", quantization_device_map=None),
     _refused(
-        "quantised weights are not built yet: finetuning_type: lora with bf16: true, split with mesh_fsdp",
-        quantization_bit=None, quantization_device_map=None, ref_model_quantization_bit=None,
-        reward_model_quantization_bit=None,
-    ),
-    _ignored(
-        "it belongs to quantization_bit",
-        quantization_method="bnb", quantization_type="nf4", double_quantization=True,
+        "only the model that is trained can be quantised, by quantization_bit: leave it out",
+        ref_model_quantization_bit=None, reward_model_quantization_bit=None,
     ),
     _ignored(
         "jtune trains on text only",

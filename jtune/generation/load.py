@@ -16,6 +16,7 @@ from jtune.models import CausalLM, attention
 from jtune.models.families import decoder_config
 from jtune.sharding import check_experts
 from jtune.train import build
+from jtune.tuning.prepare import in_dtypes
 
 log = logging.getLogger("jtune")
 
@@ -48,14 +49,13 @@ def load(config: Config) -> Loaded:
         dtype = build.compute_dtype(config.training, config.finetuning.pure_bf16, hf.stored_dtype(source))
     else:
         dtype = jnp.dtype(args.infer_dtype)
-    log.info("reading weights of %s", args.model_name_or_path)
-    params = vocabulary.load_params(folder, decoder, settled.change, mesh, seed=config.training.seed)
+    params = build.read_base(folder, args, decoder, settled.change, mesh, seed=config.training.seed)
     for i, path in enumerate(args.adapter_name_or_path):
         log.info("adapter %s", path)
         params = tuning.lora.merge(params) if i else params
         params, _ = peft.load_adapter(params, decoder, path, subfolder=args.adapter_folder, **args.hub)
-    smaller = lambda x: x.astype(dtype) if dtype.itemsize < x.dtype.itemsize else x
-    params = jax.device_put(jax.tree.map(smaller, params), build.placement(params, decoder, mesh))
+    params = in_dtypes(params, jax.tree.map(lambda _: False, params), dtype, dtype)
+    params = jax.device_put(params, build.placement(params, decoder, mesh))
     backend, _ = attention.choose(args.flash_attn, mesh.devices.flat[0].platform, decoder)
     return Loaded(CausalLM(decoder, dtype=dtype, attention=backend, mesh=mesh), params, tokenizer, folder)
 

@@ -34,6 +34,7 @@ from jtune.models.families import file_names
 from jtune.models.names import Tensor, located, tensors
 from jtune.sharding import hosts, spread
 from jtune.tuning.nodes import is_node
+from jtune.tuning.quantize import Form, apply, chosen, quantize
 
 log = logging.getLogger("jtune")
 
@@ -136,13 +137,14 @@ def stored_dtype(source: Mapping[str, Any]) -> jnp.dtype:
 
 
 def load_params(
-    folder: str | Path, config: DecoderConfig, *, dtype: Any = None, shardings: Any = None
+    folder: str | Path, config: DecoderConfig, *, dtype: Any = None, shardings: Any = None, form: Form | None = None
 ) -> dict[str, Any]:
     """The parameters, each part read by the process whose devices hold it, a piece of `PIECE_BYTES` at a time.
 
     Args:
       dtype: of all leaves; default: what is stored, and bfloat16 for what is stored in float8.
       shardings: tree like the parameters; default: the first device.
+      form: quantise the kernels of the layers, each piece as it is read (`jtune.tuning.quantize.apply`).
 
     Raises:
       DataError: a tensor is missing, has another shape, or is one that the model has no place for, by name.
@@ -151,14 +153,19 @@ def load_params(
     abstract = abstract_params(config)
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: here, abstract)
+        shardings = jax.tree.map(lambda _: here, jax.eval_shape(partial(apply, form=form), abstract))
     stored = open_weights(folder)
-    wanted = [(list(tensors(keys, config, layers)), leaf.shape) for keys, leaf, layers in located(abstract)]
+    leaves = located(abstract)
+    wanted = [(list(tensors(keys, config, layers)), leaf.shape) for keys, leaf, layers in leaves]
     _check_tensors(folder, stored, wanted, config)
-    arrays = [
-        _read_leaf(stored, parts, shape, sharding, dtype)
-        for (parts, shape), sharding in zip(wanted, jax.tree.leaves(shardings), strict=True)
-    ]
+    arrays = []
+    for (parts, shape), (keys, *_), sharding in zip(
+        wanted, leaves, jax.tree.leaves(shardings, is_leaf=is_node), strict=True
+    ):
+        if form is not None and chosen(keys):
+            arrays.append(_read_quantized(stored, parts, shape, sharding, dtype, form))
+        else:
+            arrays.append(_read_leaf(stored, parts, shape, sharding, dtype))
     return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
 
 
@@ -207,9 +214,7 @@ def _fault(stored: Mapping[str, Stored], name: str, expected: tuple[int, ...]) -
 
 def _read_leaf(stored: Mapping[str, Stored], parts: list[Tensor], shape: tuple[int, ...], sharding, dtype) -> jax.Array:
     """One leaf. One that is too large to be put together on the host grows on the devices, piece by piece."""
-    if dtype is None:
-        found = {stored[part.name].dtype for part in parts}
-        dtype = jnp.result_type(*(jnp.bfloat16 if x == FLOAT8 else DTYPES[x] for x in found))
+    dtype = _dtype(stored, parts) if dtype is None else dtype
     by_index = {part.index: part for part in parts}
     axis = 0 if parts[0].index or not parts[0].transposed else len(shape) - 1  # of layers, or of a file's rows
     size = shape[axis]
@@ -221,6 +226,39 @@ def _read_leaf(stored: Mapping[str, Stored], parts: list[Tensor], shape: tuple[i
     for first in range(0, size, step):
         whole = _put(sharding, axis)(whole, read(first, min(first + step, size)), np.int32(first))
         whole.block_until_ready()  # or pieces would be read faster than they go away
+    return whole
+
+
+def _dtype(stored: Mapping[str, Stored], parts: list[Tensor]) -> Any:
+    """What the tensors of a leaf are read as."""
+    found = {stored[part.name].dtype for part in parts}
+    return jnp.result_type(*(jnp.bfloat16 if x == FLOAT8 else DTYPES[x] for x in found))
+
+
+def _read_quantized(
+    stored: Mapping[str, Stored], parts: list[Tensor], shape: tuple[int, ...], shardings, dtype, form: Form
+) -> Any:
+    """A stack of kernels as a node, which grows by some layers at a time: only they are there as they are stored.
+
+    Args:
+      shardings: of the node's arrays, as a node; the first is that of the kernel, too.
+    """
+    of_kernel = jax.tree.leaves(shardings)[0]
+    dtype = _dtype(stored, parts) if dtype is None else dtype
+    by_index = {part.index: part for part in parts}
+    step = max(1, PIECE_BYTES * shape[0] // (math.prod(shape) * jnp.dtype(dtype).itemsize))
+    make = jax.jit(partial(quantize, form=form), out_shardings=shardings)
+    like = jax.eval_shape(partial(quantize, form=form), jax.ShapeDtypeStruct(shape, dtype))
+    zeros = lambda x, sharding: jax.jit(partial(jnp.zeros, x.shape, x.dtype), out_shardings=sharding)()
+    whole = jax.tree.map(zeros, like, shardings)
+    for first in range(0, shape[0], step):
+        stop = min(first + step, shape[0])
+        piece = make(_read_piece(stored, by_index, shape, of_kernel, dtype, 0, first, stop))
+        at = np.int32(first)
+        grown = [
+            _put(where, 0)(x, part, at) for x, part, where in zip(*map(jax.tree.leaves, (whole, piece, shardings)))
+        ]
+        whole = jax.block_until_ready(jax.tree.unflatten(jax.tree.structure(like), grown))
     return whole
 
 

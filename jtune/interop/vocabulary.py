@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,11 @@ from jtune.data import load_tokenizer, template_of
 from jtune.data.tokenizer import add_model_tokens, ids_of
 from jtune.errors import ConfigError, DataError
 from jtune.interop import hf, peft
-from jtune.models import DecoderConfig, abstract_params, logical_axes
+from jtune.models import DecoderConfig, abstract_params
 from jtune.models.names import tensors
 from jtune.sharding import tree_shardings
+from jtune.tuning.axes import prepared_axes
+from jtune.tuning.quantize import Form, apply
 from jtune.tuning.vocabulary import TABLES, Change, embedding_modules, padded, resize
 
 log = logging.getLogger("jtune")
@@ -101,6 +104,7 @@ def load_params(
     *,
     seed: int,
     dtype: Any = None,
+    form: Form | None = None,
 ) -> Any:
     """`jtune.interop.hf.load_params` on a mesh, then the rows that `change` adds.
 
@@ -108,8 +112,12 @@ def load_params(
       decoder: of the run, its rows those of `change`.
     """
     stored = decoder if change is None else replace(decoder, vocab_size=change.stored)
-    lie = lambda config: tree_shardings(logical_axes(config), abstract_params(config), mesh)
-    params = hf.load_params(folder, stored, dtype=dtype, shardings=lie(stored))
+
+    def lie(config: DecoderConfig) -> Any:
+        like = jax.eval_shape(partial(apply, form=form), abstract_params(config))
+        return tree_shardings(prepared_axes(like, config), like, mesh)
+
+    params = hf.load_params(folder, stored, dtype=dtype, shardings=lie(stored), form=form)
     return params if change is None else resize(params, change, jax.random.key(seed), lie(decoder))
 
 

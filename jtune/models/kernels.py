@@ -18,6 +18,10 @@ class Kernel(Protocol):
 
     def project(self, x: jax.Array, rng: jax.Array | None, group_sizes: jax.Array | None) -> jax.Array: ...
 
+    def lies(self, kernel: tuple[str | None, ...]) -> Any:
+        """The logical axes of every array, as a tree like it; `kernel`: those of the kernel."""
+        ...
+
 
 def project(
     x: jax.Array, kernel: jax.Array | Kernel, rng: jax.Array | None = None, group_sizes: jax.Array | None = None

@@ -24,6 +24,8 @@ from jtune.models.kernels import Kernel, Linear, parameter
 from jtune.models.mlp import ACTIVATIONS, MLP, gated
 from jtune.sharding import divides, gather, named, spec
 
+SMALL = 2**16  # elements of one layer
+
 
 class Load(NamedTuple):
     """How tokens were spread over the experts; sums over tokens, and over layers."""
@@ -167,7 +169,7 @@ def mix_on_mesh(
     """
     e = expert_config(config)
     count = e.count // mesh.shape["expert"]
-    specs = jax.tree_util.tree_map_with_path(lambda path, x: spec(_axes(path, x, config), x.shape, mesh), params)
+    specs = jax.tree_util.tree_map_with_path(partial(_specs, config=config, mesh=mesh), params, is_leaf=is_kernel)
     tokens = spec(("batch", "sequence", None), x_BTD.shape, mesh)
     split = mesh.shape["tensor"] > 1 and _width_axis(config) and e.intermediate_size % mesh.shape["tensor"] == 0
 
@@ -179,7 +181,7 @@ def mix_on_mesh(
         check_vma=divides(tokens, mesh),  # else devices do the same work for the same tokens, which cannot be inferred
     )
     def local(params, x_BTD, router_BTE, correction_E, segment_ids_BT, key):
-        params = jax.tree.map(partial(_cast, dtype=x_BTD.dtype), params, is_leaf=lambda x: isinstance(x, Kernel))
+        params = jax.tree.map(partial(_cast, dtype=x_BTD.dtype), params, is_leaf=is_kernel)
         # Along `expert`, the experts are a device's own; what else is split along it is not.
         params = jax.tree.map(lambda x, where: gather(x, P(None, *where[1:])), params, specs)
         if key is not None:
@@ -217,28 +219,27 @@ def _width_axis(config: DecoderConfig) -> str | None:
     return "mlp" if config.mlp == "gated" else None
 
 
-def _axes(path: Any, leaf: jax.Array, config: DecoderConfig) -> tuple[str | None, ...]:
-    """Logical axes of a kernel or bias of `Experts`, or of a leaf of a node that stands in a kernel's place.
+def is_kernel(x: Any) -> bool:
+    return isinstance(x, Kernel)
 
-    All have the experts in front. Of a node's leaf, the dimension that is as wide as the MLP is split with it.
-    """
-    e, name, wide = expert_config(config), path[0].key, _width_axis(config)
-    if name == "down_proj":
-        axes, shape = (wide, "embed"), (e.intermediate_size, config.hidden_size)
-    else:
-        axes = ("embed", wide)
-        shape = (config.hidden_size, e.intermediate_size * (2 if name == "gate_up_proj" else 1))
+
+def _specs(path: Any, leaf: Any, *, config: DecoderConfig, mesh: Mesh) -> Any:
+    """Where a kernel or a bias of `Experts` lies, or every array of a node. All have the experts in front."""
+    wide = _width_axis(config)
+    axes = (wide, "embed") if path[0].key == "down_proj" else ("embed", wide)
     if path[1].key == "bias":
-        return ("experts", axes[1])
-    if leaf.shape == (e.count, *shape):
-        return ("experts", *axes)
-    at = 1 if name == "down_proj" else leaf.ndim - 1
-    return (
-        "experts",
-        *(wide if d == at and leaf.shape[d] == e.intermediate_size else None for d in range(1, leaf.ndim)),
-    )
+        return spec(("experts", axes[1]), leaf.shape, mesh)
+    if not is_kernel(leaf):
+        return spec(("experts", *axes), leaf.shape, mesh)
+
+    def of(x: Any, names: tuple[str | None, ...]) -> P:
+        # What is small comes whole: it is not worth a collective of its own.
+        names = tuple(name if name in ("experts", wide) else None for name in names) if x.size < SMALL else names
+        return spec(names, x.shape, mesh)
+
+    return jax.tree.map(of, leaf, leaf.lies(("experts", *axes)))
 
 
 def _cast(kernel: Any, dtype: Any) -> Any:
     """A plain kernel in the dtype it is used in, before it travels; nodes know themselves."""
-    return kernel if isinstance(kernel, Kernel) else kernel.astype(dtype)
+    return kernel if is_kernel(kernel) else kernel.astype(dtype)

@@ -25,6 +25,7 @@ from jtune.sharding.shapes import Shapes, abstract_mesh, batch_shapes, bytes_by_
 from jtune.sharding.topology import link_speed
 from jtune.train.flops import peak_flops
 from jtune.train.loss import CHUNK_ELEMENTS
+from jtune.tuning.quantize import Quantized
 
 # A microbatch with fewer tokens on a device leaves its matrix units waiting.
 SMALL_MICROBATCH = 512
@@ -157,16 +158,25 @@ def estimate(shapes: Shapes, rows: Rows) -> dict[str, int]:
     # Gathered weights: of two layers, as the next one is fetched while one is at work; and of the head.
     gathered = 0
     if any(mesh.shape[axis] > 1 for axis in ZERO_AXES):
-        layer = sum(x.size for x in jax.tree.leaves(shapes.params["layers"])) // decoder.num_hidden_layers
-        gathered = (2 * layer + decoder.vocab_size * d) * size // split
+        layer = travelling(shapes.params["layers"], size) // decoder.num_hidden_layers
+        gathered = (2 * layer + decoder.vocab_size * d * size) // split
+    # Kernels that are kept in few bits are computed for the layer at work.
+    is_quantized = lambda x: isinstance(x, Quantized)
+    computed = [x.size for x in jax.tree.leaves(shapes.params["layers"], is_leaf=is_quantized) if is_quantized(x)]
+    kernels = sum(computed) // decoder.num_hidden_layers * size // split
     chunk = min(CHUNK_ELEMENTS, int(tokens * rows.label_share) * decoder.vocab_size) * (8 + size) // split
-    temporaries = saved + gradients + max(scores, inside, chunk) + gathered
+    temporaries = saved + gradients + max(scores, inside, chunk) + gathered + kernels
     return {
         "arguments": kept,
         "temporaries": temporaries,
         "peak": kept + temporaries,
         "floor": kept + saved_activations(decoder, "full", tokens, rows.seq, size),
     }
+
+
+def travelling(params: Any, itemsize: int) -> int:
+    """Bytes of parameters that are gathered: in the compute dtype, or as they are kept where that is smaller."""
+    return sum(x.size * min(x.dtype.itemsize, itemsize) for x in jax.tree.leaves(params))
 
 
 def largest(shapes: Shapes, capacities: Mapping[tuple[int, int, int], int]) -> tuple[tuple[int, int, int], Rows]:
@@ -226,7 +236,7 @@ def seconds_per_token(shapes: Shapes, rows: Rows, work: Work, device_kind: str, 
     size = shapes.module.dtype.itemsize
     passes = 3 if shapes.module.remat == "full" else 2
     # FSDP gathers every layer in each pass and scatters gradients; what is computed meanwhile hides it.
-    weights = sum(x.size for x in jax.tree.leaves(shapes.params)) * size / split
+    weights = travelling(shapes.params, size) / split
     trained = 4 * sum(x.size for x in jax.tree.leaves(shapes.state.trainable)) / split
     moved = (passes * weights + trained) * (1 - 1 / fsdp) + 2 * trained * (1 - 1 / data) / rows.accum
     gathering = moved / speed / tokens

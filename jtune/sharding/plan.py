@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jtune import tuning
 from jtune.config import Config
 from jtune.data import Splits, plan_updates
 from jtune.errors import DataError
@@ -143,7 +144,7 @@ def plan_case(config: Config, case: Case) -> dict[str, Any]:
             "label_share": batches.label_share,
             "assumed": batches.assumed,
         },
-        "parameters": sum(x.size for x in jax.tree.leaves(shapes.params)),
+        "parameters": tuning.count(shapes.params),
         "trained_parameters": sum(x.size for x in jax.tree.leaves(shapes.state.trainable)),
         "per_device_bytes": {
             **{key: measured[key] for key in ("arguments", "temporaries", "output", "alias", "code", "peak")},
@@ -174,7 +175,7 @@ def model_bytes(config: Config, source: Mapping[str, Any], shapes: Shapes) -> in
     """Of the files that a checkpoint holds for others: the adapter, or the model as it was stored."""
     if config.finetuning.finetuning_type == "lora":
         return global_bytes(shapes.state.trainable)
-    return sum(x.size for x in jax.tree.leaves(shapes.params)) * hf.stored_dtype(source).itemsize
+    return tuning.count(shapes.params) * hf.stored_dtype(source).itemsize
 
 
 def work_of(decoder: DecoderConfig, shapes: Shapes, batches: Batches) -> Work:

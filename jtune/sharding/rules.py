@@ -101,7 +101,7 @@ def tree_shardings(axes, shapes, mesh: Mesh):
       shapes: tree of anything with `.shape`, of the same structure.
     """
     return jax.tree.map(
-        lambda leaf, names: NamedSharding(mesh, spec(names, leaf.shape, mesh)),
+        lambda leaf, names: None if leaf is None else NamedSharding(mesh, spec(names, leaf.shape, mesh)),
         shapes,
         axes,
         is_leaf=lambda x: x is None,

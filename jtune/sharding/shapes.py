@@ -30,6 +30,7 @@ from jtune.train.objective import objective_of
 from jtune.train.optimizer import optimizer_of
 from jtune.train.state import TrainState
 from jtune.train.step import Batch
+from jtune.tuning import quantize
 from jtune.tuning.expand import on_layers
 from jtune.tuning.nodes import Path
 
@@ -60,11 +61,13 @@ def run_shapes(
     training, finetuning = config.training, config.finetuning
     stored = jnp.dtype(jnp.float32) if config.model.train_from_scratch else hf.stored_dtype(source)
     dtype = build.compute_dtype(training, finetuning.pure_bf16, hf.stored_dtype(source), platform)
+    # Without devices nothing is compiled, and where activations and kernels lie need not be said.
+    of_devices = mesh if isinstance(mesh, Mesh) else None
     masks = []
 
     def prepared(params: Any) -> Any:
         params, mask = tuning.prepare(
-            params,
+            quantize.placed(quantize.apply(params, build.form_of(config.model)), decoder, of_devices),
             finetuning,
             decoder,
             adapters=config.model.adapter_name_or_path,
@@ -83,8 +86,6 @@ def run_shapes(
     tx = optimizer_of(training, finetuning, trainable, decoder)
     state = build.abstract_state(trainable, tx, mesh, float16=dtype == jnp.float16)  # type: ignore[arg-type]
     backend, _ = attention.choose(config.model.flash_attn, platform, decoder)
-    # Without devices nothing is compiled, and where activations lie need not be said.
-    of_devices = mesh if isinstance(mesh, Mesh) else None
     policy = build.asked_remat(training, config.model)
     module = CausalLM(decoder, dtype=dtype, attention=backend, mesh=of_devices)
     module = build.with_remat(module, "full" if policy == "auto" else policy, platform)

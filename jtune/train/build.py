@@ -19,7 +19,7 @@ from jtune.config import DataArguments, FinetuningArguments, ModelArguments, Tra
 from jtune.data import Encoded, EvalBatch, EvalPlan, Plan, eval_batches, packing_windows
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft, vocabulary
-from jtune.models import CausalLM, DecoderConfig, abstract_params, attention, init_params, logical_axes
+from jtune.models import CausalLM, DecoderConfig, attention, init_params
 from jtune.models.families import decoder_config
 from jtune.sharding import (
     batch_sharding,
@@ -41,6 +41,7 @@ from jtune.train.schedule import make_schedule
 from jtune.train.state import TrainState, init_state, state_shardings
 from jtune.train.step import Metrics, make_loss_sum, make_train_step
 from jtune.train.token_loss import TokenLoss, token_nll
+from jtune.tuning import quantize
 from jtune.tuning.vocabulary import Change
 
 log = logging.getLogger("jtune")
@@ -111,15 +112,14 @@ def load_model(
       change: what makes it of the one that is stored.
     """
     check_experts(mesh, decoder.num_experts)
+    form = form_of(args)
     if args.train_from_scratch:
         log.info("drawing random weights (train_from_scratch)")
-        shardings = tree_shardings(logical_axes(decoder), abstract_params(decoder), mesh)
-        params = jax.jit(lambda key: init_params(decoder, key, jnp.float32), out_shardings=shardings)(
-            jax.random.key(seed)
-        )
+        draw = lambda key: quantize.apply(init_params(decoder, key, jnp.float32), form)
+        shardings = placement(jax.eval_shape(draw, jax.random.key(seed)), decoder, mesh)
+        params = quantize.placed(jax.jit(draw, out_shardings=shardings)(jax.random.key(seed)), decoder, mesh)
     else:
-        log.info("reading weights of %s", args.model_name_or_path)
-        params = vocabulary.load_params(folder, decoder, change, mesh, seed=seed)
+        params = read_base(folder, args, decoder, change, mesh, seed=seed)
     read_adapter = partial(peft.load_adapter, subfolder=args.adapter_folder, **args.hub)
     params, mask = tuning.prepare(
         params,
@@ -135,6 +135,20 @@ def load_model(
     log.info("attention: %s (%s)", backend, why)
     module = CausalLM(decoder, dtype=dtype, attention=backend, mesh=mesh)
     return Model(module, decoder, source, params, mask)
+
+
+def form_of(args: ModelArguments) -> quantize.Form | None:
+    """How the base is kept: as it is stored, or in the 4 or 8 bits of `quantization_bit`."""
+    return quantize.form_of(args.quantization_bit, args.quantization_type, args.double_quantization)
+
+
+def read_base(
+    folder: Path, args: ModelArguments, decoder: DecoderConfig, change: Change | None, mesh: Mesh, *, seed: int
+) -> Any:
+    """The weights of a model, straight to their places; quantised on the way, if `quantization_bit` says so."""
+    form = form_of(args)
+    log.info("reading weights of %s%s", args.model_name_or_path, f", kept in {form}" if form else "")
+    return quantize.placed(vocabulary.load_params(folder, decoder, change, mesh, seed=seed, form=form), decoder, mesh)
 
 
 def asked_remat(training: TrainingArguments, model: ModelArguments) -> str:

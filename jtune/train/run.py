@@ -175,7 +175,7 @@ def run(config: Config) -> dict[str, Any]:
     held = build.held(objective, trainable, frozen, dtype)
     if objective != PLAIN:
         log.info("%s", describe_objective(objective))
-    parameters = sum(x.size for x in jax.tree.leaves(model.params))
+    parameters = tuning.count(model.params)
     tx = optimizer_of(training, finetuning, trainable, decoder)
     float16 = dtype == jnp.float16
     state_like = build.abstract_state(trainable, tx, mesh, float16=float16)

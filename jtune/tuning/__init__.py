@@ -1,16 +1,17 @@
 """What is tuned, as transforms of the parameter tree: params -> (params', what trains)."""
 
-from jtune.tuning import lora
+from jtune.tuning import lora, quantize
 from jtune.tuning.axes import prepared_axes
 from jtune.tuning.freeze import freeze
 from jtune.tuning.masks import combine, decay_mask, full_mask, partition, trainable_mask
-from jtune.tuning.nodes import Node, adapter_mask, has_dropout, is_node, kernels, replace, select
+from jtune.tuning.nodes import Node, adapter_mask, count, has_dropout, is_node, kernels, replace, select
 from jtune.tuning.prepare import describe, prepare
 
 __all__ = [
     "Node",
     "adapter_mask",
     "combine",
+    "count",
     "decay_mask",
     "describe",
     "freeze",
@@ -22,6 +23,7 @@ __all__ = [
     "partition",
     "prepare",
     "prepared_axes",
+    "quantize",
     "replace",
     "select",
     "trainable_mask",

@@ -51,6 +51,23 @@ class Node(ABC):
         """
         return {}
 
+    def lies(self, kernel: Axes, small: int = 0) -> Any:
+        """The logical axes of every array, as a tree like the node.
+
+        Args:
+          kernel: those of the kernel.
+          small: adapters of fewer elements lie everywhere.
+        """
+        declared = self.axes(kernel)
+
+        def of(name: str, value: Any) -> Any:
+            if name == "base" and value is not None:
+                return value.lies(kernel, small) if is_node(value) else kernel
+            everywhere = lambda x: name not in declared or (name in self.adapter and x.size < small)
+            return jax.tree.map(lambda x: (None,) * x.ndim if everywhere(x) else declared[name], value)
+
+        return map_fields(of, self)
+
     def describe(self) -> str:
         """What the log says of it."""
         return type(self).__name__
@@ -63,6 +80,13 @@ class Node(ABC):
     def dtype(self) -> Any:
         return self.base.dtype
 
+    @property
+    def size(self) -> int:
+        """Its parameters; of a kernel that is held in fewer bits, those of the kernel."""
+        sizes: list[int] = []
+        map_fields(lambda _, value: sizes.append(count(value)), self)
+        return sum(sizes)
+
 
 def is_node(x: Any) -> bool:
     return isinstance(x, Node)
@@ -71,6 +95,11 @@ def is_node(x: Any) -> bool:
 def is_adapter(x: Any) -> bool:
     """Whether it is a node that has something to train."""
     return is_node(x) and bool(x.adapter)
+
+
+def count(params: PyTree) -> int:
+    """How many parameters there are."""
+    return sum(x.size for x in jax.tree.leaves(params, is_leaf=is_node))
 
 
 def map_fields(f: Callable[[str, Any], Any], node: Node) -> Any:

@@ -18,7 +18,7 @@ from jtune.tuning import lora
 from jtune.tuning.expand import on_layers
 from jtune.tuning.freeze import expanded_layers, freeze
 from jtune.tuning.masks import full_mask
-from jtune.tuning.nodes import adapter_mask, is_node, map_fields, select
+from jtune.tuning.nodes import adapter_mask, count, is_adapter, is_node, map_fields, select
 
 log = logging.getLogger("jtune")
 
@@ -115,22 +115,26 @@ def whole_modules(params: PyTree, mask: PyTree, names: Sequence[str]) -> PyTree:
     """Flip the leaves of the modules that `additional_target` names, by the end of their names as PEFT has it.
 
     Raises:
-      ConfigError: a name that matches nothing, or a module that has an adapter.
+      ConfigError: a name that matches nothing, or a module that has an adapter or does not train.
     """
     matched = set()
 
-    def flip(path: Any, trains: bool) -> bool:
+    def flip(path: Any, leaf: Any, trains: Any) -> Any:
         keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)][:-1]
         modules = [".".join(keys[: i + 1]) for i in range(len(keys))]
         hit = [name for name in names if any(module.endswith(name) for module in modules)]
         matched.update(hit)
-        if hit and isinstance(path[-1], jax.tree_util.GetAttrKey):
+        if hit and is_adapter(leaf):
             raise ConfigError(
                 f"additional_target: {hit[0]!r} has an adapter already (lora_target): name it in one only"
             )
-        return trains or bool(hit)
+        if hit and is_node(leaf):
+            raise ConfigError(
+                f"additional_target: {hit[0]!r} is kept as {leaf.describe()}, which cannot train: put it in lora_target"
+            )
+        return True if hit else trains
 
-    flipped = jax.tree_util.tree_map_with_path(flip, mask)
+    flipped = jax.tree_util.tree_map_with_path(flip, params, mask, is_leaf=is_node)
     missing = [name for name in names if name not in matched]
     if missing:
         there = list(dict.fromkeys(key.key for path, _ in jax.tree_util.tree_leaves_with_path(mask) for key in path[:-1]
@@ -162,7 +166,7 @@ def describe(params: PyTree, mask: PyTree) -> str:
         module = names[:-1]
         groups[".".join(module[:-1]), how][module[-1]] = None
     sizes = jax.tree.map(lambda x, trains: x.size if trains else 0, params, mask)
-    trained, total = sum(jax.tree.leaves(sizes)), sum(x.size for x in jax.tree.leaves(params))
+    trained, total = sum(jax.tree.leaves(sizes)), count(params)
     lines = [f"trains {trained:,} of {total:,} parameters ({trained / total:.2%}):"]
     for (parent, how), modules in groups.items():
         inner = next(iter(modules)) if len(modules) == 1 else "{" + ",".join(modules) + "}"
