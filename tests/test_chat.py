@@ -228,7 +228,7 @@ def test_a_conversation_that_is_too_long_ends_a_pipe_but_not_a_dialogue():
     chat.talk(ask, ["a", "b"], io.StringIO(), io.StringIO(), keep_going=True)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_chat_answers_what_comes_through_a_pipe(parts, tmp_path, devices):
     """As the same model answers when it is asked directly, on one device or split over eight."""
     from jtune.generation import generate

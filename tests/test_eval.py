@@ -91,6 +91,7 @@ def test_answers_end_where_the_task_says(lm):
         lm.generate_until(asked(("a", {"no_repeat_ngram_size": 2})))
 
 
+@pytest.mark.slow
 def test_a_task_file_of_ones_own_runs(parts, tmp_path, capsys):
     choice = {"choices": [" May", " 3", " It"], "label": 2}
     documents = [{"question": f"{row['instruction']} {row['input']}", **choice} for row in rows(6)]

@@ -134,9 +134,15 @@ def test_training_goes_on_from_it(made, trained, tmp_path):
         run(more)
 
 
-@pytest.mark.parametrize("changes", [{"finetuning_type": "full", "init_special_tokens": "desc_init"},
-                                     {"finetuning_type": "freeze", "freeze_trainable_layers": 2, "use_llama_pro": True},
-                                     {"freeze_trainable_layers": 2, "use_llama_pro": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"finetuning_type": "full", "init_special_tokens": "desc_init"}, marks=pytest.mark.slow),
+        {"finetuning_type": "freeze", "freeze_trainable_layers": 2, "use_llama_pro": True},
+        pytest.param({"freeze_trainable_layers": 2, "use_llama_pro": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_what_is_planned_is_what_is_trained(changes, made, tmp_path, monkeypatch):
     seen = []
     lower = build.lower_step

@@ -169,6 +169,7 @@ def test_remat_auto_computes_again_what_memory_makes_necessary(only_config, tmp_
     assert asked["remat"] == "none"
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said_with_what_would_help(only_config, tmp_path, capsys):
     changes = {"finetuning_type": "full", "remat": "none", "per_device_train_batch_size": 8, "cutoff_len": 512}
     result = planned(only_config, tmp_path, memory=2**22, **changes)
@@ -188,6 +189,7 @@ def test_what_does_not_fit_is_said_with_what_would_help(only_config, tmp_path, c
     assert overrides(best["overrides"]) in said
 
 
+@pytest.mark.slow
 def test_the_search_gives_settings_that_fit_and_keep_the_rows_of_an_update(only_config, tmp_path):
     config = configured(only_config, tmp_path, per_device_train_batch_size=16, cutoff_len=256, finetuning_type="full")
     whole = plan.plan(config)

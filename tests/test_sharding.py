@@ -143,6 +143,9 @@ def trained(family, method, packed, accum, mesh):
     return np.array(figures), jax.tree.map(np.asarray, state.trainable)
 
 
+slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
+
+
 @cache
 def alone(family, method, packed):
     """On one device, without anything that a mesh brings: the plain module under `jax.jit`."""
@@ -166,18 +169,18 @@ def alone(family, method, packed):
         ("llama", "lora", True, 2, {"data": 2, "fsdp": 2, "tensor": 2}),
         ("llama", "full", True, 1, {"fsdp": 1, "context": 8}),
         ("llama", "full", True, 2, {"fsdp": 2, "context": 4}),
-        ("llama", "lora", False, 4, {"fsdp": 2, "context": 2, "tensor": 2}),
+        slow("llama", "lora", False, 4, {"fsdp": 2, "context": 2, "tensor": 2}),
         ("gemma2", "full", True, 2, {"fsdp": 2, "context": 4}),
-        ("gemma2", "lora", False, 1, {"data": 2, "context": 2, "fsdp": 2}),
+        slow("gemma2", "lora", False, 1, {"data": 2, "context": 2, "fsdp": 2}),
         ("mistral", "freeze", True, 1, {"data": 2, "fsdp": 1, "context": 4}),
-        ("qwen3_5", "full", True, 2, {"fsdp": 1, "context": 4, "tensor": 2}),
+        slow("qwen3_5", "full", True, 2, {"fsdp": 1, "context": 4, "tensor": 2}),
         ("qwen3_5", "lora", True, 1, {"fsdp": 2, "context": 2, "tensor": 2}),
-        ("mixtral", "full", True, 1, {"fsdp": 8}),
-        ("mixtral", "full", False, 2, {"fsdp": 2, "expert": 2, "tensor": 2}),
+        slow("mixtral", "full", True, 1, {"fsdp": 8}),
+        slow("mixtral", "full", False, 2, {"fsdp": 2, "expert": 2, "tensor": 2}),
         ("mixtral", "full", True, 1, {"fsdp": 2, "expert": 4}),
         ("mixtral", "lora", True, 2, {"fsdp": 1, "expert": 4, "tensor": 2}),
-        ("mixtral", "lora", False, 1, {"data": 2, "fsdp": 1, "expert": 2, "context": 2}),
-        ("latent", "full", True, 1, {"fsdp": 2, "expert": 2, "tensor": 2}),
+        slow("mixtral", "lora", False, 1, {"data": 2, "fsdp": 1, "expert": 2, "context": 2}),
+        slow("latent", "full", True, 1, {"fsdp": 2, "expert": 2, "tensor": 2}),
         ("sinks", "full", True, 1, {"fsdp": 2, "expert": 2, "context": 2}),
         ("joined", "full", True, 1, {"fsdp": 2, "tensor": 2, "context": 2}),
     ],
