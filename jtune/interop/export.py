@@ -1,6 +1,7 @@
 """`jtune export CASE.yaml`: the base and its adapters as one Hugging Face checkpoint."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from jtune.config import Config
 from jtune.data import get_template
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft, vocabulary
-from jtune.models import CausalLM, DecoderConfig, abstract_params, logical_axes
+from jtune.models import CausalLM, DecoderConfig
 from jtune.models.families import decoder_config
-from jtune.sharding import make_mesh, tree_shardings
+from jtune.sharding import make_mesh
+from jtune.tuning import count
 
 log = logging.getLogger("jtune")
 
@@ -48,8 +50,8 @@ def run(config: Config) -> Path:
 
     log.info("reading weights of %s", args.model_name_or_path)
     mesh = make_mesh()
-    shardings = tree_shardings(logical_axes(decoder), abstract_params(decoder), mesh)
-    params = vocabulary.load_params(base, decoder, settled.change, mesh, seed=config.training.seed)
+    read = partial(vocabulary.load_params, decoder=decoder, mesh=mesh, seed=config.training.seed)
+    params = read(base, change=settled.change)
     dtype = hf.stored_dtype(source) if args.infer_dtype == "auto" else jnp.dtype(args.infer_dtype)
     for path in args.adapter_name_or_path:
         log.info("reading adapter %s", path)
@@ -60,15 +62,14 @@ def run(config: Config) -> Path:
         hf.copy_generation_config(base, unfinished)
         hf.save_model(params, decoder, source, unfinished, max_shard_bytes=args.export_size * 10**9, dtype=dtype)
         del params  # there is room for one model
-        params = hf.load_params(unfinished, decoder, shardings=shardings)
+        params = read(unfinished, change=None)
         difference = np.abs(sample_logits(decoder, params) - before).max()
     log.info(
         "largest difference of a logit, what is written beside the base with its adapters: %.3g; largest logit %.3g",
         difference,
         np.abs(before).max(),
     )
-    count = sum(x.size for x in jax.tree.leaves(params))
-    log.info("wrote %s parameters in %s to %s", f"{count:,}", dtype.name, out)
+    log.info("wrote %s parameters in %s to %s", f"{count(params):,}", dtype.name, out)
     return out
 
 

@@ -15,10 +15,6 @@ from jtune.tuning.masks import learns
 PyTree = Any
 
 
-def layer_count(params: PyTree) -> int:
-    return sum(jax.tree.leaves(stack)[0].shape[0] for stack in stacks(params["layers"]))
-
-
 def trainable_layers(count: int, wanted: int) -> range:
     """The layers that train: the last `wanted`, or the first ones if it is negative."""
     return range(max(0, count - wanted), count) if wanted > 0 else range(min(-wanted, count))
@@ -88,7 +84,7 @@ def freeze(
             tied = " (this model's head is its embed_tokens)" if name == "lm_head" else ""
             raise ConfigError(_unknown("freeze_extra_modules", name, outside) + tied)
 
-    count = layer_count(params)
+    count = sum(jax.tree.leaves(stack)[0].shape[0] for stack in stacks(params["layers"]))
     chosen = expanded_layers(count, layers) if expanded else trainable_layers(count, layers)
     cut = cut_layers(params, borders(chosen))
 
