@@ -56,7 +56,8 @@ def load(config: Config) -> Loaded:
         params, _ = peft.load_adapter(params, decoder, path, subfolder=args.adapter_folder, **args.hub)
     params = in_dtypes(params, jax.tree.map(lambda _: False, params), dtype, dtype)
     params = jax.device_put(params, build.placement(params, decoder, mesh))
-    backend, _ = attention.choose(args.flash_attn, mesh.devices.flat[0].platform, decoder)
+    device = mesh.local_devices[0]
+    backend, _ = attention.choose(args.flash_attn, device.platform, decoder, dtype, device)
     return Loaded(CausalLM(decoder, dtype=dtype, attention=backend, mesh=mesh), params, tokenizer, folder)
 
 

@@ -7,9 +7,11 @@ group, D head_dim; of one block: Q queries, N keys, M = G*Q.
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -21,7 +23,7 @@ from jtune.sharding.mesh import BATCH_AXES
 # Scores of masked pairs. Finite, so that a row of padding gives numbers and not NaN.
 MASKED = -1e30
 
-BACKENDS = ("xla", "blocks", "splash")
+BACKENDS = ("xla", "blocks", "splash", "flash")
 
 # The name of what a backend keeps for its backward pass, for remat policies.
 RESIDUALS = "attention_residuals"
@@ -31,14 +33,26 @@ MAPPED_SCORES = 2**25
 
 LANES = 128  # what splash wants head_dim and row lengths to be multiples of
 
+WIDEST_FLASH_HEAD = 256
 
-def choose(flash_attn: str, platform: str, config: DecoderConfig | None = None) -> tuple[str, str]:
+
+def choose(
+    flash_attn: str,
+    platform: str,
+    config: DecoderConfig | None = None,
+    dtype: Any = jnp.bfloat16,
+    device: jax.Device | None = None,
+) -> tuple[str, str]:
     """(backend, why) for LLaMA-Factory's `flash_attn` on a platform ("cpu", "gpu", "tpu").
 
     A kernel that cannot do what the model of `config` needs is not chosen.
 
-    >>> choose("auto", "tpu")[0], choose("auto", "cpu")[0], choose("disabled", "tpu")[0]
-    ('splash', 'blocks', 'xla')
+    Args:
+      dtype: of activations.
+      device: where the kernel for GPUs is tried out before it is chosen; None: it is taken to work.
+
+    >>> choose("auto", "tpu")[0], choose("auto", "gpu")[0], choose("auto", "cpu")[0], choose("disabled", "tpu")[0]
+    ('splash', 'flash', 'blocks', 'xla')
     """
     if flash_attn in ("disabled", "sdpa"):
         return "xla", f"flash_attn: {flash_attn}"
@@ -48,7 +62,14 @@ def choose(flash_attn: str, platform: str, config: DecoderConfig | None = None) 
         return "blocks", "block by block of queries, since the TPU kernel has no attention sinks"
     if platform == "tpu":
         return "splash", "the fused TPU kernel: segments, windows and soft-caps inside, no scores in memory"
-    return "blocks", "block by block of queries, so that scores of one block exist at a time"
+    why = "block by block of queries, so that scores of one block exist at a time"
+    if platform == "gpu":
+        head_dim = 128 if config is None else max(config.qk_dim, config.value_dim)
+        obstacle = _flash_obstacle(jnp.dtype(dtype), head_dim, config and config.attention_softcap, device)
+        if obstacle is None:
+            return "flash", "a fused GPU kernel: segments, windows, soft-caps and sinks inside, no scores in memory"
+        why += f"; not the GPU kernel: {obstacle}"
+    return "blocks", why
 
 
 def attend(
@@ -74,7 +95,7 @@ def attend(
       softcap: scores become `softcap * tanh(scores / softcap)` (arXiv:2408.00118).
       sinks: a score of each head that competes with those of the keys, and gives nothing.
       bias: float32, added to the scores of a key. Only "xla" has it.
-      backend: "xla", all scores at once: the reference; "blocks", "splash": see `choose`.
+      backend: "xla", all scores at once: the reference; "blocks", "splash", "flash": see `choose`.
       mesh: where the arrays lie; rows over `batch`, tokens over `sequence`, heads over `heads` and `kv_heads`.
 
     Returns:
@@ -84,6 +105,9 @@ def attend(
         raise ValueError(f"attention backend {backend!r} has no {'sinks' if bias_BHS is None else 'biases'}")
     if backend == "splash":
         return _splash(q_BTHD, k_BSKD, v_BSKD, segment_ids_BS, scale, window, softcap, mesh)
+    if backend == "flash":
+        out_BTHV, sums_BTH = _flash(q_BTHD, k_BSKD, v_BSKD, segment_ids_BS, scale, window, softcap, mesh)
+        return _with_sinks(out_BTHV, sums_BTH, sinks_H)
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r}: expected one of {', '.join(BACKENDS)}")
     # Queries stay where their tokens are; keys and values of the whole row come to them.
@@ -109,12 +133,16 @@ def attend(
     else:
         over_heads = jax.vmap(one, in_axes=(0, 0, 0, None))
         out, sums = jax.vmap(over_heads)(q_BKGTD, k_BKSD, v_BKSD, segment_ids_BS)
-    out_BKGTV = out.reshape(B, K, H // K, T, V)
-    if sinks_H is not None:
-        # What a sink takes away follows from how large all other weights are together.
-        others = jax.nn.sigmoid(sums - sinks_H.astype(jnp.float32).reshape(1, K, H // K, 1, 1))
-        out_BKGTV = (out_BKGTV * others).astype(q_BTHD.dtype)
-    return out_BKGTV.transpose(0, 3, 1, 2, 4).reshape(B, T, H, V)
+    out_BTHV = out.reshape(B, H, T, V).transpose(0, 2, 1, 3)
+    return _with_sinks(out_BTHV, sums.reshape(B, H, T).transpose(0, 2, 1), sinks_H)
+
+
+def _with_sinks(out_BTHV: jax.Array, sums_BTH: jax.Array, sinks_H: jax.Array | None) -> jax.Array:
+    """What a sink leaves: it follows from how large all other weights are together, the logarithm of their sum."""
+    if sinks_H is None:
+        return out_BTHV
+    others_BTH = jax.nn.sigmoid(sums_BTH - sinks_H.astype(jnp.float32))
+    return (out_BTHV * others_BTH[..., None]).astype(out_BTHV.dtype)
 
 
 def attend_cached(
@@ -273,6 +301,113 @@ def _block(T: int) -> int:
     return max(128, -(-T // 8 // 64) * 64)
 
 
+# ---------------------------------------------------------------------- kernels over a mesh
+
+
+class Parts(NamedTuple):
+    """How a mesh cuts attention up."""
+
+    axes: tuple[tuple[str, ...] | None, str | None, str | None]  # that rows, heads, and queries of a row lie over
+    tensor: int
+    context: int
+
+
+def _parts(mesh: Mesh | None, q_BTHD: jax.Array, k_BSKD: jax.Array) -> Parts:
+    """What does not divide is computed on each device."""
+    sizes = dict(mesh.shape) if mesh is not None else {}
+    rows = tuple(axis for axis in BATCH_AXES if sizes.get(axis, 1) > 1)
+    if q_BTHD.shape[0] % math.prod(sizes[axis] for axis in rows):
+        rows = ()
+    tensor, context = sizes.get("tensor", 1), sizes.get("context", 1)
+    tensor = tensor if q_BTHD.shape[2] % tensor == 0 and k_BSKD.shape[2] % tensor == 0 else 1
+    axes = rows or None, "tensor" if tensor > 1 else None, "context" if context > 1 else None
+    return Parts(axes, tensor, context)
+
+
+# ---------------------------------------------------------------------- GPU: flash.py
+
+
+def _flash(q_BTHD, k_BSKD, v_BSKD, segment_ids_BS, scale, window, softcap, mesh: Mesh | None, interpret=False):
+    """Flash attention over the mesh, as splash: `[B, T, H, V]`, and logarithms of the sums of weights, `[B, T, H]`.
+
+    Rows are filled up to whole blocks with tokens of segment 0, heads to a power of two with zeros.
+    """
+    from jtune.models.flash import ROW_MULTIPLE, Options, flash, plan_of  # Pallas takes a moment to import
+
+    T, V = q_BTHD.shape[1], v_BSKD.shape[3]
+    width = _power_of_two(max(q_BTHD.shape[3], V))
+    parts = _parts(mesh, q_BTHD, k_BSKD)
+    pad = -T % (ROW_MULTIPLE * parts.context)
+    fill = lambda x: jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, width - x.shape[3])))
+    first_BT, last_BS = _bounds(jnp.pad(segment_ids_BS, ((0, 0), (0, pad))), window)
+    offsets = jnp.arange(parts.context, dtype=jnp.int32) * ((T + pad) // parts.context)
+    options = Options(scale, softcap, plan_of(width), RESIDUALS, interpret)
+    local = lambda *args: flash(*args, options)
+    if mesh is not None and mesh.size > 1:
+        rows, heads, sequence = parts.axes
+        keys = P(rows, None, heads)
+        local = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(P(rows, sequence, heads), keys, keys, P(rows, sequence), P(rows), P(sequence)),
+            out_specs=(P(rows, sequence, heads), P(rows, heads, sequence)),
+            check_vma=False,
+        )
+    out_BTHD, sums_BHT = local(fill(q_BTHD), fill(k_BSKD), fill(v_BSKD), first_BT, last_BS, offsets)
+    return out_BTHD[:, :T, :, :V], sums_BHT.transpose(0, 2, 1)[:, :T]
+
+
+def _bounds(segment_ids_BS: jax.Array, window: int | None) -> tuple[jax.Array, jax.Array]:
+    """The first key that each query sees, and the last query that sees each key: int32 `[B, S]`. Segments are
+    contiguous."""
+    at_S = jnp.arange(segment_ids_BS.shape[1], dtype=jnp.int32)
+    changes = segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1]
+    begins, ends = (jnp.pad(changes, ((0, 0), side), constant_values=True) for side in ((1, 0), (0, 1)))
+    first_BS = jax.lax.cummax(jnp.where(begins, at_S, 0), axis=1)
+    last_BS = jax.lax.cummin(jnp.where(ends, at_S, at_S.size), axis=1, reverse=True)
+    if window is not None:
+        first_BS, last_BS = jnp.maximum(first_BS, at_S - window + 1), jnp.minimum(last_BS, at_S + window - 1)
+    return first_BS, last_BS
+
+
+def _power_of_two(n: int) -> int:
+    """The next one, and at least what a product of blocks takes."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _flash_obstacle(dtype: jnp.dtype, head_dim: int, softcap: float | None, device: jax.Device | None) -> str | None:
+    """Why the GPU kernel is not to be chosen, or None."""
+    if dtype.itemsize != 2:
+        return f"it computes in 16 bits, activations are {dtype.name} (bf16: true changes that)"
+    if head_dim > WIDEST_FLASH_HEAD:
+        return f"heads of {head_dim} dimensions do not fit into it, {WIDEST_FLASH_HEAD} is the most"
+    return None if device is None else _tried(device, dtype, _power_of_two(head_dim), softcap)
+
+
+@lru_cache
+def _tried(device: jax.Device, dtype: jnp.dtype, head_dim: int, softcap: float | None) -> str | None:
+    """What goes wrong when the kernels run on a device, or None: they must compile for it (which takes seconds), and
+    give what plain attention gives. No run starts on a kernel that is wrong there."""
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (1, 512, heads, head_dim), dtype) for i, heads in enumerate((2, 1, 1))
+    )
+    segment_ids = jnp.asarray(np.repeat(np.arange(1, 4), (100, 30, 382))[None], jnp.int32)
+    options = {"scale": head_dim**-0.5, "softcap": softcap}
+
+    def found(backend: str, *given: jax.Array):
+        loss = lambda *given: jnp.sum(attend(*given, segment_ids, backend=backend, **options).astype(jnp.float32) ** 2)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*given)
+
+    with jax.default_device(device):
+        try:
+            ours = found("flash", q, k, v)
+        except Exception as error:  # whatever a compiler or driver raises
+            return f"it does not work on {device.device_kind} ({str(error).splitlines()[0][:200]})"
+        exact = found("xla", *(x.astype(jnp.float32) for x in (q, k, v)))
+    off = max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in zip(ours, exact))
+    return None if off < 0.02 else f"its gradients are off by {off:.1%} on {device.device_kind}"
+
+
 # ---------------------------------------------------------------------- TPU: splash attention, which comes with jax
 
 
@@ -285,25 +420,21 @@ def _splash(q_BTHD, k_BSKD, v_BSKD, segment_ids_BS, scale, window, softcap, mesh
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     _, T, H, D = q_BTHD.shape
-    K, V = k_BSKD.shape[2], v_BSKD.shape[3]
+    V = v_BSKD.shape[3]
     width = max(D, V) + -max(D, V) % LANES
-    axes = dict(mesh.shape) if mesh is not None else {}
-    context = axes.get("context", 1)
-    tensor = axes.get("tensor", 1)
-    tensor = tensor if H % tensor == 0 and K % tensor == 0 else 1
-    pad = -T % (LANES * context)
+    parts = _parts(mesh, q_BTHD, k_BSKD)
+    pad = -T % (LANES * parts.context)
     fill = lambda x: jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, width - x.shape[3]))).transpose(0, 2, 1, 3)
     # The kernel does not scale. In the precision of q, as its products are.
     q_BHTD, k_BKSD, v_BKSD = fill(q_BTHD * jnp.asarray(scale, q_BTHD.dtype)), fill(k_BSKD), fill(v_BSKD)
     segments = jnp.pad(segment_ids_BS, ((0, 0), (0, pad)))
-    kernel = _splash_kernel(T + pad, H, tensor, context, window, softcap, interpret)
+    kernel = _splash_kernel(T + pad, H, parts.tensor, parts.context, window, softcap, interpret)
 
     def local(kernel, q, k, v, of_queries, of_keys):
         return jax.vmap(lambda q, k, v, a, b: kernel(q, k, v, SegmentIds(q=a, kv=b)))(q, k, v, of_queries, of_keys)
 
     if mesh is not None and mesh.size > 1:
-        rows = tuple(axis for axis in BATCH_AXES if axes.get(axis, 1) > 1) or None
-        heads, sequence = ("tensor" if tensor > 1 else None), ("context" if context > 1 else None)
+        rows, heads, sequence = parts.axes
         kept = jax.sharding.NamedSharding(mesh, P(heads, sequence))
         local = jax.shard_map(
             local,

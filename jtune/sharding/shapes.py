@@ -85,7 +85,7 @@ def run_shapes(
     held = build.held(objective_of(finetuning, training), trainable, frozen, dtype)
     tx = optimizer_of(training, finetuning, trainable, decoder)
     state = build.abstract_state(trainable, tx, mesh, float16=dtype == jnp.float16)  # type: ignore[arg-type]
-    backend, _ = attention.choose(config.model.flash_attn, platform, decoder)
+    backend, _ = attention.choose(config.model.flash_attn, platform, decoder, dtype)
     policy = build.asked_remat(training, config.model)
     module = CausalLM(decoder, dtype=dtype, attention=backend, mesh=of_devices)
     module = build.with_remat(module, "full" if policy == "auto" else policy, platform)

@@ -9,6 +9,7 @@ import pytest
 
 from jtune.models import attention
 from jtune.models.attention import attend, choose
+from jtune.sharding import make_mesh
 
 BATCH, SEQ, HEADS, KV_HEADS, HEAD_DIM = 2, 300, 4, 2, 16
 
@@ -33,20 +34,45 @@ def outputs_and_gradients(call, q, k, v):
     return (out, *gradients)
 
 
-@pytest.mark.parametrize("backend", ["blocks", "splash"])
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernels are for TPUs and GPUs; here they are interpreted."""
+    for name in ("_splash", "_flash"):
+        monkeypatch.setattr(attention, name, partial(getattr(attention, name), interpret=True))
+
+
+@pytest.mark.parametrize("backend", ["blocks", "splash", "flash"])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (37, None), (None, 20.0), (130, 5.0)])
-def test_backends_equal_the_reference(backend, window, softcap, packed):
+def test_backends_equal_the_reference(backend, window, softcap, packed, interpreted):
     q, k, v, segment_ids = packed
-    options = {"scale": 0.25, "window": window, "softcap": softcap}
-    expected = outputs_and_gradients(lambda q, k, v: attend(q, k, v, segment_ids, **options), q, k, v)
-    call = partial(attend, backend=backend, **options)
-    if backend == "splash":  # its kernel is for TPUs; here it is interpreted
+    call = partial(attend, segment_ids_BS=segment_ids, scale=0.25, window=window, softcap=softcap)
+    expected = outputs_and_gradients(call, q, k, v)
+    found = outputs_and_gradients(partial(call, backend=backend), q, k, v)
+    for ours, theirs in zip(found, expected):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
-        def call(q, k, v, segment_ids, *, scale, window, softcap):
-            return attention._splash(q, k, v, segment_ids, scale, window, softcap, None, interpret=True)
 
-        call = partial(call, **options)
-    found = outputs_and_gradients(lambda q, k, v: call(q, k, v, segment_ids), q, k, v)
+@pytest.mark.parametrize("backend", ["blocks", "flash"])
+def test_sinks_and_values_of_another_width(backend, packed, interpreted):
+    q, k, v, segment_ids = packed
+    sinks = jnp.linspace(-2.0, 2.0, HEADS)
+
+    def call(q, k, sinks, backend="xla"):
+        return attend(q, k, v[..., :10], segment_ids, scale=0.25, sinks_H=sinks, backend=backend)
+
+    expected = outputs_and_gradients(call, q, k, sinks)
+    for ours, theirs in zip(outputs_and_gradients(partial(call, backend=backend), q, k, sinks), expected):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 150])
+def test_flash_attention_over_a_mesh(window, packed, interpreted):
+    """Rows over devices, heads, and the queries of a row, of which each device must know the number of its first."""
+    q, k, v, segment_ids = packed
+    call = partial(attend, segment_ids_BS=segment_ids, scale=0.25, window=window)
+    expected = outputs_and_gradients(call, q, k, v)
+    mesh = make_mesh(fsdp=2, tensor=2, context=2)
+    found = jax.jit(lambda *x: outputs_and_gradients(partial(call, backend="flash", mesh=mesh), *x))(q, k, v)
     for ours, theirs in zip(found, expected):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
@@ -78,9 +104,11 @@ def test_blocks_do_not_keep_scores(packed):
 
 def test_the_choice_follows_from_platform_and_flash_attn():
     assert choose("auto", "tpu")[0] == choose("fa2", "tpu")[0] == "splash"
-    assert choose("auto", "gpu")[0] == choose("auto", "cpu")[0] == "blocks"
+    assert choose("auto", "gpu")[0] == choose("fa2", "gpu")[0] == "flash"
+    assert choose("auto", "cpu")[0] == "blocks"
+    assert choose("auto", "gpu", dtype=jnp.float32)[0] == "blocks"
     assert choose("disabled", "tpu")[0] == choose("sdpa", "cpu")[0] == "xla"
-    with pytest.raises(ValueError, match="expected one of xla, blocks, splash"):
+    with pytest.raises(ValueError, match="expected one of xla, blocks, splash, flash"):
         attend(*(jnp.zeros((1, 2, 1, 4)),) * 3, jnp.ones((1, 2), jnp.int32), scale=1.0, backend="cudnn")
 
 
