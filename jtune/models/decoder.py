@@ -67,7 +67,7 @@ class CausalLM(nn.Module):
       attention: the backend of `jtune.models.attention.attend`.
       mesh: where activations are said to lie (`jtune.sharding.RULES`); None: nothing is said, as suits one device.
       unrolled: compile the layers one after the other instead of a loop over them. The code then grows with depth, but
-        nothing is copied into and out of stacks of what the backward pass needs, which takes a fifth of a step on CPUs.
+        nothing is copied into and out of stacks of what the backward pass needs, which takes a fifth of a step.
 
     `params["layers"]` is a stack of layers (leaves `[layers, ...]`), or a tuple of such stacks, in order. Dropout, of
     kernels that have it, happens when `apply` gets `rngs={"dropout": key}`.

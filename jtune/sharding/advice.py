@@ -24,7 +24,7 @@ from jtune.sharding.rules import ZERO_AXES
 from jtune.sharding.shapes import Shapes, abstract_mesh, batch_shapes, bytes_by_kind, run_shapes
 from jtune.sharding.topology import link_speed
 from jtune.train.flops import peak_flops
-from jtune.train.loss import CHUNK_ELEMENTS
+from jtune.train.loss import chunk_elements
 from jtune.tuning.quantize import Quantized
 
 # A microbatch with fewer tokens on a device leaves its matrix units waiting.
@@ -150,7 +150,7 @@ def estimate(shapes: Shapes, rows: Rows) -> dict[str, int]:
     gradients = 4 * trained * (1 if rows.accum == 1 else 2)
     # One layer at work. Scores: float32, their softmax and its gradient, and weights in the compute dtype.
     d, f = decoder.hidden_size, decoder.active_intermediate_size
-    keys = {"xla": rows.seq, "blocks": rows.seq // 8, "splash": 0}[module.attention]  # whose scores exist at a time
+    keys = {"xla": rows.seq, "blocks": rows.seq // 8}.get(module.attention, 0)  # whose scores exist at a time
     scores = tokens * decoder.num_attention_heads * keys * (8 + size) // split
     inside = tokens * (6 * d + 5 * f // split) * size
     if decoder.delta is not None:  # what it has and the gradients of that
@@ -164,7 +164,7 @@ def estimate(shapes: Shapes, rows: Rows) -> dict[str, int]:
     is_quantized = lambda x: isinstance(x, Quantized)
     computed = [x.size for x in jax.tree.leaves(shapes.params["layers"], is_leaf=is_quantized) if is_quantized(x)]
     kernels = sum(computed) // decoder.num_hidden_layers * size // split
-    chunk = min(CHUNK_ELEMENTS, int(tokens * rows.label_share) * decoder.vocab_size) * (8 + size) // split
+    chunk = min(chunk_elements(module.mesh), int(tokens * rows.label_share) * decoder.vocab_size) * (8 + size) // split
     temporaries = saved + gradients + max(scores, inside, chunk) + gathered + kernels
     return {
         "arguments": kept,

@@ -131,7 +131,8 @@ def load_model(
         frozen_dtype=dtype,
     )
     params = jax.tree.map(spread.put, params, placement(params, decoder, mesh))
-    backend, why = attention.choose(args.flash_attn, mesh.devices.flat[0].platform, decoder)
+    device = mesh.local_devices[0]
+    backend, why = attention.choose(args.flash_attn, device.platform, decoder, dtype, device)
     log.info("attention: %s (%s)", backend, why)
     module = CausalLM(decoder, dtype=dtype, attention=backend, mesh=mesh)
     return Model(module, decoder, source, params, mask)
@@ -160,10 +161,10 @@ def asked_remat(training: TrainingArguments, model: ModelArguments) -> str:
 
 
 def with_remat(module: CausalLM, remat: str, platform: str) -> CausalLM:
-    """The module with a remat policy. On CPUs its layers are unrolled, but for those that keep next to nothing, where
-    there would be little that it saves.
+    """The module with a remat policy. Its layers are unrolled on CPUs and GPUs when it keeps everything: what is kept
+    is then used where it was written. TPUs compile a loop in a fraction of the time.
     """
-    return module.clone(remat=remat, unrolled=platform == "cpu" and remat == "none")
+    return module.clone(remat=remat, unrolled=platform != "tpu" and remat == "none")
 
 
 def decoder_of(source: Mapping[str, Any], args: ModelArguments) -> DecoderConfig:

@@ -16,7 +16,7 @@ import numpy as np
 from jtune.data import EvalBatch, EvalPlan
 from jtune.models import CausalLM
 from jtune.models.decoder import hidden_states
-from jtune.train.loss import chunk_positions, cut, sum_labelled
+from jtune.train.loss import chunk_elements, chunk_positions, cut, sum_labelled
 from jtune.train.step import Batch
 from jtune.train.token_loss import TokenLoss, token_nll
 from jtune.tuning import prepared_axes
@@ -49,7 +49,7 @@ def make_eval_step(
             right = jnp.argmax(logits, -1) == target
             return None, (token_nll(logits, target) * w, right * w, token_loss(logits, target) * w)
 
-        chunk = chunk_positions(hidden_SKD.shape[1], model.config.vocab_size)
+        chunk = chunk_positions(hidden_SKD.shape[1], model.config.vocab_size, chunk_elements(model.mesh))
         chunks = cut(chunk, hidden_SKD, pairs_SK2, weights_SK)
         _, (nll, correct, loss) = jax.lax.scan(body, None, chunks)
         _, pairs, weights = chunks

@@ -18,8 +18,12 @@ from jax.sharding import PartitionSpec as P
 
 from jtune.sharding import RULES, gather, only, spec
 
-# Logits of one chunk, in elements: 2**25 float32 are 128 MiB.
-CHUNK_ELEMENTS = 2**25
+
+def chunk_elements(mesh: Mesh | None) -> int:
+    """Logits of one chunk: 2**25 float32 are 128 MiB. Each chunk reads the whole head, which takes a GPU as long as the
+    products of some 200 positions with it: there chunks are larger."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return 2**26 if platform == "gpu" else 2**25
 
 
 def gather_labelled(hidden: Any, targets_BT, weights_BT, capacity: int, shards: int):
@@ -122,13 +126,13 @@ def sum_labelled(
     return local(head_params, hidden, targets_BT, weights_BT)
 
 
-def chunk_positions(capacity: int, vocab: int) -> int:
-    """How many positions of one shard go into a chunk, so that its logits stay small: chunks of about equal size.
+def chunk_positions(capacity: int, vocab: int, elements: int = 2**25) -> int:
+    """How many positions of one shard go into a chunk of so many logits, at most: chunks of about equal size.
 
     >>> chunk_positions(1000, vocab=2**15), chunk_positions(4093, vocab=2**17)
     (1000, 256)
     """
-    wanted = max(1, CHUNK_ELEMENTS // vocab)
+    wanted = max(1, elements // vocab)
     return -(-capacity // -(-capacity // wanted))
 
 

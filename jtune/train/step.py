@@ -13,7 +13,7 @@ import optax
 from jtune.models import CausalLM
 from jtune.models.decoder import hidden_states
 from jtune.models.moe import balance_loss
-from jtune.train.loss import chunk_positions, sum_labelled, summed_loss
+from jtune.train.loss import chunk_elements, chunk_positions, sum_labelled, summed_loss
 from jtune.train.objective import PLAIN, Objective, embedding_noise, models_of
 from jtune.train.optimizer import moved
 from jtune.train.state import LossScale, TrainState
@@ -64,7 +64,8 @@ def make_loss_sum(model: CausalLM, *, label_capacity: int, batch_shards: int, ob
         return objective.token_loss(logits, targets, *reference)
 
     def chunked(heads, hidden_SKD, targets_SK, weights_SK):
-        chunk = chunk_positions(targets_SK.shape[1], model.config.vocab_size * len(hidden_SKD))
+        vocab = model.config.vocab_size * len(hidden_SKD)
+        chunk = chunk_positions(targets_SK.shape[1], vocab, chunk_elements(model.mesh))
         return summed_loss(token_loss, heads, hidden_SKD, targets_SK, weights_SK, chunk)
 
     def loss_sum(trainable, frozen, batch: Batch, key):

@@ -238,13 +238,14 @@ def _apply_backward(residuals, dy):
 
 
 def _in_turn(node: Quantized, x: jax.Array) -> Quantized:
-    """The node; on CPUs, only when `x` is there.
+    """The node; but on TPUs, only when `x` is there.
 
-    Layers are unrolled there, and XLA would compute the kernels of all of them before it needs any, and keep them for
-    the backward pass; barriers against that it drops. What is added is 0 unless `x` is no number, which it cannot know.
+    Layers are unrolled elsewhere, and XLA would compute the kernels of all of them before it needs any, and keep them
+    for the backward pass; barriers against that it drops. What is added is 0 unless `x` is no number, which it cannot
+    know.
     """
     wrong = lambda x: (x != x).astype(jnp.uint8)
-    added = jax.lax.platform_dependent(x.ravel()[0], cpu=wrong, default=lambda x: wrong(x) * jnp.uint8(0))
+    added = jax.lax.platform_dependent(x.ravel()[0], tpu=lambda x: wrong(x) * jnp.uint8(0), default=wrong)
     return dataclasses.replace(node, codes=(node.codes.view(jnp.uint8) + added).view(node.codes.dtype))
 
 

@@ -1,6 +1,6 @@
-"""jtune beside transformers and PEFT on one GPU: the same weights, the same packed rows, LoRA and full.
+"""jtune on one GPU beside transformers and PEFT, on the same weights and packed rows, and beside LLaMA-Factory.
 
-    python scripts/bench/gpu.py [--only "1B lora"] [--updates 25]
+    python scripts/bench/gpu.py [--only "1B lora"] [--lf /path/to/llamafactory-cli] [--updates 25]
     python scripts/bench/gpu.py --dry-run        tiny models on the CPU: that it works, and that the losses agree
 
 What is compared and how is said in scripts/bench/README.md.
@@ -13,9 +13,9 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import machine
@@ -33,18 +33,25 @@ class Cell(NamedTuple):
     shape: str
     method: str  # lora, full
     rows: int  # of one update
+    data: str = "packed"  # packed: many examples in a row; long: each fills one
 
     @property
     def name(self) -> str:
-        return f"{self.shape} {self.method}"
+        return f"{self.shape} {self.method} {self.data}"
 
 
 CELLS = [
-    Cell(shape, method, rows)
-    for shape, rows in (("Qwen2.5-0.5B", 16), ("Llama-3.2-1B", 8), ("Llama-3.1-8B", 4))
-    for method in ("lora", "full")
+    *(
+        Cell(shape, method, rows)
+        for shape, rows in (("Qwen2.5-0.5B", 16), ("Llama-3.2-1B", 8), ("Llama-3.1-8B", 4))
+        for method in ("lora", "full")
+    ),
+    Cell("Llama-3.1-8B", "lora", 4, "long"),
 ]
-TINY_CELLS = [Cell(shape, method, 4) for shape in TINY for method in ("lora", "full")]
+TINY_CELLS = [
+    *(Cell(shape, method, 4) for shape in TINY for method in ("lora", "full")),
+    Cell("tiny llama", "lora", 2, "long"),
+]
 
 
 class Setting(NamedTuple):
@@ -57,10 +64,10 @@ class Setting(NamedTuple):
         return f"{self.micro} rows at a time, {'layers recomputed' if self.recompute else 'nothing recomputed'}"
 
 
-def settings(rows: int) -> list[Setting]:
+def settings(rows: int, largest: int) -> list[Setting]:
     """From the fastest to the smallest."""
-    some = max(1, rows // 4)
-    return list(dict.fromkeys(Setting(m, r) for r in (False, True) for m in (rows, some, 1)))
+    sizes = [rows // cut for cut in (1, 2, 4, 8, 16) if rows % cut == 0 and rows // cut <= largest]
+    return [Setting(micro, recompute) for recompute in (False, True) for micro in sizes]
 
 
 class Result(NamedTuple):
@@ -77,22 +84,29 @@ def main() -> int:
     if not args.dry_run and shutil.which("nvidia-smi") is None:
         print("no GPU here (no nvidia-smi): nothing is measured. --dry-run shows that it works, on the CPU.")
         return 0
-    peer = all(find_spec(name) for name in ("torch", "peft"))
-    if not peer:
-        print("torch and peft are not installed: only jtune is measured")
+    peers = {}
+    if args.only_jtune or args.from_scratch:
+        pass
+    elif all(find_spec(name) for name in ("torch", "peft")):
+        peers["transformers + PEFT"] = torch_cell
+    else:
+        print("torch and peft are not installed: they are not measured")
+    if args.lf and not args.from_scratch:
+        peers |= {f"LLaMA-Factory, {how}": partial(lf_cell, how=how) for how in ("tuned", "as it comes")}
     work = args.work.resolve()
     cells = [c for c in (TINY_CELLS if args.dry_run else CELLS) if all(word in c.name for word in args.only.split())]
     lines = []
     for cell in cells:
         folder = work / cell.name.replace(" ", "-")
         shutil.rmtree(folder, ignore_errors=True)
-        inputs(work, cell, environment(args))
+        inputs(work, cell, environment(args), "shape" if args.from_scratch else "weights")
         results = {"jtune": attempt(jtune_cell, cell, work, folder, args)}
-        if peer and results["jtune"]:
-            results["transformers + PEFT"] = attempt(torch_cell, cell, work, folder, args)
+        for name, side in peers.items() if results["jtune"] else ():
+            results[name] = attempt(side, cell, work, folder, args)
         lines += rows_of(cell, results, folder / "rows")
         print("\n".join(lines[-len(results) :]), flush=True)
-        shutil.rmtree(folder / "out", ignore_errors=True)  # trained models are large
+        for file in (folder / "out").rglob("*.safetensors"):  # trained models are large
+            file.unlink()
     text = "\n".join([*heading(args), "", *HEAD, *lines]) + "\n"
     print("\n" + text)
     if not args.dry_run:
@@ -104,6 +118,15 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU; nothing is appended")
     parser.add_argument("--only", default="", help="parts of the names of the cells to run, such as '1B lora'")
+    parser.add_argument("--lf", type=Path, help="llamafactory-cli of LLaMA-Factory 0.9.5")
+    parser.add_argument("--only-jtune", action="store_true", help="leave the others out")
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="only jtune, which draws its weights: none are written"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="trace the last two updates of jtune, which are not timed"
+    )
+    parser.add_argument("--micro", type=int, default=16, help="rows at a time, at most (default: as many as fit)")
     parser.add_argument("--updates", type=int, help="updates in a run (default 25; 8 with --dry-run)")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "bench-gpu", help="where everything is written")
     parser.add_argument("--report", type=Path, default=ROOT / "docs" / "benchmarks.md", help="appended to")
@@ -127,7 +150,7 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
 # ---------------------------------------------------------------------- the two sides
 
 
-def inputs(work: Path, cell: Cell, env: dict[str, str]) -> None:
+def inputs(work: Path, cell: Cell, env: dict[str, str], what: str = "weights") -> None:
     """Weights, adapter and data, made once by jtune's own code; in a process of its own, which frees the GPU again."""
     model = work / "models" / cell.shape.replace(" ", "-")
     if (model.with_name(model.name + "-lora") / "adapter_config.json").exists():  # written last
@@ -136,35 +159,36 @@ def inputs(work: Path, cell: Cell, env: dict[str, str]) -> None:
         "import sys; from pathlib import Path; from make import *; from shapes import *\n"
         "name, model, data = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])\n"
         "write_tokenizer(model, reference('tokenizer'))\n"
-        "write_model(model, (SHAPES | TINY)[name])\n"
-        "write_rows(data, make_rows(6000, mean=170))\n"
-        f"write_adapter(model.with_name(model.name + '-lora'), model, rank={RANK})\n"
+        "write_model(model, (SHAPES | TINY)[name], weights=sys.argv[4] == 'weights')\n"
+        "write_rows(data / 'packed', make_rows(3000, mean=45, question=45))\n"
+        "write_rows(data / 'long', make_long_rows(200, words=5000))\n"
+        f"if sys.argv[4] == 'weights': write_adapter(model.with_name(model.name + '-lora'), model, rank={RANK})\n"
     )
-    command = [sys.executable, "-c", code, cell.shape, str(model), str(work / "data")]
+    command = [sys.executable, "-c", code, cell.shape, str(model), str(work / "data"), what]
     subprocess.run(command, check=True, env=env | {"PYTHONPATH": str(Path(__file__).parent)})
 
 
 def attempt(side, cell: Cell, work: Path, folder: Path, args: argparse.Namespace) -> Result | None:
     """The first setting that fits; None if none does."""
-    for setting in settings(cell.rows):
+    for setting in settings(cell.rows, args.micro):
         try:
             return side(cell, setting, work, folder, args)
         except OutOfMemory:
-            print(f"{cell.name}, {side.__name__}: out of memory with {setting}", flush=True)
+            print(f"{cell.name}: out of memory with {setting}", flush=True)
     return None
 
 
-def jtune_cell(cell: Cell, setting: Setting, work: Path, folder: Path, args: argparse.Namespace) -> Result:
+def case_of(cell: Cell, setting: Setting, work: Path, args: argparse.Namespace) -> dict:
+    """What jtune and LLaMA-Factory both read."""
     model = work / "models" / cell.shape.replace(" ", "-")
-    output_dir, result = folder / "out" / "jtune", folder / "jtune.json"
-    shutil.rmtree(output_dir, ignore_errors=True)
     case = {
         "model_name_or_path": str(model),
         "stage": "sft",
         "do_train": True,
         "finetuning_type": cell.method,
+        "disable_shuffling": True,  # so that it is plain which rows an update holds
         "dataset": "rows",
-        "dataset_dir": str(work / "data"),
+        "dataset_dir": str(work / "data" / cell.data),
         "template": template_of(model),
         "cutoff_len": args.length,
         "packing": True,
@@ -178,15 +202,32 @@ def jtune_cell(cell: Cell, setting: Setting, work: Path, folder: Path, args: arg
         "save_strategy": "no",
         "report_to": "none",
         "bf16": not args.dry_run,
+    }
+    if cell.method == "lora":
+        case |= {"lora_rank": RANK, "lora_target": "all"}
+    if args.from_scratch:
+        case["train_from_scratch"] = True
+    elif cell.method == "lora":
+        case["adapter_name_or_path"] = f"{model}-lora"
+    return case
+
+
+def jtune_cell(cell: Cell, setting: Setting, work: Path, folder: Path, args: argparse.Namespace) -> Result:
+    output_dir, result = folder / "out" / "jtune", folder / "jtune.json"
+    shutil.rmtree(output_dir, ignore_errors=True)
+    case = case_of(cell, setting, work, args) | {
         "remat": "full" if setting.recompute else "none",
         "compile_cache_dir": str(folder / "compiled"),  # empty: compile seconds are those of a first run
         "output_dir": str(output_dir),
     }
-    if cell.method == "lora":
-        case |= {"adapter_name_or_path": f"{model}-lora", "lora_rank": RANK}
+    if args.profile:
+        case["profile_steps"] = f"{args.updates - 1}-{args.updates}"
     path = write_json(folder / "case.yaml", case)  # JSON is YAML
     command = [sys.executable, script("gpu_jtune.py"), str(path), str(folder / "rows"), str(result)]
     run = measure(command, environment(args), output_dir)
+    if args.profile:
+        shutil.copytree(output_dir / "profile", folder / "profile", dirs_exist_ok=True)
+        run = run._replace(seconds={u: s for u, s in run.seconds.items() if u < args.updates - 1})
     found = json.loads(result.read_text())
     return Result(run, setting, found["device"], found["peak_bytes"], found["compile_seconds"], "")
 
@@ -211,6 +252,67 @@ def torch_cell(cell: Cell, setting: Setting, work: Path, folder: Path, args: arg
     run = measure([sys.executable, script("gpu_torch.py"), str(path)], environment(args), output_dir)
     found = json.loads(result.read_text())
     return Result(run, setting, found["device"], found["peak_bytes"], None, f"attention: {found['attention']}")
+
+
+def lf_cell(
+    cell: Cell, setting: Setting, work: Path, folder: Path, args: argparse.Namespace, *, how: str
+) -> Result | None:
+    """LLaMA-Factory on its own pipeline. Tuned: the packed rows of the others, fused kernels, the first setting that
+    fits. As it comes: rows padded to the longest of four, layers recomputed.
+    """
+    output_dir = folder / "out" / f"lf-{how.replace(' ', '-')}"
+    shutil.rmtree(output_dir, ignore_errors=True)
+    case = case_of(cell, setting, work, args) | {"output_dir": str(output_dir), "overwrite_output_dir": True}
+    if how == "tuned":
+        case |= {"disable_gradient_checkpointing": not setting.recompute, "enable_liger_kernel": not args.dry_run}
+    else:
+        setting = Setting(4, True)
+        case |= {"packing": False, "neat_packing": False}
+        case |= {"per_device_train_batch_size": setting.micro, "gradient_accumulation_steps": 2 * cell.rows}
+    if args.dry_run:
+        case["use_cpu"] = True
+    path = write_json(folder / f"{output_dir.name}.yaml", case)
+    env = environment(args) | {"DISABLE_VERSION_CHECK": "1"}
+    del env["PYTHONPATH"]
+    held = MemoryWatch()
+    try:
+        run = measure([str(args.lf), "train", str(path)], env, output_dir)
+    except Failed as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        raise OutOfMemory(path) from error
+    finally:
+        peak = held.stop()
+    if how != "tuned":
+        run = run._replace(tokens=tokens_of(path, args))
+    return Result(run, setting, device_name(args), peak, None, "memory: all that its process held")
+
+
+def tokens_of(case: Path, args: argparse.Namespace) -> dict[int, int]:
+    """Of each update without packing, where rows come in their order."""
+    content = json.loads(case.read_text())
+    rows = content["per_device_train_batch_size"] * content["gradient_accumulation_steps"]
+    command = [sys.executable, "-m", "jtune.cli.main", "data", str(case), "--json", "--rows", str(rows * args.updates)]
+    env = environment(args) | {"JAX_PLATFORMS": "cpu"}
+    shown = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    lengths = [len(json.loads(line)["input_ids"]) for line in shown.splitlines() if line.startswith("{")]
+    return {update + 1: sum(lengths[rows * update : rows * (update + 1)]) for update in range(args.updates)}
+
+
+class MemoryWatch:
+    """The most memory that the GPU had in use, as nvidia-smi says it twice a second."""
+
+    def __init__(self):
+        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "500"]
+        there = shutil.which("nvidia-smi")
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True) if there else None
+
+    def stop(self) -> int | None:
+        if self.process is None:
+            return None
+        self.process.terminate()
+        found = [int(line) for line in self.process.communicate()[0].split() if line.isdigit()]
+        return max(found) * 2**20 if found else None
 
 
 def script(name: str) -> str:
@@ -255,21 +357,24 @@ def rows_of(cell: Cell, results: dict[str, Result | None], rows: Path) -> list[s
             lines.append(f"| {cell.name} | {side} | out of memory with every setting |" + " |" * 7)
             continue
         run = result.run
-        timed = {update: contents(rows, update) for update in run.seconds if update > SKIPPED}
-        speed[side] = median(held.tokens / run.seconds[update] for update, held in timed.items())
+        updates = [update for update in run.seconds if update > SKIPPED]
+        timed = {} if side.endswith("as it comes") else {update: contents(rows, update) for update in updates}
+        tokens = {update: held.tokens for update, held in timed.items()} or run.tokens
+        speed[side] = sum(tokens[u] for u in updates) / sum(run.seconds[u] for u in updates)
         peak = peak_of(result.device)
         config = (SHAPES | TINY)[cell.shape]
-        rates = [operations(config, cell.method, rank=RANK, **h._asdict()) / run.seconds[u] for u, h in timed.items()]
+        work = sum(operations(config, cell.method, rank=RANK, **held._asdict()) for held in timed.values())
+        rate = work / sum(run.seconds[u] for u in updates)
         shown = [
             cell.name,
             side,
             f"{speed[side]:,.0f}",
-            f"{median(rates) / peak:.1%}" if peak else "",
+            f"{rate / peak:.1%}" if peak and timed else "",
             f"{speed['jtune'] / speed[side]:.2f}x" if side != "jtune" else "",
             f"{result.peak_bytes / 2**30:.1f} GiB" if result.peak_bytes else "",
             f"{result.compile_seconds:.0f} s" if result.compile_seconds is not None else "",
             f"{run.seconds[1]:.0f} s",
-            f"{largest_difference(results['jtune'].run, run):.1e}" if side != "jtune" else "",
+            f"{largest_difference(results['jtune'].run, run):.1e}" if side != "jtune" and timed else "",
             "; ".join(filter(None, [str(result.setting), result.note])),
         ]
         lines.append("| " + " | ".join(shown) + " |")
@@ -284,10 +389,15 @@ def heading(args: argparse.Namespace) -> list[str]:
         "",
         f"- machine: {machine.describe()}",
         f"- versions: {machine.versions(names)}, commit {commit()}",
-        f"- packed rows of {args.length}, {args.updates} updates, medians over updates {SKIPPED + 1} to {args.updates}",
-        f"- LoRA of rank {RANK} on all linear layers; made-up rows of log-normal length",
+        f"- packed rows of {args.length}, {args.updates} updates, timed from update {SKIPPED + 1} on",
+        f"- LoRA of rank {RANK} on all linear layers; made-up rows of log-normal length (packed), or each as long as a "
+        "row (long)",
     ]
     return [*lines, "- **a dry run**: only the losses mean something, not the times"] if args.dry_run else lines
+
+
+def device_name(args: argparse.Namespace) -> str:
+    return "cpu" if args.dry_run else gpu_name()
 
 
 def gpu_name() -> str:

@@ -8,6 +8,7 @@ only, a fused AdamW, adapters and optimizer in float32 and the rest in bfloat16,
 
 import json
 import sys
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,15 @@ def attend_segments(module, query, key, value, attention_mask, scaling=None, **_
     """Attention within segments, by torch's kernel for sequences of different lengths laid end to end."""
     from torch.nn.attention.varlen import varlen_attn
 
-    B, _, T, D = query.shape
+    B, H, T, D = query.shape
     flat = lambda x: x.transpose(1, 2).reshape(B * T, -1, D)
     bounds, longest = lengths["bounds"], lengths["longest"]
-    causal = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": True}
-    out = varlen_attn(flat(query), flat(key), flat(value), bounds, bounds, longest, longest, **causal)
+    options = {"scale": scaling, "window_size": (-1, 0)}  # causal
+    if "enable_gqa" in signature(varlen_attn).parameters:  # from torch 2.12 on
+        options["enable_gqa"] = True
+    else:
+        key, value = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (key, value))
+    out = varlen_attn(flat(query), flat(key), flat(value), bounds, bounds, longest, longest, **options)
     return out.reshape(B, T, -1, D), None
 
 

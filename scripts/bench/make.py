@@ -69,7 +69,7 @@ def template_of(folder: Path) -> str:
     return "llama3" if "<|eot_id|>" in (folder / "tokenizer.json").read_text() else "chatml"
 
 
-def write_model(folder: Path, config: dict, *, seed: int = 0) -> None:
+def write_model(folder: Path, config: dict, *, seed: int = 0, weights: bool = True) -> None:
     """config.json and safetensors with random weights, by jtune's own code."""
     import jax
 
@@ -77,6 +77,9 @@ def write_model(folder: Path, config: dict, *, seed: int = 0) -> None:
     from jtune.models import init_params
     from jtune.models.families import decoder_config
 
+    if not weights:
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        return
     decoder = decoder_config(config)
     params = jax.jit(lambda: init_params(decoder, jax.random.key(seed), config["dtype"]))()
     hf.save_model(params, decoder, config, folder)
@@ -120,13 +123,25 @@ def write_rows(folder: Path, rows: list[dict[str, str]]) -> None:
     (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
 
 
-def make_rows(count: int, *, mean: int = 60, seed: int = 0) -> list[dict[str, str]]:
-    """Alpaca rows of random words; the lengths are log-normal, as those of instruction sets are."""
+def make_rows(count: int, *, mean: int = 60, question: int = 15, seed: int = 0) -> list[dict[str, str]]:
+    """Alpaca rows of random words, so many on average of an answer and of a question; the lengths are log-normal, as
+    those of instruction sets are."""
     draw = random.Random(seed)
-    letters = "etaoinshrdlu"
-    words = ["".join(draw.choices(letters, k=draw.randint(2, 8))) for _ in range(2000)]
+    words = made_up_words(draw)
     text = lambda n: " ".join(draw.choices(words, k=max(1, round(n * draw.lognormvariate(-0.3, 0.8)))))
-    return [{"instruction": text(mean / 4), "input": "", "output": text(mean)} for _ in range(count)]
+    return [{"instruction": text(question), "input": "", "output": text(mean)} for _ in range(count)]
+
+
+def make_long_rows(count: int, *, words: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows of a short question and an answer of so many words."""
+    draw = random.Random(seed)
+    known = made_up_words(draw)
+    text = lambda n: " ".join(draw.choices(known, k=n))
+    return [{"instruction": text(10), "input": "", "output": text(words)} for _ in range(count)]
+
+
+def made_up_words(draw: random.Random) -> list[str]:
+    return ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 8))) for _ in range(2000)]
 
 
 def main() -> None:
