@@ -41,7 +41,7 @@ def choose(
     platform: str,
     config: DecoderConfig | None = None,
     dtype: Any = jnp.bfloat16,
-    device: jax.Device | None = None,
+    device: Any = None,
 ) -> tuple[str, str]:
     """(backend, why) for LLaMA-Factory's `flash_attn` on a platform ("cpu", "gpu", "tpu").
 
@@ -342,7 +342,7 @@ def _flash(q_BTHD, k_BSKD, v_BSKD, segment_ids_BS, scale, window, softcap, mesh:
     first_BT, last_BS = _bounds(jnp.pad(segment_ids_BS, ((0, 0), (0, pad))), window)
     offsets = jnp.arange(parts.context, dtype=jnp.int32) * ((T + pad) // parts.context)
     options = Options(scale, softcap, plan_of(width), RESIDUALS, interpret)
-    local = lambda *args: flash(*args, options)
+    local: Callable = lambda *args: flash(*args, options)
     if mesh is not None and mesh.size > 1:
         rows, heads, sequence = parts.axes
         keys = P(rows, None, heads)
@@ -375,7 +375,7 @@ def _power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _flash_obstacle(dtype: jnp.dtype, head_dim: int, softcap: float | None, device: jax.Device | None) -> str | None:
+def _flash_obstacle(dtype: jnp.dtype, head_dim: int, softcap: float | None, device: Any) -> str | None:
     """Why the GPU kernel is not to be chosen, or None."""
     if dtype.itemsize != 2:
         return f"it computes in 16 bits, activations are {dtype.name} (bf16: true changes that)"
@@ -385,7 +385,7 @@ def _flash_obstacle(dtype: jnp.dtype, head_dim: int, softcap: float | None, devi
 
 
 @lru_cache
-def _tried(device: jax.Device, dtype: jnp.dtype, head_dim: int, softcap: float | None) -> str | None:
+def _tried(device: Any, dtype: jnp.dtype, head_dim: int, softcap: float | None) -> str | None:
     """What goes wrong when the kernels run on a device, or None: they must compile for it (which takes seconds), and
     give what plain attention gives. No run starts on a kernel that is wrong there."""
     q, k, v = (
@@ -394,15 +394,15 @@ def _tried(device: jax.Device, dtype: jnp.dtype, head_dim: int, softcap: float |
     segment_ids = jnp.asarray(np.repeat(np.arange(1, 4), (100, 30, 382))[None], jnp.int32)
     options = {"scale": head_dim**-0.5, "softcap": softcap}
 
-    def found(backend: str, *given: jax.Array):
-        loss = lambda *given: jnp.sum(attend(*given, segment_ids, backend=backend, **options).astype(jnp.float32) ** 2)
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*given)
+    def found(backend: str, q, k, v):
+        out = lambda q, k, v: attend(q, k, v, segment_ids, backend=backend, **options).astype(jnp.float32)
+        return jax.jit(jax.grad(lambda q, k, v: jnp.sum(out(q, k, v) ** 2), argnums=(0, 1, 2)))(q, k, v)
 
     with jax.default_device(device):
         try:
             ours = found("flash", q, k, v)
         except Exception as error:  # whatever a compiler or driver raises
-            return f"it does not work on {device.device_kind} ({str(error).splitlines()[0][:200]})"
+            return f"it does not work on {device.device_kind} ({type(error).__name__}: {str(error)[:200]})"
         exact = found("xla", *(x.astype(jnp.float32) for x in (q, k, v)))
     off = max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in zip(ours, exact))
     return None if off < 0.02 else f"its gradients are off by {off:.1%} on {device.device_kind}"

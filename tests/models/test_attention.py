@@ -112,6 +112,24 @@ def test_the_choice_follows_from_platform_and_flash_attn():
         attend(*(jnp.zeros((1, 2, 1, 4)),) * 3, jnp.ones((1, 2), jnp.int32), scale=1.0, backend="cudnn")
 
 
+def test_the_gpu_kernel_is_tried_before_it_is_chosen(monkeypatch):
+    """On a device where it does not compile (a CPU), where it gives wrong numbers, and where all is well."""
+    device, right = jax.devices()[0], partial(attention._flash, interpret=True)
+    choice = lambda: attention._tried.cache_clear() or choose("auto", "gpu", device=device)
+    backend, why = choice()
+    assert backend == "blocks"
+    assert "it does not work on cpu (ValueError: Only interpret mode" in why
+
+    def wrong(*args):
+        out, sums = right(*args)
+        return out.at[:, 128:256].multiply(1.1), sums
+
+    monkeypatch.setattr(attention, "_flash", wrong)
+    assert "its gradients are off by" in choice()[1]
+    monkeypatch.setattr(attention, "_flash", right)
+    assert choice()[0] == "flash"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize(("head_dim", "window", "softcap"), [(64, None, None), (128, 512, 50.0)])
