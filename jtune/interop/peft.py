@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from jtune.errors import ConfigError, DataError
 from jtune.interop import hf
 from jtune.models import DecoderConfig
-from jtune.models.decoder import stacks
+from jtune.models.decoder import numbered
 from jtune.models.families import file_names, module_names
 from jtune.models.families.base import Names
 from jtune.models.names import located, module_name, tensors
@@ -510,19 +510,13 @@ def _join_experts(
 
     Gate and up become one adapter of their ranks together: `a` side by side, `b` block-diagonal.
     """
-    first = 0
-    for stack in stacks(params["layers"]):
-        count = jax.tree.leaves(stack)[0].shape[0]
+    for numbers, stack in numbered(params["layers"]):
         nodes = {
             name: _written(leaf["kernel"])
             for name, leaf in stack.get("mlp", {}).get("experts", {}).items()
             if is_adapter(leaf["kernel"])
         }
-        block = [
-            module_name(("layers", "mlp"), module_names(config), layer=layer) + ".experts"
-            for layer in range(first, first + count)
-        ]
-        first += count
+        block = [module_name(("layers", "mlp"), module_names(config), layer=layer) + ".experts" for layer in numbers]
         down, joined = nodes.get("down_proj"), _joined(nodes)
         if joined is not None:
             modules = [f"{name}.base_layer" for name in block] if down is not None else block

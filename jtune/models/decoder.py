@@ -3,7 +3,7 @@
 Shape suffixes: B batch, T tokens, D embed, V vocab.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from itertools import groupby
 from operator import itemgetter
@@ -308,20 +308,28 @@ def stacks(layers: Any) -> tuple[Any, ...]:
     return layers if isinstance(layers, tuple) else (layers,)
 
 
+def numbered(layers: Any) -> Iterator[tuple[range, Any]]:
+    """The stacks of layers of a parameter tree, in order, each with the numbers of its layers."""
+    first = 0
+    for stack in stacks(layers):
+        count = jax.tree.leaves(stack)[0].shape[0]
+        yield range(first, first + count), stack
+        first += count
+
+
 def loops(config: DecoderConfig, layers: Any) -> list[Loop]:
     """How `params["layers"]` is run: in loops over stacks, or over parts of them, as far as patterns repeat.
 
     Raises:
       ValueError: there are more or fewer layers than the config says.
     """
-    found, first = [], 0
-    for i, stack in enumerate(stacks(layers)):
-        count = jax.tree.leaves(stack)[0].shape[0]
-        kinds = config.layers[first : first + count]
-        found += [Loop(i, start, first + start, period, repeats) for start, period, repeats in periods(kinds)]
-        first += count
-    if first != config.num_hidden_layers:
-        raise ValueError(f"params hold {first} layers, the config says {config.num_hidden_layers}")
+    found, count = [], 0
+    for i, (numbers, _) in enumerate(numbered(layers)):
+        kinds = config.layers[numbers.start : numbers.stop]
+        found += [Loop(i, start, numbers[start], period, repeats) for start, period, repeats in periods(kinds)]
+        count = numbers.stop
+    if count != config.num_hidden_layers:
+        raise ValueError(f"params hold {count} layers, the config says {config.num_hidden_layers}")
     return found
 
 

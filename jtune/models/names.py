@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jtune.models.config import DecoderConfig
-from jtune.models.decoder import stacks
+from jtune.models.decoder import numbered
 from jtune.models.families import file_names
 from jtune.models.families.base import Names
 
@@ -75,11 +75,7 @@ def located(params: Any) -> list[tuple[Path, Any, range]]:
     A leaf that is not of a layer holds none. Nodes that stand in the place of a kernel count as one leaf. Layers may be
     in one stack or in several.
     """
-    layers, first = [], 0
-    for stack in stacks(params["layers"]):
-        count = jax.tree.leaves(stack)[0].shape[0]
-        layers.append(range(first, first + count))
-        first += count
+    layers = [numbers for numbers, _ in numbered(params["layers"])]
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: hasattr(x, "project")):
         keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))

@@ -25,7 +25,7 @@ import numpy as np
 
 from jtune.models import DecoderConfig
 from jtune.models.config import Layer
-from jtune.models.decoder import stacks
+from jtune.models.decoder import numbered, stacks
 from jtune.models.delta import delta_config
 from jtune.tuning import adapter_mask, is_node, lora, partition
 from jtune.tuning.lora import LoRA
@@ -155,15 +155,12 @@ def _of_product(p: Product, *, input_gradient: bool) -> float:
 
 def _products(config: DecoderConfig, params: Any, mask: Any, label_share: float) -> Iterator[Product]:
     """Every matrix product with parameters, layer by layer, then the head."""
-    first = 0
-    for stack, trains in zip(stacks(params["layers"]), stacks(mask["layers"]), strict=True):
-        count = jax.tree.leaves(stack)[0].shape[0]
+    for (numbers, stack), trains in zip(numbered(params["layers"]), stacks(mask["layers"]), strict=True):
         for names, kernel, its_mask in _kernels(stack, trains):
             share = config.experts.per_token / config.experts.count if config.experts and "experts" in names else 1.0
-            for layer in range(first, first + count):
-                yield _product(kernel, its_mask, layer * _STAGES_OF_A_LAYER + _stage(names), share / count)
-        first += count
-    top = first * _STAGES_OF_A_LAYER
+            for layer in numbers:
+                yield _product(kernel, its_mask, layer * _STAGES_OF_A_LAYER + _stage(names), share / len(numbers))
+    top = config.num_hidden_layers * _STAGES_OF_A_LAYER
     if config.tie_word_embeddings:
         size = config.vocab_size * config.hidden_size * label_share
         yield Product(top, size, 0, 0, _any(mask["embed_tokens"]))

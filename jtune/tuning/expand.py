@@ -16,7 +16,7 @@ import numpy as np
 
 from jtune.errors import ConfigError, DataError
 from jtune.models import DecoderConfig
-from jtune.models.decoder import stacks
+from jtune.models.decoder import numbered
 from jtune.models.families import decoder_config, full_config
 from jtune.tuning.freeze import borders, cut_layers
 from jtune.tuning.nodes import Path, kernels
@@ -51,11 +51,10 @@ def expand(params: PyTree, decoder: DecoderConfig, num_expand: int) -> tuple[PyT
       ConfigError: `num_expand` does not divide the number of layers.
     """
     copied = order(decoder.num_hidden_layers, num_expand)
-    parts, first = [], 0
-    for stack in stacks(params["layers"]):
-        count = jax.tree.leaves(stack)[0].shape[0]
-        here = [i for i in copied if first <= i < first + count]
-        index = np.array(here) - first
+    parts = []
+    for numbers, stack in numbered(params["layers"]):
+        here = [i for i in copied if i in numbers]
+        index = np.array(here) - numbers.start
         is_new = np.array([i > 0 and here[i] == here[i - 1] for i in range(len(here))])
 
         def copy(path: Any, x: jax.Array, index=index, is_new=is_new) -> jax.Array:
@@ -64,7 +63,6 @@ def expand(params: PyTree, decoder: DecoderConfig, num_expand: int) -> tuple[PyT
             return jnp.where(is_new.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros((), x.dtype), x) if silent else x
 
         parts.append(jax.jit(lambda stack, copy=copy: jax.tree_util.tree_map_with_path(copy, stack))(stack))
-        first += count
     layers = tuple(decoder.layers[i] for i in copied)
     grown = replace(decoder, num_hidden_layers=len(layers), layers=layers)
     return {**params, "layers": tuple(parts) if len(parts) > 1 else parts[0]}, grown
@@ -117,11 +115,10 @@ def on_layers(
       modules: the paths of those that are meant (`jtune.tuning.select`); of these, a stack gets what it has.
       add: (a tree that has these layers as its only stack, names of modules, the first layer's number) -> the tree.
     """
-    parts, first = [], 0
-    for stack in stacks(cut_layers(params, borders(layers))["layers"]):
+    parts = []
+    for numbers, stack in numbered(cut_layers(params, borders(layers))["layers"]):
         here = {path for path, _ in kernels({"layers": stack})}
         names = [".".join(path) for path in modules if path in here]
-        count = jax.tree.leaves(stack)[0].shape[0]
+        first = numbers.start
         parts.append(add({"layers": stack}, names, first)["layers"] if names and first in layers else stack)
-        first += count
     return {**params, "layers": tuple(parts) if len(parts) > 1 else parts[0]}

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jtune.errors import ConfigError
-from jtune.models.decoder import stacks
+from jtune.models.decoder import numbered, stacks
 from jtune.tuning.masks import learns
 
 PyTree = Any
@@ -50,12 +50,10 @@ def borders(layers: Collection[int]) -> list[int]:
 
 def cut_layers(params: PyTree, at: Sequence[int]) -> PyTree:
     """Cut stacks of layers into shorter ones, so that gradients exist only for those that train."""
-    parts, first = [], 0
-    for stack in stacks(params["layers"]):
-        count = jax.tree.leaves(stack)[0].shape[0]
-        ends = [0, *sorted({i - first for i in at if 0 < i - first < count}), count]
+    parts = []
+    for numbers, stack in numbered(params["layers"]):
+        ends = [0, *sorted({i - numbers.start for i in at if i in numbers[1:]}), len(numbers)]
         parts += [jax.tree.map(itemgetter(slice(a, b)), stack) for a, b in pairwise(ends)]
-        first += count
     return {**params, "layers": tuple(parts) if len(parts) > 1 else parts[0]}
 
 
@@ -84,7 +82,7 @@ def freeze(
             tied = " (this model's head is its embed_tokens)" if name == "lm_head" else ""
             raise ConfigError(_unknown("freeze_extra_modules", name, outside) + tied)
 
-    count = sum(jax.tree.leaves(stack)[0].shape[0] for stack in stacks(params["layers"]))
+    count = sum(len(numbers) for numbers, _ in numbered(params["layers"]))
     chosen = expanded_layers(count, layers) if expanded else trainable_layers(count, layers)
     cut = cut_layers(params, borders(chosen))
 
@@ -96,10 +94,7 @@ def freeze(
 
         return jax.tree_util.tree_map_with_path(trains, stack)
 
-    masks, first = [], 0
-    for stack in stacks(cut["layers"]):
-        masks.append(in_stack(first, stack))
-        first += jax.tree.leaves(stack)[0].shape[0]
+    masks = [in_stack(numbers.start, stack) for numbers, stack in numbered(cut["layers"])]
     mask = {name: jax.tree.map(lambda _, name=name: name in extra, params[name]) for name in outside}
     return cut, {**mask, "layers": tuple(masks) if len(masks) > 1 else masks[0]}
 

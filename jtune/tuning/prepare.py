@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jtune.config import FinetuningArguments
 from jtune.errors import ConfigError
 from jtune.models import DecoderConfig
-from jtune.models.decoder import stacks
+from jtune.models.decoder import numbered
 from jtune.models.families import file_names
 from jtune.tuning import lora
 from jtune.tuning.expand import on_layers
@@ -176,12 +176,7 @@ def describe(params: PyTree, mask: PyTree) -> str:
 
 def _layer_spans(params: PyTree) -> dict[int, str]:
     """How each stack of layers is called: `*` if there is one, else `4-7`."""
-    found = stacks(params["layers"])
+    found = [numbers for numbers, _ in numbered(params["layers"])]
     if len(found) == 1:
         return {0: "*"}
-    spans, start = {}, 0
-    for i, stack in enumerate(found):
-        count = jax.tree.leaves(stack)[0].shape[0]
-        spans[i] = f"{start}-{start + count - 1}" if count > 1 else str(start)
-        start += count
-    return spans
+    return {i: f"{n[0]}-{n[-1]}" if len(n) > 1 else str(n[0]) for i, n in enumerate(found)}
