@@ -23,6 +23,7 @@ from jtune.sharding import make_mesh, plan
 from jtune.sharding.advice import changed, saved_activations
 from jtune.sharding.shapes import batch_shapes, bytes_by_kind, run_shapes
 from jtune.sharding.show import overrides, show
+from jtune.sharding.topology import _jax_plugins
 from jtune.train import build
 from jtune.train.run import run
 
@@ -231,9 +232,9 @@ def command(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "jtune.cli.main", *words], env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", ["v5z:4x4", "v5e", "v5e:4", "v5e:ax4", "v5e:4x4x4x4"])
+@pytest.mark.parametrize("name", ["v5z:4x4", "v5e", "v5e:4", "v5e:ax4", "v5e:4x4x4x4", "rtx:1"])
 def test_topologies_that_are_not_are_refused(name, only_config, capsys, monkeypatch):
-    monkeypatch.setattr("jtune.sharding.topology.compile_for_tpu_here", lambda: None)
+    monkeypatch.setattr("jtune.sharding.topology.compile_here_for", lambda topology: None)
     assert main(["plan", f"model_name_or_path={only_config}", "--topology", name]) == 2
     assert "v5e:4x4" in capsys.readouterr().err
 
@@ -242,6 +243,19 @@ def test_without_the_tpu_compiler_it_says_what_to_install(only_config, capsys, m
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["plan", f"model_name_or_path={only_config}", "--topology", "v5e:4x4"]) == 2
     assert "pip install 'jtune[tpu]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["h100", "h100:0", "h100:x", "a100:12"])
+def test_numbers_of_gpus_that_are_none_are_refused(name, only_config, capsys, monkeypatch):
+    monkeypatch.setattr("jtune.sharding.topology.compile_here_for", lambda topology: None)
+    assert main(["plan", f"model_name_or_path={only_config}", "--topology", name]) == 2
+    assert "a number of GPUs, whole hosts of eight above eight" in capsys.readouterr().err
+
+
+def test_without_the_gpu_compiler_it_says_what_to_install(only_config, capsys, monkeypatch):
+    monkeypatch.setattr("jtune.sharding.topology._jax_plugins", list)
+    assert main(["plan", f"model_name_or_path={only_config}", "--topology", "h200:1"]) == 2
+    assert "pip install 'jtune[plan-gpu]'" in capsys.readouterr().err
 
 
 def test_a_mesh_that_does_not_match_is_refused_before_anything_is_read(only_config, capsys):
@@ -273,6 +287,24 @@ def test_a_step_is_compiled_for_tpus_that_are_not_here(only_config, tmp_path, me
     assert result["device_kind"] == "TPU v5 lite"
     assert result["devices"] == 4
     assert result["device_memory_bytes"] == 16 * 2**30
+    assert result["fits"]
+    assert result["per_device_bytes"]["temporaries"] > 0
+    assert result["seconds_per_step"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "kind", "method"), [("h200:1", "H200", "lora"), ("a100:8", "A100", "full")])
+def test_a_step_is_compiled_for_gpus_that_are_not_here(only_config, tmp_path, topology, kind, method):
+    if not _jax_plugins():
+        pytest.skip("no compiler for GPUs here (jax[cuda12-local])")
+    case = [f"model_name_or_path={only_config}", f"compile_cache_dir={tmp_path}", f"finetuning_type={method}"]
+    case += ["cutoff_len=256", "bf16=true", "per_device_train_batch_size=2", "max_steps=5"]
+    done = command("plan", *case, "--json", "--topology", topology)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert kind in result["device_kind"]
+    assert result["devices"] == int(topology[-1])
+    assert result["usable_memory_bytes"] == int(0.9 * result["device_memory_bytes"]) > 60 * 2**30
     assert result["fits"]
     assert result["per_device_bytes"]["temporaries"] > 0
     assert result["seconds_per_step"] > 0

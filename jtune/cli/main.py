@@ -192,9 +192,9 @@ def _plan(argv: list[str]) -> int:
     if as_json:  # nothing else on stdout
         logging.getLogger("jtune").handlers[0].stream = sys.stderr  # type: ignore[attr-defined]
     if topology is not None:
-        from jtune.sharding.topology import compile_for_tpu_here
+        from jtune.sharding.topology import compile_here_for
 
-        compile_for_tpu_here()
+        compile_here_for(topology)
     config = _load(argv, "plan")
     from jtune.sharding.plan import plan
     from jtune.sharding.show import show

@@ -43,19 +43,21 @@ def measure(config: Config, shapes: Shapes, shape: tuple[int, int, int], capacit
     log.info("compiling the step for [accum, batch, seq] = %s on %d x %s", list(shape), shapes.mesh.size, target)
     began = time.monotonic()
     batch = batch_shapes(shape, shapes.mesh)
-    lowered = build.lower_step(
-        shapes.module,
-        shapes.tx,
-        shapes.state,
-        shapes.frozen,
-        batch,
-        shapes.mesh,
-        label_capacity=capacity,
-        max_grad_norm=training.max_grad_norm,
-        dropout_key=build.step_key(objective, shapes.params, training.seed),
-        rounding_key=build.rounding_key_of(training, config.finetuning),
-        objective=objective,
-    )
+    # A kernel in Pallas asks what GPU it is for, which otherwise is the one that is here.
+    with jax.sharding.use_abstract_mesh(shapes.mesh.abstract_mesh):
+        lowered = build.lower_step(
+            shapes.module,
+            shapes.tx,
+            shapes.state,
+            shapes.frozen,
+            batch,
+            shapes.mesh,
+            label_capacity=capacity,
+            max_grad_norm=training.max_grad_norm,
+            dropout_key=build.step_key(objective, shapes.params, training.seed),
+            rounding_key=build.rounding_key_of(training, config.finetuning),
+            objective=objective,
+        )
     try:
         found = _sizes(lowered.compile().memory_analysis())
     except jax.errors.JaxRuntimeError as error:

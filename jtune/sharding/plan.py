@@ -71,7 +71,7 @@ def plan(
     """What the run of `config` takes on `topology`, or on the devices that are here.
 
     Args:
-      topology: as `v5p:4x4x4`; call `compile_for_tpu_here` before anything else of jax.
+      topology: as `v5p:4x4x4` or `h100:8`; call `compile_here_for` before anything else of jax.
       fit: search microbatch, remat and mesh for the fastest setting that fits.
       memory: bytes of a device, in place of what its kind has.
 
