@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T tokens, D embed, V vocab.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from itertools import groupby
@@ -27,6 +28,9 @@ from jtune.models.rope import cos_sin
 from jtune.sharding import constrain, divides, spec
 
 REMAT = ("none", "dots", "attention", "full", "offload")
+
+# Reading a number of a product's output takes as long as so many multiply-adds, or longer, on the chips that there are.
+THIN = 256
 
 
 class Loop(NamedTuple):
@@ -61,9 +65,9 @@ class CausalLM(nn.Module):
 
     Attributes:
       dtype: of activations and matrix products. Norms, softmax and logits are float32.
-      remat: what the backward pass computes again: "none"; "dots", all but the products with parameters; "attention",
-        all but what attention gives; "full", all but the input of each layer; "offload", the same, and those inputs
-        wait in the memory of the host.
+      remat: what the backward pass computes again: "none"; "dots", all but the products with parameters, adapters' thin
+        ones not among them; "attention", all but what attention gives; "full", all but the input of each layer;
+        "offload", the same, and those inputs wait in the memory of the host.
       attention: the backend of `jtune.models.attention.attend`.
       mesh: where activations are said to lie (`jtune.sharding.RULES`); None: nothing is said, as suits one device.
       unrolled: compile the layers one after the other instead of a loop over them. The code then grows with depth, but
@@ -290,7 +294,7 @@ def _rematerialised(turn, remat: str, *, prevent_cse: bool):
         raise ValueError(f"remat {remat!r}: expected one of {', '.join(REMAT)}")
     policies = jax.checkpoint_policies
     policy = {
-        "dots": policies.dots_with_no_batch_dims_saveable,
+        "dots": _is_worth_keeping,
         "attention": policies.save_only_these_names(ATTENDED, ATTENTION_RESIDUALS),
         "full": None,
         "offload": policies.save_and_offload_only_these_names(
@@ -301,6 +305,15 @@ def _rematerialised(turn, remat: str, *, prevent_cse: bool):
         ),
     }[remat]
     return jax.checkpoint(turn, policy=policy, prevent_cse=prevent_cse)
+
+
+def _is_worth_keeping(primitive: Any, *inputs: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint`: products with parameters are kept, but for thin ones, as an adapter's second. What
+    that gives is as large as what the kernel gives, and is computed again as soon as read back."""
+    if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **params):
+        return False
+    summed = params["dimension_numbers"][0][0]
+    return math.prod(inputs[0].shape[axis] for axis in summed) > THIN
 
 
 def stacks(layers: Any) -> tuple[Any, ...]:

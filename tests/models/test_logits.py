@@ -12,6 +12,7 @@ from jtune.errors import DataError
 from jtune.interop import hf
 from jtune.interop.load import load_model
 from jtune.models import CausalLM
+from jtune.models import decoder as decoder_module
 from jtune.models.decoder import periods
 from jtune.models.families import decoder_config
 
@@ -81,7 +82,8 @@ def test_layers_in_several_stacks_are_the_same_layers(family, cut, checkpoint):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "mixtral"])
-def test_gradients_do_not_depend_on_what_is_computed_again(family, checkpoint):
+def test_gradients_do_not_depend_on_what_is_computed_again(family, checkpoint, monkeypatch):
+    monkeypatch.setattr(decoder_module, "THIN", 8)  # these models are narrow
     model, params = load_model(str(checkpoint(family)))
 
     def gradient(remat):
@@ -93,6 +95,25 @@ def test_gradients_do_not_depend_on_what_is_computed_again(family, checkpoint):
         for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(gradient(remat)), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4)
     assert all(bool((x != 0).any()) for x in jax.tree.leaves(plain))
+
+
+def test_thin_products_are_not_kept_with_dots():
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+    def layer(x, kernel, a, b):
+        return jnp.sin(x @ kernel + x @ a @ b)
+
+    def kept(policy):
+        def residuals(*given):
+            return jax.vjp(jax.checkpoint(layer, policy=policy), *given)[1]
+
+        leaves = jax.tree.leaves(
+            jax.eval_shape(residuals, shape(8, 1024), shape(1024, 999), shape(1024, 4), shape(4, 999))
+        )
+        return sum(x.shape == (8, 999) for x in leaves), sum(x.shape == (8, 4) for x in leaves)
+
+    assert kept(jax.checkpoint_policies.dots_with_no_batch_dims_saveable) == (2, 1)
+    assert kept(decoder_module._is_worth_keeping) == (1, 1)
 
 
 def test_bfloat16_is_as_near_as_torchs(checkpoint):
