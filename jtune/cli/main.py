@@ -271,7 +271,9 @@ COMMANDS = {
     "data": Command(
         _data, "show what the model is fed, trained-on tokens marked; --rows N, --html FILE, --json, --check"
     ),
-    "plan": Command(_plan, "what a run takes, before it runs: memory, time; --topology v5p:4x4x4, --fit, --json"),
+    "plan": Command(
+        _plan, "what a run takes, before it runs: memory, time; --topology v5p:4x4x4 or h100:8, --fit, --json"
+    ),
     "inspect": Command(_inspect, "show the parameter tree: shapes, dtypes, bytes, sharding, what trains"),
     "export": Command(_export, "merge the adapter and write a Hugging Face checkpoint"),
     "chat": Command(_chat, "talk with the model, or with what the same YAML has trained; questions may come by a pipe"),
