@@ -39,6 +39,12 @@ def project(
     return matmul(x, kernel) if group_sizes is None else jax.lax.ragged_dot(x, kernel, group_sizes)
 
 
+def recomputed(function: Callable) -> Callable:
+    """`function`, of whose work the backward pass keeps what it was given and nothing else: for what goes element by
+    element, and is as soon done again as read back."""
+    return jax.checkpoint(function, prevent_cse=False)  # where nothing keeps XLA from merging the two, it knows better
+
+
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`x @ kernel`, `[..., in]` and `[in, out]`.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jtune.models.config import DecoderConfig
-from jtune.models.kernels import Linear
+from jtune.models.kernels import Linear, recomputed
 from jtune.sharding import constrain
 
 ACTIVATIONS = {
@@ -52,10 +52,10 @@ class MLP(nn.Module):
         act = ACTIVATIONS[c.hidden_act]
         up = lambda name, n=width: Linear(n, ("embed", "mlp"), use_bias=c.mlp_bias, name=name)(x_BTD)
         if c.mlp == "plain":
-            hidden = act(up("up_proj"))
+            hidden = recomputed(act)(up("up_proj"))
         elif c.mlp == "gated":
-            hidden = act(up("gate_proj")) * up("up_proj")
+            hidden = recomputed(lambda gate, up: act(gate) * up)(up("gate_proj"), up("up_proj"))
         else:
-            hidden = gated(up("gate_up_proj", 2 * width), c)
+            hidden = recomputed(partial(gated, c=c))(up("gate_up_proj", 2 * width))
         hidden = constrain(hidden, self.mesh, "batch", "sequence", "mlp")
         return Linear(c.hidden_size, ("mlp", "embed"), use_bias=c.mlp_bias, name="down_proj")(hidden)

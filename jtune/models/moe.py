@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jtune.models.config import DecoderConfig
 from jtune.models.config import Experts as ExpertConfig
-from jtune.models.kernels import Kernel, Linear, parameter
+from jtune.models.kernels import Kernel, Linear, parameter, recomputed
 from jtune.models.mlp import ACTIVATIONS, MLP, gated
 from jtune.sharding import divides, gather, named, spec
 
@@ -46,10 +46,11 @@ class Experts(nn.Module):
         linear = lambda features, axes, name: Linear(features, axes, e.bias, e.count, name=name)
         if c.mlp == "gated":
             up = lambda name: linear(e.intermediate_size, ("embed", "mlp"), name)(x_MD, group_sizes_E)
-            hidden = ACTIVATIONS[c.hidden_act](up("gate_proj")) * up("up_proj")
+            act = ACTIVATIONS[c.hidden_act]
+            hidden = recomputed(lambda gate, up: act(gate) * up)(up("gate_proj"), up("up_proj"))
         else:
             up = linear(2 * e.intermediate_size, ("embed", None), "gate_up_proj")
-            hidden = gated(up(x_MD, group_sizes_E), c)
+            hidden = recomputed(partial(gated, c=c))(up(x_MD, group_sizes_E))
         return linear(c.hidden_size, (_width_axis(c), "embed"), "down_proj")(hidden, group_sizes_E)
 
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from jtune.models.config import DecoderConfig
-from jtune.models.kernels import parameter
+from jtune.models.kernels import parameter, recomputed
 
 
 class Norm(nn.Module):
@@ -25,21 +25,28 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = x.shape[-2:] if self.heads else x.shape[-1:]
+        scale = bias = None
+        if self.use_scale:
+            init = nn.initializers.zeros if self.offset else nn.initializers.ones
+            scale = parameter(self, "scale", init, shape, (None,) * len(shape))
+        if self.use_scale and self.use_bias:
+            bias = parameter(self, "bias", nn.initializers.zeros, shape, (None,) * len(shape))
+        return recomputed(self._normed)(x, scale, bias)
+
+    def _normed(self, x: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:
         x32 = x.astype(jnp.float32)
         if self.kind == "layer":
             x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        if not self.use_scale:
+        if scale is None:
             return normed.astype(x.dtype)
-        init = nn.initializers.zeros if self.offset else nn.initializers.ones
-        scale = parameter(self, "scale", init, shape, (None,) * len(shape))
         if self.offset:
             return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
         if self.kind == "rms":
             return normed.astype(x.dtype) * scale.astype(x.dtype)
         y = normed * scale.astype(jnp.float32)
-        if self.use_bias:
-            y = y + parameter(self, "bias", nn.initializers.zeros, shape, (None,) * len(shape)).astype(jnp.float32)
+        if bias is not None:
+            y = y + bias.astype(jnp.float32)
         return y.astype(x.dtype)
 
 
