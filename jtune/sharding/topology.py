@@ -90,7 +90,6 @@ def compile_here_for(topology: str) -> None:
                 f"--topology {topology} compiles with XLA's compiler for GPUs, which is not here: "
                 "pip install 'jtune[plan-gpu]' (it needs no GPU and no driver for this)"
             )
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # that there is no driver
         return
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("--topology compiles with the TPU compiler, which is not here: pip install 'jtune[tpu]'")
