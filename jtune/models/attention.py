@@ -341,7 +341,7 @@ def _flash(q_BTHD, k_BSKD, v_BSKD, segment_ids_BS, scale, window, softcap, mesh:
     fill = lambda x: jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, width - x.shape[3])))
     first_BT, last_BS = _bounds(jnp.pad(segment_ids_BS, ((0, 0), (0, pad))), window)
     offsets = jnp.arange(parts.context, dtype=jnp.int32) * ((T + pad) // parts.context)
-    options = Options(scale, softcap, plan_of(width), RESIDUALS, interpret)
+    options = Options(scale, softcap, plan_of(width), interpret)
     local: Callable = lambda *args: flash(*args, options)
     if mesh is not None and mesh.size > 1:
         rows, heads, sequence = parts.axes

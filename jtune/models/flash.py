@@ -9,7 +9,7 @@ for segments, the other choice, want to know the largest number of segments of a
 much for each as for a whole row, and give other bits each time.
 
 Shape suffixes: B rows, T tokens of queries, S tokens of keys, H query heads, K key/value heads, G = H/K queries of a
-group, D head_dim; of one block: Q queries, N keys.
+group, D head_dim; of one block: Q queries, N keys; M and N either way.
 """
 
 import math
@@ -22,9 +22,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-LOG2_E = math.log2(math.e)  # weights are powers of two inside, which is what the hardware computes
+from jtune.models.attention import MASKED, RESIDUALS
 
-MASKED = -1e30  # finite, so that a block without any visible key gives numbers and not NaN
+LOG2_E = math.log2(math.e)  # weights are powers of two inside, which is what the hardware computes
 
 ROW_MULTIPLE = 128  # what lengths of rows must be multiples of
 
@@ -62,7 +62,6 @@ class Options(NamedTuple):
     scale: float
     softcap: float | None
     plan: Plan
-    residuals: str  # the name of what is kept for the backward pass, for remat policies
     interpret: bool = False
 
 
@@ -99,7 +98,7 @@ def _forward(q_BTHD, k_BSKD, v_BSKD, first_BT, last_BS, offset_1, options: Optio
         name="flash_forward",
         **_compiled(blocks, options),
     )(offset_1, first_BT, q_BTHD, k_BSKD, v_BSKD)
-    out_BTHD, sums_BHT = (checkpoint_name(x, options.residuals) for x in (out_BTHD, sums_BHT))
+    out_BTHD, sums_BHT = (checkpoint_name(x, RESIDUALS) for x in (out_BTHD, sums_BHT))
     return (out_BTHD, sums_BHT), (q_BTHD, k_BSKD, v_BSKD, first_BT, last_BS, offset_1, out_BTHD, sums_BHT)
 
 
@@ -205,8 +204,7 @@ def _forward_kernel(offset_ref, first_ref, q_ref, k_ref, v_ref, out_ref, sums_re
         scores_QN = _scores(q_QD, k_ref[keys, :], options)[0]
         if masked:
             key_N = n * blocks.keys + jnp.arange(blocks.keys)
-            seen_QN = (key_N[None, :] >= first_Q[:, None]) & (key_N[None, :] <= query_Q[:, None])
-            scores_QN = jnp.where(seen_QN, scores_QN, MASKED)
+            scores_QN = _masked(scores_QN, first_Q, key_N, query_Q)
         now_Q = jnp.maximum(largest_Q, jnp.max(scores_QN, axis=1))
         weights_QN = jnp.exp2(scores_QN - now_Q[:, None])
         shrink_Q = jnp.exp2(largest_Q - now_Q)
@@ -236,8 +234,7 @@ def _by_queries_kernel(
         scores_QN, slope_QN = _scores(q_QD, k_ND, options)
         if masked:
             key_N = n * blocks.keys + jnp.arange(blocks.keys)
-            seen_QN = (key_N[None, :] >= first_Q[:, None]) & (key_N[None, :] <= query_Q[:, None])
-            scores_QN = jnp.where(seen_QN, scores_QN, MASKED)
+            scores_QN = _masked(scores_QN, first_Q, key_N, query_Q)
         weights_QN = jnp.exp2(scores_QN - sums_Q[:, None])
         d_scores_QN = weights_QN * (_dot(d_out_QD, v_ND.T) - means_Q[:, None]) * slope_QN
         return d_q_QD + _dot(d_scores_QN.astype(k_ND.dtype), k_ND)
@@ -262,8 +259,7 @@ def _by_keys_kernel(
         scores_NQ, slope_NQ = _scores(k_ND, q_QD, options)
         if masked:
             query_Q = offset_ref[0] + n * blocks.queries + jnp.arange(blocks.queries)
-            seen_NQ = (query_Q[None, :] >= key_N[:, None]) & (query_Q[None, :] <= last_N[:, None])
-            scores_NQ = jnp.where(seen_NQ, scores_NQ, MASKED)
+            scores_NQ = _masked(scores_NQ, key_N, query_Q, last_N)
         weights_NQ = jnp.exp2(scores_NQ - sums_ref[g, queries][None, :] * LOG2_E)
         d_v_ND += _dot(weights_NQ.astype(d_out_QD.dtype), d_out_QD)
         d_scores_NQ = weights_NQ * (_dot(v_ND, d_out_QD.T) - means_ref[g, queries][None, :]) * slope_NQ
@@ -285,6 +281,12 @@ def _scores(a, b, options: Options):
         return products * LOG2_E, 1.0
     capped = jnp.tanh(products / options.softcap)
     return capped * (options.softcap * LOG2_E), 1.0 - capped * capped
+
+
+def _masked(scores_MN, low_M, number_N, high_M):
+    """The scores of pairs that see each other: the second's number is from the first's low one to its high one."""
+    seen_MN = (number_N[None, :] >= low_M[:, None]) & (number_N[None, :] <= high_M[:, None])
+    return jnp.where(seen_MN, scores_MN, MASKED)
 
 
 def _dot(a, b):

@@ -142,7 +142,7 @@ def _gpu_devices(name: str) -> list[Any]:
 
     kind, _, count = name.partition(":")
     number = int(count) if count.isdecimal() else 0
-    if not 0 < number <= GPUS_OF_A_HOST and (number == 0 or number % GPUS_OF_A_HOST):
+    if number < 1 or (number > GPUS_OF_A_HOST and number % GPUS_OF_A_HOST):
         raise ConfigError(f"--topology {name}: expected {kind}: and a number of GPUs, whole hosts of eight above eight")
     gpu = GPUS[kind]
     major, minor = gpu.capability
@@ -162,7 +162,7 @@ def _gpu_devices(name: str) -> list[Any]:
     layout = f"1x{max(1, number // GPUS_OF_A_HOST)}x{min(number, GPUS_OF_A_HOST)}"  # slices, hosts, devices of a host
     try:
         found = topologies.get_topology_desc(gpu.device_kind, platform="cuda", target_config=target, topology=layout)
-    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+    except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"--topology {name}: {str(error).splitlines()[0]}") from error
     return list(found.devices)
 

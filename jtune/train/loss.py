@@ -18,12 +18,15 @@ from jax.sharding import PartitionSpec as P
 
 from jtune.sharding import RULES, gather, only, spec
 
+# Logits of one chunk, in elements: 2**25 float32 are 128 MiB.
+CHUNK_ELEMENTS = 2**25
+
 
 def chunk_elements(mesh: Mesh | None) -> int:
-    """Logits of one chunk: 2**25 float32 are 128 MiB. Each chunk reads the whole head, which takes a GPU as long as the
-    products of some 200 positions with it: there chunks are larger."""
+    """Logits of one chunk. Each reads the whole head, which takes a GPU as long as the products of some 200 positions
+    with it: there chunks are larger."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return 2**26 if platform == "gpu" else 2**25
+    return 2 * CHUNK_ELEMENTS if platform == "gpu" else CHUNK_ELEMENTS
 
 
 def gather_labelled(hidden: Any, targets_BT, weights_BT, capacity: int, shards: int):
@@ -126,7 +129,7 @@ def sum_labelled(
     return local(head_params, hidden, targets_BT, weights_BT)
 
 
-def chunk_positions(capacity: int, vocab: int, elements: int = 2**25) -> int:
+def chunk_positions(capacity: int, vocab: int, elements: int = CHUNK_ELEMENTS) -> int:
     """How many positions of one shard go into a chunk of so many logits, at most: chunks of about equal size.
 
     >>> chunk_positions(1000, vocab=2**15), chunk_positions(4093, vocab=2**17)

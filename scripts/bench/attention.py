@@ -214,7 +214,7 @@ def sweep(cell: Cell) -> None:
 
     def call(field: str, blocks: Blocks, q, k, v, first, last, offset, d_out):
         plan = plan_of(cell.head_dim)._replace(**{field: blocks})
-        options = Options(cell.head_dim**-0.5, None, plan, "kept")
+        options = Options(cell.head_dim**-0.5, None, plan)
         out, back = jax.vjp(lambda q, k, v: flash(q, k, v, first, last, offset, options)[0], q, k, v)
         if field == "forward":
             return out
