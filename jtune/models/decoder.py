@@ -73,8 +73,9 @@ class CausalLM(nn.Module):
       unrolled: compile the layers one after the other instead of a loop over them. The code then grows with depth, but
         nothing is copied into and out of stacks of what the backward pass needs, which takes a fifth of a step.
 
-    `params["layers"]` is a stack of layers (leaves `[layers, ...]`), or a tuple of such stacks, in order. Dropout, of
-    kernels that have it, happens when `apply` gets `rngs={"dropout": key}`.
+    `params["layers"]` is a stack of layers (leaves `[layers, ...]`), or a tuple of such stacks, in order. Leaves may
+    also be lists, of an array for each layer: then the layers are unrolled. Dropout, of kernels that have it, happens
+    when `apply` gets `rngs={"dropout": key}`.
     """
 
     config: DecoderConfig
@@ -154,7 +155,7 @@ class CausalLM(nn.Module):
         load, written = _no_load(c), []
         for i, loop in enumerate(loops(c, layers)):
             cut = slice(loop.start, loop.start + loop.period * loop.repeats)
-            params = jax.tree.map(itemgetter(cut), stacks(layers)[loop.stack])
+            params = jax.tree.map(itemgetter(cut), stacks(layers)[loop.stack], is_leaf=is_apart)
             x, entries, load = self._scan(x, loop, params, None if cache is None else cache[i], load, key, shared)
             written.append(entries)
         return Hidden(x, None if cache is None else tuple(written), load)
@@ -170,9 +171,8 @@ class CausalLM(nn.Module):
                 number = loop.first + index * period + i
                 layer = DecoderLayer(c, c.layers[loop.first + i], self.attention, self.mesh, parent=None)
                 rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
-                mine = jax.tree.map(itemgetter(i), params)
                 remembered = None if entries is None else Remembered(entries[i], index)
-                given: Any = layer.apply({"params": mine}, x, shared, remembered, rngs=rngs)
+                given: Any = layer.apply({"params": params[i]}, x, shared, remembered, rngs=rngs)
                 x, entry, its_load = given
                 if entries is not None:
                     entries[i] = entry
@@ -180,10 +180,18 @@ class CausalLM(nn.Module):
                     load = jax.tree.map(jnp.add, load, its_load)
             return (x, None if entries is None else tuple(entries), load), None
 
+        carry, leaves = (x, entries, load), jax.tree.leaves(stack, is_leaf=is_apart)
+        if self.unrolled or any(map(is_apart, leaves)):
+            turn = jax.jit(_rematerialised(turn, self.remat, prevent_cse=True))  # traced once
+            layers = apart(stack)
+            for index in range(loop.repeats):
+                carry, _ = turn(carry, (index, layers[index * period : (index + 1) * period]))
+            return carry
         grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), stack)
-        turn = _rematerialised(turn, self.remat, prevent_cse=self.unrolled)
-        carry = x, entries, load
-        return jax.lax.scan(turn, carry, (jnp.arange(loop.repeats), grouped), unroll=self.unrolled or 1)[0]
+        of = lambda params: [jax.tree.map(itemgetter(i), params) for i in range(period)]
+        grouped_turn = lambda carry, xs: turn(carry, (xs[0], of(xs[1])))
+        grouped_turn = _rematerialised(grouped_turn, self.remat, prevent_cse=False)
+        return jax.lax.scan(grouped_turn, carry, (jnp.arange(loop.repeats), grouped))[0]
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits float32 `[..., vocab]` of `[..., embed]`: the final norm, the head, the soft-cap."""
@@ -321,11 +329,27 @@ def stacks(layers: Any) -> tuple[Any, ...]:
     return layers if isinstance(layers, tuple) else (layers,)
 
 
+def is_apart(leaf: Any) -> bool:
+    """Whether a leaf of a stack of layers is a list, of an array for each layer, instead of one array `[layers, ...]`.
+
+    A list is what layers that are unrolled best take: of a stack XLA copies what each product needs, twice a step.
+    """
+    return isinstance(leaf, list)
+
+
+def apart(stack: Any) -> list[Any]:
+    """The layers of a stack."""
+    leaves, structure = jax.tree.flatten(stack, is_leaf=is_apart)
+    # The gradient of `split` is one concatenation; that of taking each by its index would be a sum of whole stacks.
+    cut = lambda x: x if is_apart(x) else [part[0] for part in jax.lax.split(x, [1] * len(x))]
+    return [structure.unflatten(layer) for layer in zip(*map(cut, leaves), strict=True)]
+
+
 def numbered(layers: Any) -> Iterator[tuple[range, Any]]:
     """The stacks of layers of a parameter tree, in order, each with the numbers of its layers."""
     first = 0
     for stack in stacks(layers):
-        count = jax.tree.leaves(stack)[0].shape[0]
+        count = len(jax.tree.leaves(stack, is_leaf=is_apart)[0])
         yield range(first, first + count), stack
         first += count
 

@@ -32,7 +32,8 @@ def measure(config: Config, shapes: Shapes, shape: tuple[int, int, int], capacit
     settings = (training.max_grad_norm, *optimizer_settings(training, config.finetuning))
     objective = objective_of(config.finetuning, training)
     loss = (objective.name, objective.noise_alpha)
-    step = (shapes.module, settings, loss, _described(shapes.state), _described(shapes.frozen))
+    frozen = build.apart(shapes.frozen, shapes.module)
+    step = (shapes.module, settings, loss, _described(shapes.state), _described(frozen))
     key = fingerprint(step, jax.tree.structure(shapes.params), dict(shapes.mesh.shape), shape, capacity, target)
     root = Path(training.compile_cache_dir) if training.compile_cache_dir else Path.home() / ".cache" / "jtune"
     path = root / "plans" / f"{key}.json"
@@ -49,7 +50,7 @@ def measure(config: Config, shapes: Shapes, shape: tuple[int, int, int], capacit
             shapes.module,
             shapes.tx,
             shapes.state,
-            shapes.frozen,
+            frozen,
             batch,
             shapes.mesh,
             label_capacity=capacity,

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import xxhash
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jtune import tuning
 from jtune.config import DataArguments, FinetuningArguments, ModelArguments, TrainingArguments
@@ -20,6 +21,7 @@ from jtune.data import Encoded, EvalBatch, EvalPlan, Plan, eval_batches, packing
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft, vocabulary
 from jtune.models import CausalLM, DecoderConfig, attention, init_params
+from jtune.models.decoder import is_apart
 from jtune.models.families import decoder_config
 from jtune.sharding import (
     batch_sharding,
@@ -167,6 +169,15 @@ def with_remat(module: CausalLM, remat: str, platform: str) -> CausalLM:
     return module.clone(remat=remat, unrolled=platform != "tpu" and remat == "none")
 
 
+def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    """What XLA is told of a step, besides its defaults.
+
+    On GPUs, to leave all matrix products to cuBLAS: it adds an adapter's part while it writes the kernel's product, and
+    nothing is tried out first. XLA's own, in Triton, are as fast for a moment, on a card that is cool.
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if mesh.devices.flat[0].platform == "gpu" else None
+
+
 def decoder_of(source: Mapping[str, Any], args: ModelArguments) -> DecoderConfig:
     """The decoder that a config.json describes, with what the arguments change of it.
 
@@ -231,6 +242,44 @@ def held(objective: Objective, trainable: Any, frozen: Any, dtype: jnp.dtype) ->
     return Anchored(frozen, jax.tree.map(placed, jax.eval_shape(copied, trainable), where))
 
 
+def apart(frozen: Any, module: CausalLM) -> Any:
+    """What the step takes and does not change, as layers that are unrolled take it: their kernels in lists, where
+    adapters train (`jtune.models.decoder.is_apart`). Stacks of arrays are deleted, as there is no room for both.
+
+    Args:
+      frozen: see `held`; of arrays or of `jax.ShapeDtypeStruct`s with shardings.
+    """
+    if isinstance(frozen, Anchored):
+        return frozen._replace(frozen=apart(frozen.frozen, module))
+    if not module.unrolled or not any(map(tuning.is_adapter, jax.tree.leaves(frozen, is_leaf=tuning.is_node))):
+        return frozen
+
+    def cut(stack: Any) -> list[Any]:
+        where = NamedSharding(stack.sharding.mesh, P(*stack.sharding.spec[1:]))
+        count = stack.shape[0]
+        if not isinstance(stack, jax.Array):
+            return [jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=where)] * count
+        parts = jax.jit(lambda x: [x[i] for i in range(count)], out_shardings=[where] * count)(stack)
+        stack.delete()
+        return parts
+
+    def of_kernel(path: Any, x: Any) -> Any:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if names[0] != "layers" or names[-1] != "kernel":
+            return x
+        if tuning.is_adapter(x):
+            return tuning.map_fields(lambda name, x: jax.tree.map(cut, x) if name == "base" else x, x)
+        return jax.tree.map(cut, x)
+
+    return jax.tree_util.tree_map_with_path(of_kernel, frozen, is_leaf=tuning.is_node)
+
+
+def stacks_of(frozen: Any) -> Any:
+    """What `apart` was given, lists as `jax.ShapeDtypeStruct`s of their stacks."""
+    stack = lambda x: jax.ShapeDtypeStruct((len(x), *x[0].shape), x[0].dtype) if is_apart(x) else x
+    return jax.tree.map(stack, frozen, is_leaf=is_apart)
+
+
 def step_key(objective: Objective, params: Any, seed: int) -> jax.Array | None:
     """What a step's random draws follow from; None if it has none."""
     return jax.random.key(seed) if objective.noise_alpha or tuning.has_dropout(params) else None
@@ -259,7 +308,11 @@ def lower_step(
     rounding_key: jax.Array | None = None,
     objective: Objective = PLAIN,
 ) -> Any:
-    """The train step, lowered for shapes: what `jtune train` runs and what `jtune plan` measures."""
+    """The train step, lowered for shapes: what `jtune train` runs and what `jtune plan` measures.
+
+    Args:
+      frozen_like: see `apart`.
+    """
     everywhere = replicated(mesh)
     loss_sum = make_loss_sum(
         module, label_capacity=label_capacity, batch_shards=batch_shards(mesh), objective=objective
@@ -276,6 +329,7 @@ def lower_step(
         donate_argnums=0,
         in_shardings=(shardings_of(state_like), shardings_of(frozen_like), shardings_of(batch_like), everywhere),
         out_shardings=(shardings_of(state_like), everywhere),
+        compiler_options=compiler_options(mesh),
     )
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
     return step.lower(state_like, frozen_like, batch_like, rate)
@@ -465,7 +519,7 @@ def prepare_evaluation(
     sums = make_eval_step(
         module, label_capacity=plan.label_capacity, batch_shards=shards, slots=plan.slots, token_loss=token_loss
     )
-    compiled = jax.jit(sums, out_shardings=everywhere)
+    compiled = jax.jit(sums, out_shardings=everywhere, compiler_options=compiler_options(mesh))
 
     def step(params: Any, batch: EvalBatch) -> ExampleSums:
         return compiled(params, *jax.tree.map(lambda x: spread.put(x, rows), (batch.arrays, batch.example)))

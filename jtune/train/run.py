@@ -43,7 +43,7 @@ from jtune.train.checkpoint import Checkpointer, read_meta, restore, restore_new
 from jtune.train.flops import flops_per_token
 from jtune.train.ledger import Ledger, describe, goodput, lost
 from jtune.train.loop import Hooks, Progress, run_loop
-from jtune.train.objective import PLAIN, objective_of
+from jtune.train.objective import PLAIN, Anchored, objective_of
 from jtune.train.objective import describe as describe_objective
 from jtune.train.optimizer import optimizer_of
 from jtune.train.output import check_same_run, clear, resume_point, save_model, trainer_state
@@ -181,19 +181,6 @@ def run(config: Config) -> dict[str, Any]:
     state_like = build.abstract_state(trainable, tx, mesh, float16=float16)
     policy = remat(config, Shapes(model.module, tx, model.params, model.mask, held, state_like, mesh), plan)
     module = build.with_remat(model.module, policy, mesh.devices.flat[0].platform)
-    update = build.compile_steps(
-        module,
-        tx,
-        plan,
-        held,
-        state_like,
-        mesh,
-        max_grad_norm=training.max_grad_norm,
-        dropout_key=build.step_key(objective, model.params, training.seed),
-        rounding_key=build.rounding_key_of(training, finetuning),
-        ledger=ledger,
-        objective=objective,
-    )
     rates = report.make_rates(
         flops_per_token(
             decoder,
@@ -239,8 +226,23 @@ def run(config: Config) -> dict[str, Any]:
         earlier = meta.get("seconds", {})
         ledger.add(earlier | {"lost": earlier.get("lost", 0.0) + lost(output_dir / "trainer_log.jsonl", earlier)})
         log.info("resumed from %s: %d of %d updates are done", checkpoint, progress.step, plan.max_steps)
-    mask = model.mask
-    del trainable, model  # nothing else may keep the first parameters alive
+    mask, dropout_key = model.mask, build.step_key(objective, model.params, training.seed)
+    del trainable, frozen, model  # nothing else may keep the first parameters alive
+    held = build.apart(held, module)
+    frozen = held.frozen if isinstance(held, Anchored) else held
+    update = build.compile_steps(
+        module,
+        tx,
+        plan,
+        held,
+        state_like,
+        mesh,
+        max_grad_norm=training.max_grad_norm,
+        dropout_key=dropout_key,
+        rounding_key=build.rounding_key_of(training, finetuning),
+        ledger=ledger,
+        objective=objective,
+    )
 
     # ------------------------------------------------------------------ train
     cadence = build.make_cadence(training, plan)
@@ -257,13 +259,14 @@ def run(config: Config) -> dict[str, Any]:
         resized=settled.resized,
     )
     whole = lambda state: tuning.combine(state.trainable, frozen)
+    written = lambda state: tuning.combine(state.trainable, build.stacks_of(frozen))
     state_file = lambda: trainer_state(
         progress, plan=plan, cadence=cadence, batch_size=training.per_device_train_batch_size
     )
 
     def save(state: TrainState, progress: Progress) -> None:
         def files(folder: Path) -> None:
-            write(folder, whole(state))
+            write(folder, written(state))
             report.write_json(folder / "trainer_state.json", state_file())
 
         if progress.best_step is not None:
@@ -304,9 +307,8 @@ def run(config: Config) -> dict[str, Any]:
         best = output_dir / f"checkpoint-{progress.best_step}"
         log.info("the best model is %s: %s %.4f", best, improvement.metric, progress.best_metric)
         state = restore(best, state_like)
-    params = whole(state)
     with ledger.spent("checkpoint"):
-        write(output_dir, params)
+        write(output_dir, written(state))
     seconds = ledger.total()
     log.info("time: %s", describe(seconds))
     summary = report.train_summary(
@@ -324,7 +326,7 @@ def run(config: Config) -> dict[str, Any]:
     report.write_json(output_dir / "trainer_state.json", state_file())
     title = f"Training loss of {training.run_name or output_dir}"
     report.plot_losses(progress.log_history, output_dir / "training_loss.png", title)
-    results = finish(params)
+    results = finish(whole(state))
     log.info("wrote %s", output_dir)
     return results
 

@@ -4,7 +4,18 @@ from jtune.tuning import lora, quantize
 from jtune.tuning.axes import prepared_axes
 from jtune.tuning.freeze import freeze
 from jtune.tuning.masks import combine, decay_mask, full_mask, partition, trainable_mask
-from jtune.tuning.nodes import Node, adapter_mask, count, has_dropout, is_node, kernels, replace, select
+from jtune.tuning.nodes import (
+    Node,
+    adapter_mask,
+    count,
+    has_dropout,
+    is_adapter,
+    is_node,
+    kernels,
+    map_fields,
+    replace,
+    select,
+)
 from jtune.tuning.prepare import describe, prepare
 
 __all__ = [
@@ -17,9 +28,11 @@ __all__ = [
     "freeze",
     "full_mask",
     "has_dropout",
+    "is_adapter",
     "is_node",
     "kernels",
     "lora",
+    "map_fields",
     "partition",
     "prepare",
     "prepared_axes",

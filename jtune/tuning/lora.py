@@ -56,7 +56,8 @@ class LoRA(Node):
 
     def delta(self, x: jax.Array, group_sizes: jax.Array | None) -> jax.Array:
         """`scale * x @ a @ b`."""
-        return project(project(x, self.a, None, group_sizes), self.b, None, group_sizes) * self.scale
+        thin = project(x, self.a, None, group_sizes) * self.scale  # here, where it is thin
+        return project(thin, self.b, None, group_sizes)
 
     def merged(self, dtype: Any = None) -> jax.Array:
         return (in_float32(self.base) + self.scale * product(self.a, self.b)).astype(dtype or self.dtype)

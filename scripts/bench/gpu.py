@@ -88,7 +88,9 @@ def main() -> int:
     if args.only_jtune or args.from_scratch:
         pass
     elif all(find_spec(name) for name in ("torch", "peft")):
-        peers["transformers + PEFT"] = torch_cell
+        peers["transformers + PEFT"] = partial(torch_cell, liger=False)
+        if find_spec("liger_kernel") and not args.dry_run:  # its kernels are Triton's
+            peers["transformers + PEFT + Liger"] = partial(torch_cell, liger=True)
     else:
         print("torch and peft are not installed: they are not measured")
     if args.lf and not args.from_scratch:
@@ -100,11 +102,13 @@ def main() -> int:
         folder = work / cell.name.replace(" ", "-")
         shutil.rmtree(folder, ignore_errors=True)
         inputs(work, cell, environment(args), "shape" if args.from_scratch else "weights")
-        results = {"jtune": attempt(jtune_cell, cell, work, folder, args)}
-        for name, side in peers.items() if results["jtune"] else ():
+        results: dict[str, Result | str] = {}
+        for name, side in {"jtune": jtune_cell, **peers}.items():
             results[name] = attempt(side, cell, work, folder, args)
+            print(rows_of(cell, results, folder / "rows")[-1], flush=True)
+            if isinstance(results["jtune"], str):  # there are no rows for the others
+                break
         lines += rows_of(cell, results, folder / "rows")
-        print("\n".join(lines[-len(results) :]), flush=True)
         for file in (folder / "out").rglob("*.safetensors"):  # trained models are large
             file.unlink()
     text = "\n".join([*heading(args), "", *HEAD, *lines]) + "\n"
@@ -168,14 +172,17 @@ def inputs(work: Path, cell: Cell, env: dict[str, str], what: str = "weights") -
     subprocess.run(command, check=True, env=env | {"PYTHONPATH": str(Path(__file__).parent)})
 
 
-def attempt(side, cell: Cell, work: Path, folder: Path, args: argparse.Namespace) -> Result | None:
-    """The first setting that fits; None if none does."""
+def attempt(side, cell: Cell, work: Path, folder: Path, args: argparse.Namespace) -> Result | str:
+    """The first setting that fits; if there is none, why."""
     for setting in settings(cell.rows, args.micro):
         try:
             return side(cell, setting, work, folder, args)
         except OutOfMemory:
             print(f"{cell.name}: out of memory with {setting}", flush=True)
-    return None
+        except Failed as error:
+            print(f"{cell.name}: {error}", flush=True)
+            return "failed"
+    return "out of memory with every setting"
 
 
 def case_of(cell: Cell, setting: Setting, work: Path, args: argparse.Namespace) -> dict:
@@ -232,9 +239,12 @@ def jtune_cell(cell: Cell, setting: Setting, work: Path, folder: Path, args: arg
     return Result(run, setting, found["device"], found["peak_bytes"], found["compile_seconds"], "")
 
 
-def torch_cell(cell: Cell, setting: Setting, work: Path, folder: Path, args: argparse.Namespace) -> Result:
+def torch_cell(
+    cell: Cell, setting: Setting, work: Path, folder: Path, args: argparse.Namespace, *, liger: bool
+) -> Result:
     model = work / "models" / cell.shape.replace(" ", "-")
-    output_dir, result = folder / "out" / "torch", folder / "torch.json"
+    name = "liger" if liger else "torch"
+    output_dir, result = folder / "out" / name, folder / f"{name}.json"
     shutil.rmtree(output_dir, ignore_errors=True)
     case = {
         "model": str(model),
@@ -243,6 +253,7 @@ def torch_cell(cell: Cell, setting: Setting, work: Path, folder: Path, args: arg
         "rows": str(folder / "rows"),
         "micro": setting.micro,
         "recompute": setting.recompute,
+        "liger": liger,
         "learning_rate": 1e-5,
         "updates": args.updates,
         "output_dir": str(output_dir),
@@ -350,11 +361,11 @@ def contents(rows: Path, update: int) -> Contents:
     return Contents(int(lengths.sum()), labelled, int((lengths * (lengths + 1) // 2).sum()))
 
 
-def rows_of(cell: Cell, results: dict[str, Result | None], rows: Path) -> list[str]:
+def rows_of(cell: Cell, results: dict[str, Result | str], rows: Path) -> list[str]:
     lines, speed = [], {}
     for side, result in results.items():
-        if result is None:
-            lines.append(f"| {cell.name} | {side} | out of memory with every setting |" + " |" * 7)
+        if isinstance(result, str):
+            lines.append(f"| {cell.name} | {side} | {result} |" + " |" * 7)
             continue
         run = result.run
         updates = [update for update in run.seconds if update > SKIPPED]

@@ -3,7 +3,8 @@
     python gpu_torch.py CASE.json
 
 It gets what is known to help: rows packed with a kernel for segments where torch has one, logits of labelled positions
-only, a fused AdamW, adapters and optimizer in float32 and the rest in bfloat16, as on jtune's side.
+only, a fused AdamW, adapters and optimizer in float32 and the rest in bfloat16, as on jtune's side; and, if the case
+says so, Liger's kernels for norms, activations and rotary embeddings.
 """
 
 import json
@@ -74,7 +75,17 @@ def best_attention(device: str) -> str:
     return "sdpa"
 
 
+def use_liger(model: str) -> None:
+    from liger_kernel.transformers import apply_liger_kernel_to_llama, apply_liger_kernel_to_qwen2
+
+    apply = {"llama": apply_liger_kernel_to_llama, "qwen2": apply_liger_kernel_to_qwen2}
+    kind = json.loads((Path(model) / "config.json").read_text())["model_type"]
+    apply[kind](rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
 def build(case: dict, device: str, attention: str):
+    if case["liger"]:
+        use_liger(case["model"])
     dtype = torch.float32 if device == "cpu" or case["method"] == "full" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=dtype, attn_implementation=attention)
     model = model.to(device)

@@ -10,7 +10,7 @@ import pytest
 
 from jtune import tuning
 from jtune.models import CausalLM, DecoderConfig, abstract_params, init_params
-from jtune.sharding import make_mesh, replicated
+from jtune.sharding import batch_sharding, make_mesh, replicated
 from jtune.train import build
 from jtune.train.ledger import Ledger
 from jtune.train.optimizer import make_optimizer
@@ -244,6 +244,41 @@ def test_a_second_step_of_a_shape_compiles_nothing_and_the_state_is_donated():
     assert compiled == []
     assert all(x.is_deleted() for x in jax.tree.leaves(old.trainable))
     assert pointers(state) == before
+
+
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["one", "eight"])
+def test_unrolled_layers_take_their_kernels_from_lists_and_the_stacks_are_gone(sizes):
+    mesh = make_mesh(devices=None if sizes else jax.devices()[:1], **sizes)
+    params, mask = prepared("lora")
+    params = jax.tree.map(jnp.copy, params)
+    params = jax.device_put(params, build.placement(params, CONFIG, mesh))
+    trainable, frozen = tuning.partition(params, mask)
+    module = build.with_remat(CausalLM(CONFIG, mesh=mesh), "none", "cpu")
+    held, planned = build.apart(frozen, module), build.apart(build.like(frozen), module)
+    assert build.like(held) == planned
+    stacks = [x for x in jax.tree.leaves(frozen["layers"]) if x.ndim == 3]
+    assert stacks
+    assert all(x.is_deleted() for x in stacks)
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert shapes(build.stacks_of(held)) == shapes(build.like(frozen))
+
+    tx, ledger, plan = make_optimizer(), Ledger(), type("Plan", (), {"label_capacity": staticmethod(lambda shape: 128)})
+    like = build.abstract_state(trainable, tx, mesh, float16=False)
+    accum = 2 if sizes else 1
+    batch = lay_out(ONE_EACH, 16, accum)
+    rows = lambda x: batch_sharding(mesh, accumulated=True) if x.ndim else replicated(mesh)
+    batch = {name: jax.device_put(x, rows(x)) for name, x in batch.items()}
+    options = {"max_grad_norm": 1.0, "dropout_key": None, "ledger": ledger}
+    update = build.compile_steps(module, tx, plan, held, like, mesh, **options)
+    state, losses = jax.device_put(init_state(trainable, tx), build.shardings_of(like)), []
+    for _ in range(2):
+        state, metrics = update(state, batch, RATE)
+        losses.append((float(metrics.loss), float(metrics.grad_norm)))
+    same(losses, unpacked("lora", accum), rtol=5e-5)
+    whole = tuning.combine(state.trainable, held)  # what is evaluated
+    logits = lambda params: CausalLM(CONFIG).apply({"params": params}, batch["input_ids"][0])
+    again = tuning.combine(jax.device_get(state.trainable), tuning.partition(*prepared("lora"))[1])
+    np.testing.assert_allclose(jax.jit(logits)(whole), jax.jit(logits)(again), atol=1e-5)
 
 
 def test_dropout_follows_from_the_key_and_the_step():
