@@ -161,7 +161,7 @@ class CausalLM(nn.Module):
         return Hidden(x, None if cache is None else tuple(written), load)
 
     def _scan(self, x: jax.Array, loop: Loop, stack, entries, load: Load | None, key, shared: Shared):
-        """Run layers over `x`, a period of them in each turn of the loop: compiled code does not grow with depth."""
+        """Run layers over `x`: unrolled, or a period of them in each turn of a loop, which does not grow with depth."""
         c, period = self.config, loop.period
 
         def turn(carry: Any, turn_and_params: Any) -> Any:
@@ -183,7 +183,7 @@ class CausalLM(nn.Module):
         carry, leaves = (x, entries, load), jax.tree.leaves(stack, is_leaf=is_apart)
         if self.unrolled or any(map(is_apart, leaves)):
             turn = jax.jit(_rematerialised(turn, self.remat, prevent_cse=True))  # traced once
-            layers = apart(stack)
+            layers = layers_of(stack)
             for index in range(loop.repeats):
                 carry, _ = turn(carry, (index, layers[index * period : (index + 1) * period]))
             return carry
@@ -337,8 +337,8 @@ def is_apart(leaf: Any) -> bool:
     return isinstance(leaf, list)
 
 
-def apart(stack: Any) -> list[Any]:
-    """The layers of a stack."""
+def layers_of(stack: Any) -> list[Any]:
+    """The parameters of each layer of a stack."""
     leaves, structure = jax.tree.flatten(stack, is_leaf=is_apart)
     # The gradient of `split` is one concatenation; that of taking each by its index would be a sum of whole stacks.
     cut = lambda x: x if is_apart(x) else [part[0] for part in jax.lax.split(x, [1] * len(x))]
