@@ -251,7 +251,8 @@ def apart(frozen: Any, module: CausalLM) -> Any:
     """
     if isinstance(frozen, Anchored):
         return frozen._replace(frozen=apart(frozen.frozen, module))
-    if not module.unrolled or not any(map(tuning.is_adapter, jax.tree.leaves(frozen, is_leaf=tuning.is_node))):
+    kernels = [(path, x) for path, x in tuning.kernels(frozen) if path[0] == "layers"]
+    if not module.unrolled or not any(tuning.is_adapter(x) for _, x in kernels):
         return frozen
 
     def cut(stack: Any) -> list[Any]:
@@ -263,15 +264,12 @@ def apart(frozen: Any, module: CausalLM) -> Any:
         stack.delete()
         return parts
 
-    def of_kernel(path: Any, x: Any) -> Any:
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        if names[0] != "layers" or names[-1] != "kernel":
-            return x
+    def of_layers(where: str, path: tuple[str, ...], x: Any) -> Any:
         if tuning.is_adapter(x):
             return tuning.map_fields(lambda name, x: jax.tree.map(cut, x) if name == "base" else x, x)
         return jax.tree.map(cut, x)
 
-    return jax.tree_util.tree_map_with_path(of_kernel, frozen, is_leaf=tuning.is_node)
+    return tuning.replace(frozen, [path for path, _ in kernels], of_layers)
 
 
 def stacks_of(frozen: Any) -> Any:

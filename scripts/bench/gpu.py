@@ -27,6 +27,7 @@ from shapes import SHAPES, TINY, operations, peak_of
 
 SKIPPED = 5  # updates that are not timed
 RANK = 16
+FAILED = "failed"  # in the place of a result
 
 
 class Cell(NamedTuple):
@@ -97,7 +98,7 @@ def main() -> int:
         peers |= {f"LLaMA-Factory, {how}": partial(lf_cell, how=how) for how in ("tuned", "as it comes")}
     work = args.work.resolve()
     cells = [c for c in (TINY_CELLS if args.dry_run else CELLS) if all(word in c.name for word in args.only.split())]
-    lines = []
+    lines, failed = [], False
     for cell in cells:
         folder = work / cell.name.replace(" ", "-")
         shutil.rmtree(folder, ignore_errors=True)
@@ -109,13 +110,14 @@ def main() -> int:
             if isinstance(results["jtune"], str):  # there are no rows for the others
                 break
         lines += rows_of(cell, results, folder / "rows")
+        failed |= FAILED in results.values()
         for file in (folder / "out").rglob("*.safetensors"):  # trained models are large
             file.unlink()
     text = "\n".join([*heading(args), "", *HEAD, *lines]) + "\n"
     print("\n" + text)
     if not args.dry_run:
         append(text, args.report)
-    return 0
+    return int(failed)
 
 
 def parse() -> argparse.Namespace:
@@ -181,7 +183,7 @@ def attempt(side, cell: Cell, work: Path, folder: Path, args: argparse.Namespace
             print(f"{cell.name}: out of memory with {setting}", flush=True)
         except Failed as error:
             print(f"{cell.name}: {error}", flush=True)
-            return "failed"
+            return FAILED
     return "out of memory with every setting"
 
 
@@ -417,7 +419,4 @@ def gpu_name() -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except Failed as error:
-        sys.exit(f"a run failed: {error}")
+    sys.exit(main())
