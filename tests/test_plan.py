@@ -20,7 +20,7 @@ from jtune.models import DecoderConfig
 from jtune.models.config import Delta, Layer
 from jtune.models.families import decoder_config
 from jtune.sharding import make_mesh, plan
-from jtune.sharding.advice import changed, saved_activations
+from jtune.sharding.advice import Rows, changed, estimate, saved_activations, sound_remat
 from jtune.sharding.shapes import batch_shapes, bytes_by_kind, run_shapes
 from jtune.sharding.show import overrides, show
 from jtune.sharding.topology import _jax_plugins
@@ -168,6 +168,58 @@ def test_remat_auto_computes_again_what_memory_makes_necessary(only_config, tmp_
     assert tight["per_device_bytes"]["peak"] < ample["per_device_bytes"]["peak"]
     asked = planned(only_config, tmp_path, disable_gradient_checkpointing=True, memory=2**20)
     assert asked["remat"] == "none"
+
+
+def test_remat_auto_asks_the_compiler_where_the_estimate_could_be_wrong(only_config, tmp_path):
+    config = configured(only_config, tmp_path, finetuning_type="full")
+    source = hf.read_config(only_config)
+    shapes = run_shapes(config, decoder_config(source), source, make_mesh(), platform="cpu")
+    rows = Rows(accum=2, per_shard=8, seq=512, label_share=1.0)
+    peak = {
+        policy: estimate(shapes._replace(module=shapes.module.clone(remat=policy)), rows)["peak"]
+        for policy in ("none", "dots", "attention")
+    }
+    assert peak["none"] > peak["dots"] > peak["attention"]
+
+    def chosen(usable: int, **compiled: float) -> tuple[str, list[str]]:
+        asked = []
+
+        def compiler(policy: str) -> float:
+            asked.append(policy)
+            return compiled[policy] * usable
+
+        return sound_remat(shapes, rows, usable, compiler), asked
+
+    assert chosen(2 * peak["none"]) == ("none", [])  # clear
+    close = int(1.02 * peak["none"])
+    assert chosen(close, none=0.94) == ("none", ["none"])
+    policy, asked = chosen(close, none=0.96, dots=0.94)
+    assert policy == "dots"
+    assert asked[0] == "none"
+    policy, asked = chosen(close, none=math.inf, dots=math.inf, attention=math.inf)  # refused
+    assert policy != "none" or asked
+    policy, asked = chosen(int(0.98 * peak["none"]), dots=0.9)  # too large by arithmetic alone
+    assert policy == "dots"
+    assert "none" not in asked
+    assert chosen(peak["attention"] // 2) == ("full", [])
+
+
+def test_training_asks_the_compiler_like_the_plan_and_compiles_no_more_for_it(made, tmp_path, monkeypatch, caplog):
+    model, data = made
+    case = small.case(tmp_path, model, data, max_steps=1, eval_strategy="no", save_strategy="no", mesh_fsdp=-1)
+    planned = plan.plan(load_config([str(case)], command="plan"))
+    assert planned["remat"] == "none"
+    usable = int(planned["per_device_bytes"]["peak"] / 0.94)
+    monkeypatch.setattr("jtune.train.run.usable_memory", lambda device: usable)
+    monkeypatch.setattr("jtune.sharding.advice.MOST_OFF", 100.0)  # arithmetic is sure of nothing
+    lowered = []
+    lower = build.lower_step
+    monkeypatch.setattr(build, "lower_step", lambda *args, **options: lowered.append(1) or lower(*args, **options))
+    with caplog.at_level("INFO", "jtune"):
+        run(load_config([str(case)], command="train"))
+    assert f"remat: does none fit in {usable / 2**30:.1f} GiB? Asking the compiler" in caplog.text
+    assert "remat: none" in caplog.text
+    assert len(lowered) == 1  # what the plan found out is kept
 
 
 @pytest.mark.slow

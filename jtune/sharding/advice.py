@@ -6,7 +6,7 @@ compare one setting with another, and is scaled by what the compiler measured fo
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -33,6 +33,9 @@ SMALL_MICROBATCH = 512
 MARGIN = 0.95
 # Temporaries of programs that fit were measured to be up to so many times the estimated ones.
 MOST_OFF = 1.5
+# What is sent while something is computed slows that down, for a share of its own time: it takes memory's bandwidth
+# and, on GPUs, multiprocessors. A guess, that settles a choice between meshes which are else as fast.
+HIDDEN_COST = 0.1
 
 
 class Rows(NamedTuple):
@@ -195,20 +198,25 @@ def largest(shapes: Shapes, capacities: Mapping[tuple[int, int, int], int]) -> t
     return shape, seen(shape)
 
 
-def sound_remat(shapes: Shapes, rows: Rows, usable: int) -> str:
-    """The remat policy that computes least again, of those that surely fit: what `remat: auto` is.
+def sound_remat(shapes: Shapes, rows: Rows, usable: int, compiled: Callable[[str], float]) -> str:
+    """The remat policy that computes least again, of those that fit: what `remat: auto` is.
 
-    Surely, as a run that ends for want of memory costs more than the layers that it computes again.
+    Where room is plenty the estimate says so. Where it is not, the compiler is asked, as a run that ends for want of
+    memory costs more than the layers that it computes again.
 
     Args:
       usable: bytes of a device that programs get.
+      compiled: policy -> bytes of a device that the compiled step takes at its peak.
     """
+    enough = MARGIN * usable
 
-    def surely(policy: str) -> int:
+    def fits(policy: str) -> bool:
         guess = estimate(shapes._replace(module=shapes.module.clone(remat=policy)), rows)
-        return guess["arguments"] + int(MOST_OFF * guess["temporaries"])
+        if guess["arguments"] + MOST_OFF * guess["temporaries"] <= enough:
+            return True
+        return guess["peak"] <= usable and compiled(policy) <= enough
 
-    return next((policy for policy in ("none", "dots", "attention") if surely(policy) <= MARGIN * usable), "full")
+    return next((policy for policy in ("none", "dots", "attention") if fits(policy)), "full")
 
 
 class Work(NamedTuple):
@@ -240,9 +248,10 @@ def seconds_per_token(shapes: Shapes, rows: Rows, work: Work, device_kind: str, 
     trained = 4 * sum(x.size for x in jax.tree.leaves(shapes.state.trainable)) / split
     moved = (passes * weights + trained) * (1 - 1 / fsdp) + 2 * trained * (1 - 1 / data) / rows.accum
     gathering = moved / speed / tokens
+    hidden = HIDDEN_COST * min(compute, gathering)
     # Tensor parallelism sums activations twice a layer in each direction, and the next product waits for them.
     summed = 2 * (passes + 1) * decoder.num_hidden_layers * decoder.hidden_size * size * 2 * (1 - 1 / split) / speed
-    return (max(compute, gathering) + summed) * split  # `split` devices work on the token
+    return (max(compute, gathering) + hidden + summed) * split  # `split` devices work on the token
 
 
 # ---------------------------------------------------------------------- what would make it fit

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import logging
+import math
 import re
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from jax.sharding import Mesh
 
 import jtune
 from jtune.config import Config
+from jtune.sharding import hosts
+from jtune.sharding.advice import largest, sound_remat
 from jtune.sharding.shapes import Shapes, batch_shapes, bytes_by_kind
 from jtune.train import build
 from jtune.train.objective import objective_of
@@ -25,7 +29,8 @@ log = logging.getLogger("jtune")
 def measure(config: Config, shapes: Shapes, shape: tuple[int, int, int], capacity: int, target: str) -> dict[str, Any]:
     """Compile the step for a shape of batch; what one device holds while it runs, in bytes.
 
-    Kept on disk: the same step for the same devices is not compiled again.
+    Kept on disk: the same step for the same devices is not compiled again. Several processes compile together, and what
+    one of them has kept the others may not have.
     """
     training = config.training
     assert isinstance(shapes.mesh, Mesh)
@@ -37,10 +42,11 @@ def measure(config: Config, shapes: Shapes, shape: tuple[int, int, int], capacit
     key = fingerprint(step, jax.tree.structure(shapes.params), dict(shapes.mesh.shape), shape, capacity, target)
     root = Path(training.compile_cache_dir) if training.compile_cache_dir else Path.home() / ".cache" / "jtune"
     path = root / "plans" / f"{key}.json"
-    try:
-        return json.loads(path.read_text()) | {"cached": True}
-    except (OSError, ValueError):
-        pass
+    if hosts.count() == 1:
+        try:
+            return json.loads(path.read_text()) | {"cached": True}
+        except (OSError, ValueError):
+            pass
     log.info("compiling the step for [accum, batch, seq] = %s on %d x %s", list(shape), shapes.mesh.size, target)
     began = time.monotonic()
     batch = batch_shapes(shape, shapes.mesh)
@@ -66,11 +72,40 @@ def measure(config: Config, shapes: Shapes, shape: tuple[int, int, int], capacit
             raise
         found = refused(str(error), sum(bytes_by_kind(shapes, batch).values()))
     found["seconds"] = round(time.monotonic() - began, 2)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found))
-    partial.replace(path)
+    if hosts.is_first():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(found))
+        partial.replace(path)
     return found | {"cached": False}
+
+
+def fitting_remat(
+    config: Config, shapes: Shapes, capacities: Mapping[tuple[int, int, int], int], target: str, usable: int
+) -> str:
+    """What the backward pass computes again: what `config` says, or else as little as memory allows.
+
+    Args:
+      capacities: see `jtune.sharding.advice.largest`.
+      target: the name of the topology, or of the kind of device.
+      usable: bytes of a device that programs get.
+    """
+    policy = build.asked_remat(config.training, config.model)
+    if policy != "auto":
+        return policy
+    assert isinstance(shapes.mesh, Mesh)
+    platform = shapes.mesh.devices.flat[0].platform
+    shape, rows = largest(shapes, capacities)
+
+    def compiled(policy: str) -> float:
+        log.info("remat: does %s fit in %.1f GiB? Asking the compiler", policy, usable / 2**30)
+        module = build.with_remat(shapes.module, policy, platform)
+        found = measure(config, shapes._replace(module=module), shape, capacities[shape], target)
+        return math.inf if found["refused"] else found["peak"]
+
+    policy = sound_remat(shapes, rows, usable, compiled)
+    log.info("remat: %s (auto: a device has %.1f GiB)", policy, usable / 2**30)
+    return policy
 
 
 def _sizes(stats: Any) -> dict[str, Any]:

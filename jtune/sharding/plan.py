@@ -21,8 +21,8 @@ from jtune.interop import hf, vocabulary
 from jtune.interop.vocabulary import Vocabulary
 from jtune.models import DecoderConfig
 from jtune.sharding import batch_shards
-from jtune.sharding.advice import Found, Work, advise, changed, estimate, largest, search, sound_remat
-from jtune.sharding.measure import measure
+from jtune.sharding.advice import Found, Work, advise, changed, estimate, largest, search
+from jtune.sharding.measure import fitting_remat, measure
 from jtune.sharding.mesh import check_row_length
 from jtune.sharding.shapes import Shapes, batch_shapes, bytes_by_kind, global_bytes, run_shapes
 from jtune.sharding.topology import device_memory, topology_devices, usable_memory
@@ -111,12 +111,12 @@ def plan_case(config: Config, case: Case) -> dict[str, Any]:
     platform, kind = case.devices[0].platform, case.devices[0].device_kind
     shapes = run_shapes(config, case.decoder, case.source, mesh, platform=platform)
     batches = updates(config, case, batch_shards(mesh))
-    shape, rows = largest(shapes, dict(zip(batches.shapes, batches.capacities)))
+    capacities = dict(zip(batches.shapes, batches.capacities))
+    shape, rows = largest(shapes, capacities)
     check_row_length(mesh, rows.seq)
-    if build.asked_remat(config.training, config.model) == "auto":
-        policy = sound_remat(shapes, rows, case.usable)
-        shapes = shapes._replace(module=build.with_remat(shapes.module, policy, platform))
-    measured = measure(config, shapes, shape, rows_capacity(batches, shape), case.target)
+    policy = fitting_remat(config, shapes, capacities, case.target, case.usable)
+    shapes = shapes._replace(module=build.with_remat(shapes.module, policy, platform))
+    measured = measure(config, shapes, shape, capacities[shape], case.target)
 
     by_kind = bytes_by_kind(shapes, batch_shapes(shape, mesh))
     peak = measured["peak"]
@@ -239,10 +239,6 @@ def updates(config: Config, case: Case, shards: int) -> Batches:
         found.padding_share,
         f"all rows are like the first {len(encoded):,}: streaming" if case.splits.stream else None,
     )
-
-
-def rows_capacity(batches: Batches, shape: tuple[int, int, int]) -> int:
-    return batches.capacities[batches.shapes.index(shape)]
 
 
 # ---------------------------------------------------------------------- --fit

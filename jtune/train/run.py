@@ -35,7 +35,7 @@ from jtune.generation.settings import read_generation_config, sampling_of
 from jtune.inspect import show
 from jtune.interop import hf, vocabulary
 from jtune.sharding import batch_shards, check_row_length, describe_unsplit, hosts, spread, unsplit
-from jtune.sharding.advice import largest, sound_remat
+from jtune.sharding.measure import fitting_remat
 from jtune.sharding.shapes import Shapes
 from jtune.sharding.topology import usable_memory
 from jtune.train import build, predict, preflight, report, similarity
@@ -394,16 +394,13 @@ def stream_order(config: Config) -> list[Any]:
 
 
 def remat(config: Config, shapes: Shapes, plan: Plan) -> str:
-    """What the backward pass computes again: what `config` says, or else as little as memory allows."""
-    policy = build.asked_remat(config.training, config.model)
-    if policy != "auto":
-        return policy
+    """What the backward pass computes again, the same in all processes."""
     assert isinstance(shapes.mesh, Mesh)
-    usable = usable_memory(shapes.mesh.local_devices[0])
-    _, rows = largest(shapes, {shape: plan.label_capacity(shape) for shape in plan.shapes})
-    policy = sound_remat(shapes, rows, usable)
-    log.info("remat: %s (auto: a device has %.1f GiB)", policy, usable / 2**30)
-    return policy
+    device = shapes.mesh.local_devices[0]
+    usable = min(map(int, hosts.exchange("memory", str(usable_memory(device)))))
+    shapes = shapes._replace(params=build.like(shapes.params), frozen=build.like(shapes.frozen))
+    capacities = {(s.accum, s.batch, s.seq): plan.label_capacity(s) for s in plan.shapes}
+    return fitting_remat(config, shapes, capacities, device.device_kind, usable)
 
 
 def inspect(config: Config) -> None:

@@ -292,8 +292,10 @@ def lf_versions(cli: Path) -> str:
     """Asked of the Python that the command belongs to."""
     names = ("llamafactory", "torch", "transformers", "peft", "accelerate")
     code = f"from importlib.metadata import version as v; print(', '.join(n + ' ' + v(n) for n in {names}))"
-    done = subprocess.run([cli.with_name("python"), "-c", code], capture_output=True, text=True)
-    return done.stdout.strip() or f"{cli}, whose versions could not be asked"
+    unknown = f"{cli}, whose versions could not be asked"
+    if not (python := cli.with_name("python")).exists():  # a wrapper somewhere else
+        return unknown
+    return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip() or unknown
 
 
 def append(text: str, report: Path) -> None:
