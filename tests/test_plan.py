@@ -392,4 +392,4 @@ def test_what_delta_layers_keep_is_estimated_layer_by_layer():
     assert kept("dots", True, True) == 2 * 100 * 2 * (3 * 32 + 2 * 16 + 2 * 64 + 2 * 64)
     # The rule in float32: of 4 heads 8 times a key, 6 times a value, 6 rows of a chunk, a share of the state.
     rule = 4 * (8 * 8 + 6 * 16 + 6 * 64 + 8 * 16 // 64)
-    assert kept("none", True, True, split=2) == 2 * 100 * (2 * 4 * 32 + (2 * (2 * 160 + 5 * 64) + 4 * rule) // 2)
+    assert kept("none", True, True, split=2) == 2 * 100 * (2 * 4 * 32 + (2 * (2 * 160 + 3 * 64) + 4 * rule) // 2)

@@ -25,7 +25,7 @@ MASKED = -1e30
 
 BACKENDS = ("xla", "blocks", "splash", "flash")
 
-# The name of what a backend keeps for its backward pass, for remat policies.
+# The name of what a backend gives and keeps for its backward pass, for remat policies.
 RESIDUALS = "attention_residuals"
 
 # Scores that the CPU holds at a time, of as many heads as this allows: 2**25 float32 are 128 MiB.
@@ -211,7 +211,7 @@ def _at_once(q_GTD, k_SD, v_SD, segment_ids_S, scale, window, softcap, bias_GS=N
     scores_GTS = jnp.where(_visible(segment_ids_S, 0, T, 0, window), scores_GTS, MASKED)
     weights = jax.nn.softmax(scores_GTS, axis=-1).astype(v_SD.dtype)
     sums_GT1 = jax.nn.logsumexp(scores_GTS, axis=-1, keepdims=True)
-    return (weights.reshape(G * T, -1) @ v_SD).reshape(G, T, -1), sums_GT1
+    return checkpoint_name((weights.reshape(G * T, -1) @ v_SD).reshape(G, T, -1), RESIDUALS), sums_GT1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))

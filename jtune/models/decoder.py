@@ -21,7 +21,7 @@ from jtune.models.attention import RESIDUALS as ATTENTION_RESIDUALS
 from jtune.models.cache import Remembered
 from jtune.models.config import DecoderConfig
 from jtune.models.kernels import Linear, matmul, parameter
-from jtune.models.layer import ATTENDED, LAYER_INPUT, DecoderLayer, Shared
+from jtune.models.layer import LAYER_INPUT, DecoderLayer, Shared
 from jtune.models.moe import Load
 from jtune.models.norm import norm
 from jtune.models.rope import cos_sin
@@ -303,7 +303,7 @@ def _rematerialised(turn, remat: str, *, prevent_cse: bool):
     policies = jax.checkpoint_policies
     policy = {
         "dots": _is_worth_keeping,
-        "attention": policies.save_only_these_names(ATTENDED, ATTENTION_RESIDUALS),
+        "attention": policies.save_only_these_names(ATTENTION_RESIDUALS),
         "full": None,
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],

@@ -24,8 +24,8 @@ from jtune.models.norm import Norm, norm
 from jtune.models.rope import rotate
 from jtune.sharding import constrain
 
-# Names of what a remat policy may keep.
-ATTENDED, LAYER_INPUT = "attended", "layer_input"
+# The name of what a remat policy may keep.
+LAYER_INPUT = "layer_input"
 
 LATENT_EPS = 1e-6  # of the norms inside latent attention, whatever the config says of the others
 
@@ -83,7 +83,7 @@ class Attention(nn.Module):
                 **fixed,
             )
             out = place(out, "heads")
-        joined = checkpoint_name(out.reshape(*x_BTD.shape[:-1], -1), ATTENDED)
+        joined = out.reshape(*x_BTD.shape[:-1], -1)
         if gate is not None:
             joined = joined * jax.nn.sigmoid(gate)
         return Linear(c.hidden_size, ("heads", "embed"), use_bias=c.o_bias, name="o_proj")(joined), entry

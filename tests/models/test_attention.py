@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jtune.models import attention
+from jtune.models import CausalLM, DecoderConfig, attention, init_params
 from jtune.models.attention import attend, choose
 from jtune.sharding import make_mesh
 
@@ -157,3 +157,25 @@ def test_splash_compiles_for_a_tpu(mesh_shape, head_dim, window, softcap, monkey
     compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, kv, kv, like(8, 1024, dtype=jnp.int32)).compile()
     scores = 8 // mesh_shape[0] * 8 * 1024 * 1024 * 4
     assert compiled.memory_analysis().temp_size_in_bytes < scores / 4
+
+
+@pytest.mark.parametrize("backend", ["xla", "blocks"])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_what_attention_gives_is_kept_once(backend, sinks):
+    config = DecoderConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=20, sinks=sinks,
+    )  # fmt: skip
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+    def kept(remat):
+        def residuals(params, ids):
+            logits = lambda p: CausalLM(config, remat=remat, attention=backend).apply({"params": p}, ids)
+            return jax.vjp(logits, params)[1]
+
+        leaves = jax.tree.leaves(jax.eval_shape(residuals, params, jax.ShapeDtypeStruct((2, 128), jnp.int32)))
+        given = 3 * 2 * 128 * 4 * 20  # of each layer all tokens, of each its heads
+        return sum(x.size == given for x in leaves)
+
+    assert kept("attention") == 1
+    assert kept("full") == 0
