@@ -158,8 +158,8 @@ def estimate(shapes: Shapes, rows: Rows) -> dict[str, int]:
     inside = tokens * (6 * d + 5 * f // split) * size
     if decoder.delta is not None:  # what it has and the gradients of that
         scores = max(scores, 2 * 4 * tokens * rule_floats(decoder.delta) // split)
-    # Gathered weights: of two layers, as the next one is fetched while one is at work; and of the head, with its float32
-    # gradient.
+    # Gathered weights: of two layers, as the next one is fetched while one is at work; and of the head, with its
+    # gradient in float32.
     gathered = 0
     if any(mesh.shape[axis] > 1 for axis in ZERO_AXES):
         layer = travelling(shapes.params["layers"], size) // decoder.num_hidden_layers
