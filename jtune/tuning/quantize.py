@@ -223,12 +223,13 @@ def _look_up(table: Sequence[float], codes: jax.Array, bit: int) -> Any:
 @jax.custom_vjp
 def _apply(x: jax.Array, node: Quantized, group_sizes: jax.Array | None) -> jax.Array:
     """`x @ kernel`. What the backward pass keeps is the codes; from them the kernel is computed again."""
+    return _apply_forward(x, node, group_sizes)[0]
+
+
+def _apply_forward(x, node, group_sizes):  # the product is here, where a remat policy sees it
     kernel = dequantize(_in_turn(node, x).gathered(), x.dtype)
-    return x @ kernel if group_sizes is None else jax.lax.ragged_dot(x, kernel, group_sizes)
-
-
-def _apply_forward(x, node, group_sizes):
-    return _apply(x, node, group_sizes), (node, group_sizes)
+    y = x @ kernel if group_sizes is None else jax.lax.ragged_dot(x, kernel, group_sizes)
+    return y, (node, group_sizes)
 
 
 def _apply_backward(residuals, dy):

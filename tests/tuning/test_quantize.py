@@ -243,6 +243,25 @@ def test_no_copy_in_floats_is_kept():
     assert temporaries(6) - temporaries(2) < 256 * 256  # a copy of each in bfloat16 would be eight times that
 
 
+def test_dots_keeps_what_products_with_quantised_kernels_give(monkeypatch):
+    monkeypatch.setattr("jtune.models.decoder.THIN", 8)  # the model is narrow
+
+    def kept(params, remat):
+        def residuals(trainable, frozen, ids):
+            model = CausalLM(DENSE, remat=remat)
+            logits = lambda t: model.apply({"params": tuning.combine(t, frozen)}, ids)
+            return jax.vjp(logits, trainable)[1]
+
+        parts = tuning.partition(params, tuning.adapter_mask(params))
+        leaves = jax.tree.leaves(jax.eval_shape(residuals, *parts, jax.ShapeDtypeStruct((2, 24), jnp.int32)))
+        return sum(x.size == DENSE.num_hidden_layers * 2 * 24 * DENSE.intermediate_size for x in leaves)
+
+    plain = jax.eval_shape(lambda: lora.add(weights(), "all", rank=4))
+    quantised = jax.eval_shape(lambda: lora.add(quantize.apply(weights(), FORMS[0]), "all", rank=4))
+    assert kept(quantised, "dots") == kept(plain, "dots") == 2  # gate_proj, up_proj
+    assert kept(quantised, "full") == 0
+
+
 # ------------------------------------------------------------------ reading
 
 
