@@ -196,13 +196,26 @@ def dequantize(node: Quantized, dtype: Any) -> jax.Array:
         absmax = (groups * node.spread[..., None] + node.centre[..., None]).reshape(expected)
     packed = node.codes.astype(jnp.int32).reshape(*lead, -1, 1, node.block // 2, outputs)
     codes = packed >> jnp.array([0, 4], jnp.int32)[:, None, None]
-    values = _look_up(TABLES[node.kind], codes, 3) * absmax[..., None, None, :]
+    values = _entries(TABLES[node.kind], codes) * absmax[..., None, None, :]
     return values.astype(dtype).reshape(node.shape)
 
 
 def _varying(x: jax.Array) -> frozenset[str]:
     """Inside `jax.shard_map`: the mesh axes along which devices may have different parts of it."""
     return jax.typeof(x).manual_axis_type.varying
+
+
+def _entries(table: Sequence[float], codes: jax.Array) -> jax.Array:
+    """Entries of a table by the low four bits of codes, float32."""
+    return jax.lax.platform_dependent(
+        codes, cuda=partial(_read, table), rocm=partial(_read, table), default=lambda codes: _look_up(table, codes, 3)
+    )
+
+
+def _read(table: Sequence[float], codes: jax.Array) -> jax.Array:
+    """On GPUs from memory. Of selects, in a loop over layers, XLA would take each constant out as an array of the
+    kernel's size, and read them all back."""
+    return jnp.asarray(table, jnp.float32).at[codes & 15].get(mode="promise_in_bounds")
 
 
 def _look_up(table: Sequence[float], codes: jax.Array, bit: int) -> Any:

@@ -107,6 +107,14 @@ def test_relative_errors_of_normal_weights(form, bound):
     assert bound / 2 < error < bound
 
 
+@pytest.mark.parametrize("table", quantize.TABLES.values(), ids=quantize.TABLES)
+def test_gpus_look_up_the_same_entries(table):
+    codes = jnp.arange(len(table)) + jnp.array([[0], [32], [-16]])  # what is above the low four bits does not matter
+    expected = np.tile(np.array(table, np.float32), (3, 1))
+    np.testing.assert_array_equal(quantize._read(table, codes), expected)
+    np.testing.assert_array_equal(quantize._look_up(table, codes, 3), expected)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_zeros_stay_zeros(form):
     node = quantize.quantize(jnp.zeros((64, 8)), form)
