@@ -1,5 +1,6 @@
 """Rows in parts: the same rows and files whoever makes them, each once, and none that is half there."""
 
+import multiprocessing
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -81,6 +82,8 @@ def test_all_rows_are_there_in_their_order_and_are_made_once(workers, table):
     assert again._fingerprint == made(table)._fingerprint != made(table, batch_size=20)._fingerprint
     with pytest.raises(DataError, match="rows "):
         made(table, make=stuck, num_proc=workers, overwrite=True)
+    for worker in multiprocessing.active_children():  # the error is not kept back until others have ended their part
+        worker.join(60)
     assert not list(Path(table.cache_files[0]["filename"]).parent.glob(".*")), "nothing half written is left"
 
 
