@@ -91,12 +91,26 @@ def _text(
     opening: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     chat = opening + [_message(message) for message in messages[:count]]
     given = {"tools": _parse(tools, "tools")} if tools else {}
+    return rendered(tokenizer, chat, None, open_answer=open_answer, **given, **options)
+
+
+def rendered(
+    tokenizer: Any, chat: Sequence[Mapping[str, Any]], text: str | None, *, open_answer: bool, **options: Any
+) -> str:
+    """What a chat template makes of messages in OpenAI's form.
+
+    Args:
+      text: of the template; None: the tokenizer's own.
+
+    Raises:
+      FaultyRow: it refuses them.
+    """
     try:
         return tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=open_answer, **given, **options
+            chat, chat_template=text, tokenize=False, add_generation_prompt=open_answer, **options
         )
     except Exception as error:  # Jinja, and whatever the template raises
-        raise FaultyRow(f"the chat template refuses it: {str(error).splitlines()[0][:120]}") from error
+        raise FaultyRow(f"the chat template refuses it: {(str(error).splitlines() or [''])[0][:120]}") from error
 
 
 def check(tokenizer: Any, own: Callable[..., list[Turn]]) -> None:
@@ -133,7 +147,7 @@ def first_turn(tokenizer: Any, options: Mapping[str, Any]) -> str | None:
 def difference(tokenizer: Any, own: str, form: ChatFormat) -> str | None:
     """Where a format first writes `first_turn` in another way than `own`; None where it does not."""
     [turn] = render_format(form, PROBE[:2])
-    named = _spoken(tokenizer, turn.prompt + turn.response).strip()
+    named = spoken(tokenizer, turn.prompt + turn.response).strip()
     if named == own:
         return None
     at = next((i for i, (a, b) in enumerate(zip(named, own)) if a != b), min(len(named), len(own)))
@@ -153,12 +167,29 @@ def same_text(tokenizer: Any, own: Callable[..., list[Turn]]) -> list[str]:
 
     def text(form: ChatFormat) -> str:
         [turn] = render_format(form, PROBE[:2])
-        return _spoken(tokenizer, turn.prompt + turn.response)
+        return spoken(tokenizer, turn.prompt + turn.response)
 
     return [name for name, form in TABLE.items() if text(form).strip() == wanted.strip()]
 
 
-def _spoken(tokenizer: Any, pieces: Pieces) -> str:
+def answer_end(tokenizer: Any, turns: Callable[..., list[Turn]] | None = None) -> int | None:
+    """The token that ends an answer: the first behind its text that was added to the vocabulary; None without one.
+
+    Args:
+      turns: a format's `render`; None: the tokenizer's own chat template.
+    """
+    try:
+        [turn] = (turns or partial(render, tokenizer, options={}))(PROBE[:2])
+    except FaultyRow:
+        return None
+    _, _, behind = spoken(tokenizer, turn.response).rpartition(PROBE[1]["content"])
+    marks = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}
+    found = [mark for mark in marks if mark in behind]
+    return marks[min(found, key=lambda mark: (behind.index(mark), -len(mark)))] if found else None
+
+
+def spoken(tokenizer: Any, pieces: Pieces) -> str:
+    """The text of pieces."""
     special = {Special.BOS: tokenizer.bos_token or "", Special.EOS: tokenizer.eos_token or ""}
     return "".join(special[p] if isinstance(p, Special) else p if isinstance(p, str) else p.name for p in pieces)
 

@@ -44,9 +44,11 @@ class Template:
       render: (messages, system, tools, *, discard_history) -> the pieces of each turn.
       ask: (messages, system, tools) -> the pieces of a prompt; the last message is the one to be answered.
       eos_id, efficient_eos, preserve_thinking: what encoding needs to know (see `ChatFormat`).
-      stop_ids: tokens that end an answer.
+      end_id: the token that an answer ends with.
+      stop_ids: it, and all others that end an answer.
       thought: what opens and closes the thinking of an answer.
       tool_format: how tools and calls are written; None: in the tokenizer's own way.
+      form: what `render` renders; None: it is the tokenizer's own chat template.
       backend: what tokenises: "huggingface", or "gigatoken" (see ids.py).
       key: changes with whatever the ids depend on, but for `day`, which only rows with tools may depend on.
     """
@@ -56,6 +58,7 @@ class Template:
     render: Callable[..., list[Turn]]
     ask: Callable[..., Pieces]
     eos_id: int
+    end_id: int
     stop_ids: tuple[int, ...]
     key: str
     efficient_eos: bool = False
@@ -63,6 +66,7 @@ class Template:
     thought: tuple[str, str] = ("<think>", "</think>")
     day: Date | None = None
     tool_format: str | None = None
+    form: ChatFormat | None = None
     backend: str = "huggingface"
 
     def encode(
@@ -207,6 +211,7 @@ def get_template(
         thought=form.thought,
         day=day,
         tool_format=form.tool_format,
+        form=form,
     )
 
 
@@ -243,13 +248,16 @@ def chat_format(name: str) -> ChatFormat:
 def _bind(
     name: str | None, tokenizer: Any, render: Callable, ask: Callable, stop_words: Sequence[str], key: str
 ) -> Template:
-    stops = {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(word) for word in stop_words)}
+    end = chat_template.answer_end(tokenizer, render)
+    end = tokenizer.eos_token_id if end is None else end
+    stops = {end, tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(word) for word in stop_words)}
     return Template(
         name=name,
         tokenizer=tokenizer,
         render=render,
         ask=ask,
         eos_id=tokenizer.eos_token_id,
+        end_id=end,
         stop_ids=tuple(sorted(stops)),
         key=f"{key} {tokenizer_key(tokenizer)}",
     )
