@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtune.config import Config
-from jtune.data import get_template
+from jtune.data import template_of
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft, vocabulary
+from jtune.interop.endings import forget_tokenizer, write_generation, write_tokenizer
+from jtune.interop.endings import settle as settle_endings
 from jtune.models import CausalLM, DecoderConfig
 from jtune.models.families import decoder_config
 from jtune.sharding import make_mesh
@@ -45,8 +47,8 @@ def run(config: Config) -> Path:
     source = hf.read_config(base)
     settled = vocabulary.settle(config, base, decoder_config(source))
     decoder, tokenizer, source = settled.decoder, settled.tokenizer, settled.source(source)
-    if config.data.template is not None:
-        get_template(config.data.template, tokenizer)  # gives the tokenizer the template's eos and pad tokens
+    template = None if config.data.template is None else template_of(config.data, tokenizer, for_training=False)
+    endings = settle_endings(config, template, tokenizer, source, base)
 
     log.info("reading weights of %s", args.model_name_or_path)
     mesh = make_mesh()
@@ -58,12 +60,15 @@ def run(config: Config) -> Path:
         params, _ = peft.load_adapter(params, decoder, path, subfolder=args.adapter_folder, **args.hub)
     before = sample_logits(decoder, params)
     with hf.whole_or_absent(out) as unfinished:
-        tokenizer.save_pretrained(unfinished)
-        hf.copy_generation_config(base, unfinished)
-        hf.save_model(params, decoder, source, unfinished, max_shard_bytes=args.export_size * 10**9, dtype=dtype)
+        write_tokenizer(unfinished, tokenizer)
+        write_generation(unfinished, endings)
+        hf.save_model(
+            params, decoder, endings.source, unfinished, max_shard_bytes=args.export_size * 10**9, dtype=dtype
+        )
         del params  # there is room for one model
         params = read(unfinished, change=None)
         difference = np.abs(sample_logits(decoder, params) - before).max()
+        forget_tokenizer(out)
     log.info(
         "largest difference of a logit, what is written beside the base with its adapters: %.3g; largest logit %.3g",
         difference,

@@ -47,7 +47,8 @@ def settle(config: Config, folder: Path, decoder: DecoderConfig) -> Vocabulary:
 
     As in LLaMA-Factory, `add_tokens` and the like imply `resize_vocab` where they add anything; the stop words of the
     template count, too; rows are padded to a multiple of 64; and what new rows there are train whole beside an adapter
-    unless `additional_target` says otherwise. An adapter that was trained so brings its rows and its tokenizer along.
+    unless `additional_target` says otherwise. An adapter that was trained so brings its rows and its tokenizer along;
+    where no template is named, any brings the chat template that lies beside it.
 
     Args:
       decoder: what the config.json in `folder` describes.
@@ -60,8 +61,9 @@ def settle(config: Config, folder: Path, decoder: DecoderConfig) -> Vocabulary:
     adapters = [hf.fetch(path, weights=False, **args.hub) / (args.adapter_folder or "") for path in
                 args.adapter_name_or_path]  # fmt: skip
     tokenizer = load_tokenizer(str(folder), split_special_tokens=args.split_special_tokens)
+    chat = config.data.template is None and config.finetuning.stage != "pt"
     for adapter in adapters:
-        tokenizer = _larger(tokenizer, adapter, args)
+        tokenizer = _larger(tokenizer, adapter, args, chat=chat)
     had = ids_of(tokenizer)
     added, descriptions = add_model_tokens(tokenizer, args)
     if added and not args.resize_vocab:
@@ -161,16 +163,24 @@ def stored_rows(adapter: Path, decoder: DecoderConfig) -> int | None:
     return rows.pop()
 
 
-def _larger(tokenizer: Any, adapter: Path, args: ModelArguments) -> Any:
-    """The tokenizer beside an adapter, if it has all tokens of `tokenizer` and more; else `tokenizer`."""
+def _larger(tokenizer: Any, adapter: Path, args: ModelArguments, *, chat: bool) -> Any:
+    """The tokenizer beside an adapter, if it has all tokens of `tokenizer` and more; else `tokenizer`.
+
+    Args:
+      chat: also give `tokenizer` the chat template and the eos of one that has the same tokens.
+    """
     if not any((adapter / name).exists() for name in TOKENIZER):
         return tokenizer
     own = load_tokenizer(str(adapter), split_special_tokens=args.split_special_tokens)
     ours, theirs = tokenizer.get_vocab().items(), own.get_vocab().items()
-    if not ours < theirs:
-        return tokenizer
-    log.info("the tokenizer is the one beside the adapter, which has %d tokens more", len(theirs) - len(ours))
-    return own
+    if ours < theirs:
+        log.info("the tokenizer is the one beside the adapter, which has %d tokens more", len(theirs) - len(ours))
+        return own
+    asks = lambda x: (x.chat_template, x.eos_token)
+    if chat and ours == theirs and own.chat_template is not None and asks(own) != asks(tokenizer):
+        log.info("the chat template is the one beside the adapter, in %s", adapter)
+        tokenizer.chat_template, tokenizer.eos_token = own.chat_template, own.eos_token
+    return tokenizer
 
 
 def _change(stored: int, held: int, tokenizer: Any, had: frozenset[int], asked: bool) -> Change | None:

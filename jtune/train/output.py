@@ -10,6 +10,7 @@ from jtune.config import Config
 from jtune.data import Plan
 from jtune.errors import CheckpointError, ConfigError
 from jtune.interop import hf, peft
+from jtune.interop.endings import Endings, write_generation, write_tokenizer
 from jtune.models import DecoderConfig
 from jtune.sharding import hosts
 from jtune.train.checkpoint import find_checkpoints, read_meta
@@ -138,8 +139,7 @@ def save_model(
     mask: Any,
     config: Config,
     decoder: DecoderConfig,
-    source: dict[str, Any],
-    base: Path,
+    endings: Endings,
     tokenizer: Any,
     resized: bool = False,
 ) -> None:
@@ -148,6 +148,7 @@ def save_model(
     All processes call it, since each has a part of the parameters; the first writes.
 
     Args:
+      endings: what is written of config.json and generation_config.json.
       resized: the vocabulary is not the base's: an adapter holds the tables of rows, whether they train or not.
     """
     model, finetuning = config.model, config.finetuning
@@ -155,8 +156,8 @@ def save_model(
         name = model.model_name_or_path or ""
         peft.save_adapter(params, mask, decoder, folder, base=name, use_rslora=finetuning.use_rslora, resized=resized)
     else:
-        hf.save_model(params, decoder, source, folder, max_shard_bytes=model.export_size * 10**9)
+        hf.save_model(params, decoder, endings.source, folder, max_shard_bytes=model.export_size * 10**9)
         if hosts.is_first():
-            hf.copy_generation_config(base, folder)
+            write_generation(folder, endings)
     if hosts.is_first():
-        tokenizer.save_pretrained(folder)
+        write_tokenizer(folder, tokenizer)

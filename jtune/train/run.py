@@ -21,6 +21,7 @@ from jtune.data import (
     Plan,
     Splits,
     StreamPlan,
+    Template,
     check_vocabulary,
     load_datasets,
     order_seed,
@@ -34,6 +35,7 @@ from jtune.generation.settings import describe as describe_sampling
 from jtune.generation.settings import read_generation_config, sampling_of
 from jtune.inspect import show
 from jtune.interop import hf, vocabulary
+from jtune.interop.endings import settle as settle_endings
 from jtune.sharding import batch_shards, check_row_length, describe_unsplit, hosts, spread, unsplit
 from jtune.sharding.measure import fitting_remat
 from jtune.sharding.shapes import Shapes
@@ -88,8 +90,10 @@ def run(config: Config) -> dict[str, Any]:
     settled = vocabulary.settle(config, folder, decoder)
     config, decoder, tokenizer = settled.config, settled.decoder, settled.tokenizer
     finetuning, source = config.finetuning, settled.source(source)
-    splits = load_data(config, tokenizer, decoder.vocab_size, hosts.team)
+    template = data_template(config, tokenizer)
+    splits = load_data(config, tokenizer, decoder.vocab_size, hosts.team, template)
     preflight.check_data(splits)
+    endings = settle_endings(config, template, tokenizer, source, folder) if training.do_train else None
 
     # ------------------------------------------------------------------ model
     dtype = build.compute_dtype(training, finetuning.pure_bf16, hf.stored_dtype(source))
@@ -125,7 +129,7 @@ def run(config: Config) -> dict[str, Any]:
     ask = samples = None
     if training.predict_with_generate:
         own = read_generation_config(folder)
-        sampling = sampling_of(generating, own, predict.stop_ids(tokenizer))
+        sampling = sampling_of(generating, own, (*predict.stop_ids(tokenizer), template.end_id))
         log.info("answers: %s", describe_sampling(sampling))
         ask = predict.make_prediction(
             model.module,
@@ -161,6 +165,7 @@ def run(config: Config) -> dict[str, Any]:
 
     # ------------------------------------------------------------------ plan of all updates
     assert splits.train is not None
+    assert endings is not None
     plan = plan_updates(config, splits.train, shards, splits.stream)
     warmup = warmup_updates(plan.max_steps, training.warmup_steps, training.warmup_ratio)
     schedule = make_schedule(
@@ -253,8 +258,7 @@ def run(config: Config) -> dict[str, Any]:
         mask=mask,
         config=config,
         decoder=decoder,
-        source=source,
-        base=folder,
+        endings=endings,
         tokenizer=tokenizer,
         resized=settled.resized,
     )
@@ -354,15 +358,23 @@ def hub_cache(config: Config) -> Path:
     return Path(config.model.cache_dir or HF_HUB_CACHE)
 
 
-def load_data(config: Config, tokenizer: Any, vocab_size: int, team_of: TeamOf = alone) -> Splits:
+def data_template(config: Config, tokenizer: Any) -> Template:
+    """The template of the run; where only answers are asked for, it need give no loss mask."""
+    only_prompts = not config.training.do_train and config.training.predict_with_generate
+    return template_of(config.data, tokenizer, for_training=not only_prompts)
+
+
+def load_data(
+    config: Config, tokenizer: Any, vocab_size: int, team_of: TeamOf = alone, template: Template | None = None
+) -> Splits:
     """The encoded training and evaluation sets, every id of them inside the vocabulary.
 
     Args:
       team_of: which processes share a folder, and so the work (see `load_datasets`).
+      template: default: `data_template`.
     """
     data, training = config.data, config.training
-    only_prompts = not training.do_train and training.predict_with_generate
-    template = template_of(data, tokenizer, for_training=not only_prompts)
+    template = data_template(config, tokenizer) if template is None else template
     splits = load_datasets(
         data,
         config.finetuning.stage,
