@@ -394,3 +394,41 @@ def test_what_delta_layers_keep_is_estimated_layer_by_layer():
     # The rule in float32: of 4 heads 8 times a key, 6 times a value, 6 rows of a chunk, a share of the state.
     rule = 4 * (8 * 8 + 6 * 16 + 6 * 64 + 8 * 16 // 64)
     assert kept("none", True, True, split=2) == 2 * 100 * (2 * 4 * 32 + (2 * (2 * 160 + 3 * 64) + 4 * rule) // 2)
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limit"),
+    [
+        ("0::/a/b", {"a/b/memory.max": "1610612736"}, 1610612736),
+        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "2147483648", "memory.max": "max"}, 2**31),
+        ("0::/a/b", {"a/b/memory.max": "3221225472", "a/memory.max": "1073741824"}, 2**30),
+        ("0::/", {"memory.max": "1073741824"}, 2**30),  # in a container with its own view of groups
+        ("0::/not/here", {"memory.max": "1073741824"}, 2**30),
+        ("1:cpu:/a\n2:hugetlb,memory:/a\n0::/", {"memory/a/memory.limit_in_bytes": "1073741824"}, 2**30),
+        ("2:memory:/not/here", {"memory/memory.limit_in_bytes": "1073741824"}, 2**30),
+        ("2:memory:/", {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),  # version 1's "none"
+        ("0::/a", {"a/memory.max": "max"}, None),
+        ("0::/a", {}, None),
+        (None, {}, None),
+    ],
+)
+def test_the_limit_of_a_container_is_the_memory_there_is(tmp_path, groups, files, limit):
+    from jtune.sharding.topology import host_memory
+
+    if groups is not None:
+        (tmp_path / "cgroup").write_text(groups + "\n")
+    for name, content in files.items():
+        path = tmp_path / "mounted" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content + "\n")
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert host_memory(tmp_path, tmp_path / "mounted") == (whole if limit is None else min(limit, whole))
+
+
+def test_the_devices_of_a_cpu_share_what_the_container_may_have(monkeypatch):
+    import jax
+
+    from jtune.sharding import topology
+
+    monkeypatch.setattr(topology, "host_memory", lambda: 1536 * 2**20)
+    assert topology.usable_memory(jax.devices("cpu")[0]) == 1536 * 2**20 // jax.local_device_count()

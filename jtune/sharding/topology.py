@@ -4,6 +4,8 @@ import importlib.util
 import os
 import pkgutil
 import re
+import resource
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import jax
@@ -174,13 +176,48 @@ def device_memory(device: Any) -> int:
         if name in kind:
             return size
     if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+        return host_memory() // jax.local_device_count()
     if (limit := _limit(device)) is not None:
         return limit
     for gpu in GPUS.values():
         if gpu.device_kind == device.device_kind:
             return gpu.memory
     raise ConfigError(f"{device.device_kind}: how much memory it has is not known")
+
+
+def host_memory(proc: Path = Path("/proc/self"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may have: the machine's, or less where a container, a job or `ulimit -v` sets a limit.
+
+    The limits of its control group and of all groups around that one count: above the least of them the kernel kills.
+
+    Args:
+      proc: the folder that names the control groups of this process, in a file `cgroup`.
+      cgroups: where control groups are mounted, version 2 or 1.
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if address_space != resource.RLIM_INFINITY:
+        limits.append(address_space)
+    try:
+        lines = (proc / "cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return min(limits)
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            root, name = cgroups, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = cgroups / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        # In a container the group is mounted as the root, whatever it is called outside: the root is always looked at.
+        own = PurePosixPath(group.strip("/"))
+        for folder in (root / own, *(root / parent for parent in own.parents), root):
+            try:
+                limits.append(int((folder / name).read_text()))
+            except (OSError, ValueError):  # no such group here, or "max"
+                continue
+    return min(limit for limit in limits if limit > 0)
 
 
 def _limit(device: Any) -> int | None:
