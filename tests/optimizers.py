@@ -69,6 +69,23 @@ def gradients(tree: str) -> list[Any]:
     return [draw(like, 10 + step, scale=0.01 * (1 + step % 3)) for step in range(STEPS)]
 
 
+def separated(steps: list[Any]) -> list[Any]:
+    """Gradients with singular values of matrices that are well apart: each is 0.8 of the one before.
+
+    Of random matrices they nearly meet, and where two meet their vectors are any two of a plane: which ones a device
+    finds is its own rounding.
+    """
+
+    def separate(g: np.ndarray) -> np.ndarray:
+        if g.ndim < 2:
+            return g
+        u, s, vt = np.linalg.svd(g.astype(np.float64), full_matrices=False)
+        s = s[..., :1] * 0.8 ** np.arange(s.shape[-1])
+        return ((u * s[..., None, :]) @ vt).astype(np.float32)
+
+    return [jax.tree.map(separate, step) for step in steps]
+
+
 def arguments(**given: Any) -> tuple[TrainingArguments, FinetuningArguments]:
     """The two groups of arguments that choose an optimizer, full tuning unless something else is said."""
     given = {"finetuning_type": "full", **ADAM, **given}
