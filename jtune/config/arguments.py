@@ -105,7 +105,9 @@ class DataArguments:
     dataset: Names = arg((), "training sets, a list of names in dataset_info.json")
     eval_dataset: Names = arg((), "evaluation sets, a list of names in dataset_info.json")
     dataset_dir: str = arg("data", "the folder that holds dataset_info.json")
-    allow_outside_dataset_dir: bool = arg(False, "a file_name of dataset_info.json may lie outside dataset_dir")
+    allow_outside_dataset_dir: bool = arg(
+        False, "what dataset_info.json names, and where links lead, may lie outside dataset_dir"
+    )
     cutoff_len: int = arg(2048, "tokens in a row at most; a packed row has exactly as many", at_least(2))
     overlong: Literal["truncate", "drop", "split", "error"] = arg(
         "truncate", "rows longer than cutoff_len: cut, left out, made several rows (stages sft, pt), or an error"

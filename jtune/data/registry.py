@@ -86,15 +86,15 @@ def find_datasets(
     Args:
       dataset_dir: a folder; "ONLINE" (every name is a hub id); "REMOTE:repo" (that repository's dataset_info.json); or
         the content of a dataset_info.json.
-      allow_outside: a `file_name` may lie outside the folder.
+      allow_outside: what an entry names may lie outside the folder, and links in it may lead out.
 
     Raises:
-      DataError: a name means nothing, or its entry is faulty.
+      DataError: a name means nothing, its entry is faulty, or what it names lies outside.
     """
     if not names:
         return []
     if dataset_dir == "ONLINE":
-        return [Entry(name, "hub", name) for name in names]
+        return [Entry(name, "hub", _hub(name, f"dataset {name!r}", None, allow_outside)) for name in names]
     info, where, folder = _read_info(dataset_dir)
     return [_find(name, info, where, folder, allow_outside) for name in names]
 
@@ -189,6 +189,9 @@ def _find(name: str, info: Mapping[str, Any], where: str, folder: Path, allow_ou
         return entry_of(name, info, where=where, folder=folder, allow_outside=allow_outside)
     for path in (folder / name, Path(name)):
         if path.exists():
+            # A path that leads out by its words is the user's own; where a link inside leads, its maker chose.
+            if path == folder / name and not _leads_out(name) and not allow_outside:
+                _check_links(path, folder, f"dataset {name!r}")
             return Entry(name, "file", str(path), formatting=None)
     near = difflib.get_close_matches(name, info, n=3)
     if HUB_ID.fullmatch(name) and not near and not Path(name).suffix:
@@ -204,8 +207,11 @@ def _find(name: str, info: Mapping[str, Any], where: str, folder: Path, allow_ou
 
 def _source(row: Mapping[str, Any], about: str, folder: Path, allow_outside: bool) -> tuple[str, str]:
     """Where the rows are; a hub comes before a script, a URL, a file, as in LLaMA-Factory."""
+    for key in (*_SOURCE_KEYS, "folder"):
+        if key in row and not (isinstance(row[key], str) and row[key]) and not (key == "folder" and row[key] is None):
+            raise DataError(f"{about}: {key} must be text, found {json.dumps(row[key])[:80]}")
     if "hf_hub_url" in row:
-        return "hub", row["hf_hub_url"]
+        return "hub", _hub(row["hf_hub_url"], f"{about}: hf_hub_url", row.get("folder"), allow_outside)
     for key in ("ms_hub_url", "om_hub_url"):
         if key in row:
             raise DataError(f"{about}: {key} is not supported: give hf_hub_url, or download it and give file_name")
@@ -215,18 +221,89 @@ def _source(row: Mapping[str, Any], about: str, folder: Path, allow_outside: boo
             "Convert the data to jsonl or parquet once, and give file_name"
         )
     if "cloud_file_name" in row:
-        return "url", row["cloud_file_name"]
+        given = row["cloud_file_name"]
+        if not allow_outside and not _is_remote(given):
+            raise DataError(f"{about}: cloud_file_name {given!r} is no address of another machine. {_WAY_OUT}")
+        return "url", given
     if "file_name" not in row:
         raise DataError(f"{about}: no file_name and no hf_hub_url: one of them says where the rows are")
     given = row["file_name"]
-    # By the words of the path, not by where links lead: links inside the folder were put there by its owner.
-    outside = os.path.isabs(given) or os.path.normpath(given).split(os.sep)[0] == ".."
-    if outside and not allow_outside:
-        raise DataError(
-            f"{about}: file_name {given!r} lies outside {folder}. Move the file there, link to it from there, name its "
-            "path in `dataset:`, or set allow_outside_dataset_dir: true"
-        )
+    if not allow_outside:
+        if _leads_out(given):
+            raise DataError(f"{about}: file_name {given!r} lies outside {folder}. {_WAY_OUT}")
+        _check_links(folder / given, folder, f"{about}: file_name {given!r}")
     return "file", str(folder / given)
+
+
+_WAY_OUT = (
+    "Move the file into dataset_dir and give file_name, name its path in `dataset:`, or set "
+    "allow_outside_dataset_dir: true"
+)
+# What fsspec reads from other machines; and what it may put before such an address, with "::".
+_REMOTE = (
+    *("http", "https", "ftp", "sftp", "ssh", "hdfs", "webhdfs", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl"),
+    *("oci", "oss", "r2", "tos", "hf", "github", "dropbox", "gdrive"),
+)
+_WRAPPERS = ("zip", "tar", "libarchive", "simplecache", "filecache", "blockcache", "cached")
+
+
+def _is_remote(url: str) -> bool:
+    """Whether fsspec reads no file of this machine's for `url`.
+
+    >>> _is_remote("s3://bucket/rows.jsonl"), _is_remote("zip://rows.jsonl::https://host/rows.zip")
+    (True, True)
+    >>> _is_remote("file:///rows.jsonl"), _is_remote("simplecache::/rows.jsonl"), _is_remote("rows.jsonl")
+    (False, False, False)
+    """
+    *wrappers, last = url.split("::")
+    scheme, separator, _ = last.partition("://")
+    wrapped = all(wrapper.partition("://")[0].lower() in _WRAPPERS for wrapper in wrappers)
+    return bool(separator) and scheme.lower() in _REMOTE and wrapped
+
+
+def _leads_out(given: str) -> bool:
+    """Whether a path leads out of its folder by its words, or stands for other files than the one of its name.
+
+    >>> [_leads_out(path) for path in ("a/b.jsonl", "a/../b.jsonl", "../b.jsonl", "/b.jsonl", "zip://a::/b", "~/b")]
+    [False, False, True, True, True, True]
+    """
+    inner = os.path.normpath(given).split(os.sep)[0] in ("..", "~")
+    return os.path.isabs(given) or inner or "::" in given or "://" in given
+
+
+def _check_links(path: Path, folder: Path, about: str) -> None:
+    """Refuse `path`, in `folder`, if links lead it, or a file in it, to somewhere else.
+
+    The hub's cache keeps the files of a snapshot beside it, in `blobs`: they count as inside.
+    """
+    root = folder.resolve()
+    if root.parent.name == "snapshots" and (root.parents[1] / "blobs").is_dir():
+        root = root.parents[1]
+    for file in (path, *(sorted(path.iterdir()) if path.is_dir() else ())):
+        try:
+            target = file.resolve()
+        except (OSError, RuntimeError) as error:  # a loop of links
+            raise DataError(f"{about}: {file} cannot be followed: {error}") from error
+        if not target.is_relative_to(root):
+            raise DataError(f"{about}: the link {file} leads to {target}, outside {folder}. {_WAY_OUT}")
+
+
+def _hub(given: str, about: str, within: str | None, allow_outside: bool) -> str:
+    """The hub id `given`, if `datasets` can only take it for one."""
+    if allow_outside:
+        return given
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    name = given.removeprefix("hf://datasets/")
+    if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name) or name.endswith(".py"):
+        raise DataError(f"{about} {given!r} is no id of the hub, as in owner/name. {_WAY_OUT}")
+    if name in _PACKAGED_DATASETS_MODULES:
+        raise DataError(f"{about} {given!r} is a reader of local files, no id of the hub. {_WAY_OUT}")
+    if name == given and Path(name).exists():
+        raise DataError(f"{about} {given!r} is also a local path, which would be read instead of the hub. {_WAY_OUT}")
+    if within is not None and _leads_out(within):
+        raise DataError(f"{about} {given!r}: folder {within!r} lies outside that repository. {_WAY_OUT}")
+    return given
 
 
 def _check_keys(given: Mapping[str, Any], known: Sequence[str], about: str) -> None:

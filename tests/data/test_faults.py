@@ -111,7 +111,7 @@ def test_a_file_outside_the_folder_is_only_read_when_that_is_allowed(template, t
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"a": {"file_name": "../a.jsonl"}}))
     assert said(template, tmp_path / "data") == (
         f"{tmp_path}/data/dataset_info.json, entry 'a': file_name '../a.jsonl' lies outside {tmp_path}/data. Move the "
-        "file there, link to it from there, name its path in `dataset:`, or set allow_outside_dataset_dir: true"
+        "file into dataset_dir and give file_name, name its path in `dataset:`, or set allow_outside_dataset_dir: true"
     )
     assert len(load(tmp_path / "data", "a", template=template, allow_outside_dataset_dir=True).train) == 1
 
