@@ -8,7 +8,8 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -31,9 +32,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     _set_up_logging()
     try:
-        return _command(argv[0]).run(argv[1:])
+        with nullcontext() if argv[0] == "chat" else _without_stdin():
+            return _command(argv[0]).run(argv[1:])
     except (Exception, KeyboardInterrupt) as error:
         return explain(argv[0], error)
+
+
+@contextmanager
+def _without_stdin() -> Iterator[None]:
+    """An empty stdin: a library that asks a question gets no answer, and does not wait for one."""
+    own = sys.stdin
+    with open(os.devnull) as sys.stdin:
+        try:
+            yield
+        finally:
+            sys.stdin = own
 
 
 def explain(command: str, error: BaseException) -> int:

@@ -13,6 +13,9 @@ import datasets
 from jtune.data.registry import OPENAI_TAGS, Columns, Entry
 from jtune.errors import DataError
 
+# Otherwise `datasets` tells a counter on the internet of each reading, of local files, too.
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+
 # File extension -> the reader of `datasets`.
 READERS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow", "txt": "text"}
 SHOWN = 80  # characters of a faulty line

@@ -1,5 +1,6 @@
 """The tokenizer of a model, and the special tokens that training needs."""
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,20 +23,33 @@ def load_tokenizer(
 ) -> Any:
     """The transformers tokenizer of a model: of its folder, or of a hub id (`revision`, `cache_dir`, `token`).
 
+    Code of the model's repository never runs.
+
     Raises:
-      DataError: there is none, or it cannot be read.
+      DataError: there is none, it cannot be read, or only code of its repository makes it.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import
     from transformers.utils.hub import cached_file
 
+    whole = None
     path, hub = str(path), {"revision": revision or "main", "cache_dir": cache_dir, "token": token}
     try:
         # tokenizer.json says all of what the tokenizer does. AutoTokenizer may prefer a class by the model's type,
         # whose own pre-tokenizer takes the place of the file's: other ids than the model was trained on.
         whole = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub)
         kind = PreTrainedTokenizerFast if whole is not None else AutoTokenizer
-        return kind.from_pretrained(path, split_special_tokens=split_special_tokens, padding_side="right", **hub)
+        # transformers asks on stdin whether to run a repository's code, unless it is told.
+        return kind.from_pretrained(
+            path, split_special_tokens=split_special_tokens, padding_side="right", trust_remote_code=False, **hub
+        )
     except Exception as error:
+        code = [] if whole is not None else _code(path, hub, "trust_remote_code" in str(error))
+        if code:
+            raise DataError(
+                f"the tokenizer of {path!r} can only be had by running code of its repository ({', '.join(code)}), "
+                "which jtune never does. A folder with a tokenizer.json needs no such code: look for a release of the "
+                "model that has one"
+            ) from error
         raise DataError(_unreadable(path, error)) from error
 
 
@@ -112,6 +126,27 @@ def read_descriptions(path: str) -> dict[str, str]:
                 f"new_special_tokens_config: {path}: {token!r}: {text!r} is not text: write both in quotes"
             )
     return content
+
+
+def _code(path: str, hub: dict[str, Any], of_config: bool) -> list[str]:
+    """The files with code that a model's configurations name for its tokenizer (`auto_map`), or for `of_config`."""
+    from transformers.utils.hub import cached_file
+
+    found: dict[str, set[str]] = {"AutoTokenizer": set(), "AutoConfig": set()}
+    for name in ("tokenizer_config.json", "config.json"):
+        try:
+            file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
+            named = json.loads(Path(file).read_text(encoding="utf-8")).get("auto_map") if file else None
+        except (OSError, ValueError, AttributeError):
+            continue
+        # Older files hold the tokenizer's classes alone, slow and fast.
+        named = named if isinstance(named, dict) else {"AutoTokenizer": named}
+        for key, files in found.items():
+            classes = named.get(key)
+            for word in classes if isinstance(classes, list) else [classes]:
+                if isinstance(word, str):  # "owner/repository--module.Class": code of another repository
+                    files.add(f"{word.rpartition('.')[0].replace('--', '/')}.py")
+    return sorted(found["AutoTokenizer"] or (found["AutoConfig"] if of_config else ()))
 
 
 def _unreadable(path: str, error: Exception) -> str:

@@ -99,8 +99,8 @@ def _way_out(folder: Path) -> str:
     return (
         f" {pickles[0]} is a pickle, which can run any code when it is read, so jtune does not. If you trust where it "
         "comes from, convert it:\n"
-        f"  python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}', dtype='auto')"
-        f".save_pretrained('{folder}-safetensors')\""
+        f"  python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}', "
+        f"dtype='auto', trust_remote_code=False).save_pretrained('{folder}-safetensors')\""
     )
 
 

@@ -264,7 +264,8 @@ def test_pickles_are_refused_with_the_way_out(written):
     said = refused(written)
     assert "neither model.safetensors nor" in said
     assert "pytorch_model-00001-of-00001.bin is a pickle" in said
-    assert f"from_pretrained('{written}', dtype='auto').save_pretrained('{written}-safetensors')" in said
+    assert f"from_pretrained('{written}', dtype='auto', trust_remote_code=False).save_" in said
+    assert f".save_pretrained('{written}-safetensors')" in said
     index = {"weight_map": {"model.norm.weight": "pytorch_model-00001-of-00001.bin"}}
     (written / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "names pytorch_model-00001-of-00001.bin; expected safetensors. pytorch_model" in refused(written)
