@@ -4,6 +4,7 @@
 Arrays are `[accum, batch, seq]`; shard s of the batch axis owns rows s * batch/shards up to (s+1) * batch/shards.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -370,7 +371,7 @@ class EvalPlan:
     def mean_loss(self, losses: np.ndarray, counts: np.ndarray) -> float:
         """The Trainer's `eval_loss`: the mean over tokens in each of its batches, then over batches.
 
-        A batch without a labelled target, which would be nan there, is left out.
+        A batch without a labelled target, which would be nan there, is left out; nan if no batch has any.
 
         Args:
           losses, counts: float `[n]`, sum of the token losses of each example and number of its targets.
@@ -379,6 +380,8 @@ class EvalPlan:
         counts = counts + self.encoded.first_labelled  # as in training (see divisor_of)
         losses, counts = (np.bincount(self.group_of, x, groups) for x in (losses, counts))
         weights = np.where(counts > 0, self.group_weights, 0)
+        if not weights.any():
+            return math.nan
         return float((weights * losses / np.maximum(counts, 1)).sum() / max(weights.sum(), 1))
 
 

@@ -259,7 +259,7 @@ class Team(NamedTuple):
         key = _new_key(f"{self.key}/{what}")
         if index() != self.members[0]:
             _gather(key, self.members[:1])
-        with _working():
+        with working():
             result = work()
         jax_state().client.key_value_set(f"{key}/{index()}", "done")
         return result
@@ -339,7 +339,7 @@ def beat() -> None:
 
 
 @contextmanager
-def _working() -> Iterator[None]:
+def working() -> Iterator[None]:
     """Beat while something is done that has no time for it: a file is read, or a model is fetched."""
     over = threading.Event()
 

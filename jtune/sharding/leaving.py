@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from jtune.errors import JtuneError, PeerLost
 from jtune.sharding.hosts import barrier, count, how_to_go_on, index, is_first, jax_state
 
 ANSWER = 4.0  # seconds in which a process that lives answers a roll call, or stops by itself for the same reason
+LAST = 8.0  # seconds that a process which has failed, and has told so, may still work
 # Left by a process on its way out, read by the threads that keep watch.
 _LEFT, _CALL, _HERE = "jtune/watch/left/", "jtune/watch/call", "jtune/watch/here/"
 # Words of errors that may follow from the loss of a process: gloo's, grpc's, and those of jax's coordination service.
@@ -28,8 +29,10 @@ _LOSS = re.compile(
     re.IGNORECASE,
 )
 
+log = logging.getLogger("jtune")
 _leaving = threading.Lock()  # whoever holds it ends this process
 _ending: list[tuple[str, int]] = []  # with this message and this status
+_told = threading.Event()  # this process has told the others that it ends, and why
 _finished = threading.Event()  # nothing is left that another process could end
 
 
@@ -69,8 +72,50 @@ def _watch(explain: Callable[[BaseException], int]) -> None:
         except Exception:
             continue  # jax notices as well, and aborts
         failed = _failure(seen)
-        if failed is not None and not _finished.wait(ANSWER):
-            _leave(failed, explain)
+        if failed is None or _finished.wait(ANSWER):
+            continue
+        if _told.is_set():  # it fails too, and is about to leave
+            _finished.wait(LAST)
+        _leave(failed, explain)
+
+
+def tell(error: BaseException) -> None:
+    """Tell the other processes that this one ends, and why. They end too, so nothing that waits for them may follow.
+
+    Whoever catches an error and then cleans up calls this first. In one process it does nothing.
+    """
+    if count() == 1 or _told.is_set():
+        return
+    _told.set()
+    said = {"code": _status(error), "message": str(error) or type(error).__name__}
+    jax_state().client.key_value_set(f"{_LEFT}{index()}", json.dumps(said))
+
+
+def last_work(error: BaseException, work: Callable[[], None]) -> None:
+    """Do `work` though `error` ends the run. In one process it takes the time it needs.
+
+    With other processes, they are told of the error first, and `work`, which may wait for them, gets `LAST` seconds. An
+    error that follows from the loss of a process leaves no time: `work` is not done. What `work` raises is logged.
+    """
+
+    def attempt() -> None:
+        try:
+            work()
+        except Exception as second:
+            if str(second) != str(error):
+                log.warning("%s", second)
+
+    if count() == 1:
+        attempt()
+    elif not isinstance(error, PeerLost) and not _is_loss(error):
+        tell(error)
+        thread = threading.Thread(target=attempt, name="last work", daemon=True)
+        thread.start()
+        thread.join(LAST)
+
+
+def _status(error: BaseException) -> int:
+    return getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 def _failure(seen: Mapping[str, str]) -> PeerLost | None:
@@ -125,11 +170,10 @@ def _leave(error: BaseException, explain: Callable[[BaseException], int]) -> Non
     if not _leaving.acquire(blocking=False):
         time.sleep(60)  # another thread is at it
     client = jax_state().client
-    message = str(error) or type(error).__name__
-    code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+    message, code = str(error) or type(error).__name__, _status(error)
     _ending.append((message, code))
     try:
-        client.key_value_set(f"{_LEFT}{index()}", json.dumps({"code": code, "message": message}))
+        tell(error)
         # Process 0 speaks for all that fail in the same way, and goes last, as it serves the store.
         end = time.monotonic() + ANSWER + 2
         left: dict[str, str] = {}
@@ -143,16 +187,20 @@ def _leave(error: BaseException, explain: Callable[[BaseException], int]) -> Non
         try:
             explain(error)
         except BaseException:
-            traceback.print_exc()
+            with suppress(OSError, ValueError):
+                traceback.print_exc()
     if is_first():
         time.sleep(0.5)
     _exit(code)
 
 
 def _exit(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # the disk that is full may hold the log as well
+                stream.flush()
+    finally:
+        os._exit(code)
 
 
 _keep: list[Any] = []  # a callback that C holds must not be collected
@@ -172,7 +220,8 @@ def on_abort(message: str, code: int) -> None:
             # Another thread is ending this process, and may wait for an answer that this one, of jax, would give.
             time.sleep(2)
             said, status = _ending[0] if _ending else (said, status)
-        print(f"jtune: {said}", file=sys.stderr)
+        with suppress(OSError, ValueError):
+            print(f"jtune: {said}", file=sys.stderr)
         _exit(status)
 
     libc = ctypes.CDLL(None)

@@ -416,9 +416,14 @@ def tree_fingerprint(tree: Any) -> str:
 
 
 def frozen_fingerprint(frozen: Any) -> str:
-    """One digest of what does not train, as it was read: what PiSSA takes apart, another mesh rounds otherwise."""
+    """One digest of what does not train, as it was read."""
+    return tree_fingerprint(as_read(frozen))
+
+
+def as_read(params: Any) -> Any:
+    """`params` without what PiSSA takes apart, which another mesh rounds otherwise."""
     is_taken_apart = lambda x: isinstance(x, tuning.lora.PiSSA)
-    return tree_fingerprint(jax.tree.map(lambda x: None if is_taken_apart(x) else x, frozen, is_leaf=is_taken_apart))
+    return jax.tree.map(lambda x: None if is_taken_apart(x) else x, params, is_leaf=is_taken_apart)
 
 
 def check_schedule(training: TrainingArguments) -> None:

@@ -93,17 +93,18 @@ def evaluate(
     `loss` is averaged as Trainer averages it (`EvalPlan.mean_loss`), and so is the likelihood that `perplexity` is made
     of, whatever the loss is. `accuracy` is the mean over examples of the share
     of their tokens predicted right, as LLaMA-Factory has it; `exact_match` the share of examples with all tokens right,
-    which are those that greedy decoding reproduces.
+    which are those that greedy decoding reproduces. Examples without a target are in no mean; nan if all are such.
     """
     began = time.monotonic()
     count = len(plan.encoded)
     nll, tokens, correct, loss = example_sums(eval_step, plan)
     seconds = max(1e-9, time.monotonic() - began)
     surprise = plan.mean_loss(nll, tokens)
-    found = {"loss": plan.mean_loss(loss, tokens), "perplexity": math.exp(surprise) if surprise < 700 else math.inf}
+    found = {"loss": plan.mean_loss(loss, tokens), "perplexity": math.inf if surprise >= 700 else math.exp(surprise)}
     if accuracy:
-        found["accuracy"] = float(np.mean(correct / np.maximum(tokens, 1)))
-        found["exact_match"] = float(np.mean(correct == tokens))
+        some = tokens > 0  # the others were not predicted, rightly or wrongly
+        found["accuracy"] = float(np.mean(correct[some] / tokens[some])) if some.any() else math.nan
+        found["exact_match"] = float(np.mean(correct[some] == tokens[some])) if some.any() else math.nan
     found |= {
         "runtime": round(seconds, 4),
         "samples_per_second": round(count / seconds, 3),

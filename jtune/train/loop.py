@@ -68,9 +68,10 @@ class Progress:
     """What the host knows of the run; saved with every checkpoint, so that a resumed run logs what it would have."""
 
     step: int = 0
-    total_loss: float = 0.0  # sum over updates of their mean losses
+    total_loss: float = 0.0  # sum over finite updates of their mean losses
     unlogged_loss: float = 0.0  # the part of it since the last log
-    unlogged_steps: int = 0
+    unlogged_steps: int = 0  # updates since the last log, skipped ones too
+    unlogged_skipped: int = 0  # those of them that were skipped
     tokens: int = 0  # tokens fed, padding not counted
     best_metric: float | None = None
     best_step: int | None = None
@@ -159,6 +160,9 @@ def run_loop(
       ledger: where the time is booked. The rates of a log are those of updates: tokens over the time since the last
         log, without what went into compiling, evaluating and saving.
 
+    A log's loss is the mean over the finite updates since the last log, None if all were skipped; `skipped_updates`
+    counts the skipped ones, if there are any.
+
     Returns:
       The last state, and why the loop ended: "done", "stopped" (a subscriber or early stopping) or "preempted" (a
       signal; the state has been saved).
@@ -188,20 +192,23 @@ def run_loop(
         if not log_due:
             return set()
         now = working(ledger)
+        counted = progress.unlogged_steps - progress.unlogged_skipped
         record = {
-            "loss": progress.unlogged_loss / max(1, progress.unlogged_steps),
-            "grad_norm": metrics.grad_norm,
+            "loss": progress.unlogged_loss / counted if counted else None,
+            "grad_norm": finite_or_none(metrics.grad_norm),
             "learning_rate": rate,
             "epoch": hooks.epoch_at(step),
             "step": step,
         }
+        if progress.unlogged_skipped:
+            record["skipped_updates"] = progress.unlogged_skipped
         extra = hooks.rates((tokens - clock[1]) / max(1e-9, now - clock[0]))
         extra |= {"num_input_tokens_seen": tokens, "seconds": ledger.total()}
         clock[:] = [now, tokens]
         if cadence.log_tokens:
             record["num_input_tokens_seen"] = tokens
         progress.log_history.append(record)
-        progress.unlogged_loss, progress.unlogged_steps = 0.0, 0
+        progress.unlogged_loss, progress.unlogged_steps, progress.unlogged_skipped = 0.0, 0, 0
         return event("log", record | extra)
 
     event("train_begin")
@@ -267,9 +274,19 @@ def working(ledger: Ledger) -> float:
     return seconds["step"] + seconds["data"]
 
 
+def finite_or_none(value: Any) -> Any:
+    """`value`; None in the place of nan and of infinities, which JSON does not have.
+
+    >>> [finite_or_none(x) for x in (1.5, math.nan, -math.inf, "text")]
+    [1.5, None, None, 'text']
+    """
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _count_bad(progress: Progress, step: int, metrics: Metrics, hooks: Hooks) -> None:
     progress.bad_steps += 1
     progress.skipped_steps += 1
+    progress.unlogged_skipped += 1
     log.warning("update %d: loss %s, gradient norm %s: skipped", step, metrics.loss, metrics.grad_norm)
     if progress.bad_steps >= MAX_BAD_STEPS:
         raise NonFiniteError(
@@ -287,11 +304,11 @@ def _evaluate(state, progress: Progress, hooks: Hooks, improvement: Improvement,
     if hooks.evaluate is None:
         return False, asked
     metrics = hooks.evaluate(state)
-    record = metrics | where
+    record = {key: finite_or_none(value) for key, value in metrics.items()} | where
     progress.log_history.append(record)
-    value = metrics.get(improvement.metric)
+    value = record.get(improvement.metric)
     better = False
-    if value is not None and not math.isnan(value):
+    if value is not None:
         best = progress.best_metric
         better = best is None or (value > best if improvement.greater_is_better else value < best)
         if better:

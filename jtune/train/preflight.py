@@ -1,12 +1,15 @@
-"""What several processes must have in common, compared before any weight is read: hosts that differ would wait for
-each other in a collective, for ever, or train something that nobody asked for.
+"""What several processes must have in common, compared before the first update: hosts that differ would wait for each
+other in a collective, for ever, or train something that nobody asked for.
 """
 
 import json
+import logging
 import os
 import platform
 import time
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,10 @@ from jtune.config import Config
 from jtune.data import Splits
 from jtune.errors import ConfigError, DataError
 from jtune.sharding import hosts
-from jtune.train.build import data_fingerprint
+from jtune.train.build import as_read, data_fingerprint
+from jtune.train.digest import digests, named_leaves
+
+log = logging.getLogger("jtune")
 
 # Arguments that may differ from host to host: where it keeps what it has fetched and made, and secrets.
 OF_THE_HOST = ("cache_dir", "compile_cache_dir", "hf_hub_token", "logging_dir")
@@ -66,6 +72,79 @@ def check_data(splits: Splits) -> None:
         raise DataError(
             "the processes have encoded different data:\n  " + "\n  ".join(differences) + "\n"
             "Do all hosts have the same files, and the same tokenizer? If so: overwrite_cache=true"
+        )
+
+
+def check_model_files(folders: Mapping[str, Path]) -> None:
+    """Compare the weights and config.json of all processes, where hosts have copies of their own.
+
+    Files that have the same inode and date everywhere are one file on a network file system: nothing is read. Otherwise
+    the first process of each copy reads all of it once, so that the reading that follows finds it in the page cache. A
+    disk that is an image of another host's looks like one file system.
+
+    Args:
+      folders: of the model and of adapters, under names for messages.
+
+    Raises:
+      DataError: a file is missing, of another size, or has another content.
+    """
+    if hosts.count() == 1:
+        return
+    files = {name: path for role, folder in folders.items() for name, path in _model_files(role, folder)}
+    stats = {name: path.stat() for name, path in files.items()}
+    sizes = {name: f"{stat.st_size} bytes" for name, stat in stats.items()}
+    same = hosts.exchange("model files", json.dumps([[n, s.st_ino, s.st_mtime_ns] for n, s in stats.items()]))
+    found = compare("sizes of model files", sizes)
+    if not found and len(set(same)) > 1:
+        total = sum(stat.st_size for stat in stats.values())
+        log.info("comparing %.1f GB of weights, of which hosts have copies of their own", total / 1e9)
+        mine: list[str] = []
+        with hosts.working():
+            if same.index(same[hosts.index()]) == hosts.index():
+                with ThreadPoolExecutor(4) as pool:
+                    mine = list(pool.map(file_digest, files.values()))
+            read = [json.loads(x) for x in hosts.exchange("digests of model files", json.dumps(mine))]
+        by_process = [read[same.index(copy)] for copy in same]
+        found = differences([dict(zip(files, x)) for x in by_process])
+    if found:
+        raise DataError(
+            "the processes have different model files:\n  " + "\n  ".join(found) + "\n"
+            "Copy the model again to the host that differs."
+        )
+
+
+def _model_files(role: str, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Names that are the same on every host, wherever it keeps its cache."""
+    for path in sorted(
+        [*folder.glob("*.safetensors"), *folder.glob("config.json"), *folder.glob("adapter_config.json")]
+    ):
+        yield f"{role}: {path.name}", path
+
+
+def file_digest(path: Path) -> str:
+    """128-bit digest of a file's content."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_weights(params: Any) -> None:
+    """Compare what the devices of all processes hold after reading: copies of one array must be equal.
+
+    An array that is split over processes has no copy to compare with; `check_model_files` saw its file.
+
+    Raises:
+      DataError: an array of one process has another digest than its copy elsewhere.
+    """
+    if hosts.count() == 1:
+        return
+    found = compare("weights", digests(named_leaves(as_read(params))))
+    if found:
+        raise DataError(
+            "the processes hold different weights:\n  " + "\n  ".join(found[:8]) + "\n"
+            "The files are the same: look at the memory and the disk of the host that differs."
         )
 
 

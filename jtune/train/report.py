@@ -21,7 +21,7 @@ from jtune.data import Plan
 from jtune.sharding import hosts
 from jtune.train.events import Event, Subscriber
 from jtune.train.flops import peak_flops
-from jtune.train.loop import Progress
+from jtune.train.loop import Progress, finite_or_none
 
 log = logging.getLogger("jtune")
 
@@ -31,12 +31,22 @@ SHOWN = 100  # characters of a prompt that are shown with an answer to it
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all. Of several processes the first writes."""
+    """Write a file whole or not at all. Of several processes the first writes. Numbers that are not finite are null."""
     if not hosts.is_first():
         return
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(
+        json.dumps(_for_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
     partial.replace(path)
+
+
+def _for_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _for_json(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_for_json(x) for x in value]
+    return finite_or_none(value)
 
 
 def save_results(output_dir: Path, split: str, metrics: dict[str, Any]) -> None:
@@ -78,18 +88,34 @@ def describe_sample(line: Mapping[str, str]) -> str:
 
 
 def train_summary(
-    progress: Progress, *, seconds: float, examples_per_update: int, epoch: float, parameters: int
+    progress: Progress,
+    *,
+    began: tuple[int, int],
+    seconds: float,
+    examples_per_update: int,
+    epoch: float,
+    parameters: int,
 ) -> dict[str, Any]:
-    """The figures of `train_results.json`, with Trainer's names. `total_flos` is 6 x parameters x tokens."""
-    return {
+    """The figures of `train_results.json`, with Trainer's names. `total_flos` is 6 x parameters x tokens.
+
+    The loss is the mean over all updates that were not skipped, None if there are none. Time and rates are those of
+    this start: of a resumed run, of what was done since.
+
+    Args:
+      began: updates and tokens that were done when `seconds` began.
+    """
+    counted = progress.step - progress.skipped_steps
+    steps, tokens = progress.step - began[0], progress.tokens - began[1]
+    summary = {
         "epoch": epoch,
         "total_flos": 6.0 * parameters * progress.tokens,
-        "train_loss": progress.total_loss / max(1, progress.step - progress.skipped_steps),
+        "train_loss": progress.total_loss / counted if counted else None,
         "train_runtime": round(seconds, 4),
-        "train_samples_per_second": round(progress.step * examples_per_update / seconds, 3),
-        "train_steps_per_second": round(progress.step / seconds, 3),
-        "train_tokens_per_second": round(progress.tokens / seconds, 1),
+        "train_samples_per_second": round(steps * examples_per_update / seconds, 3),
+        "train_steps_per_second": round(steps / seconds, 3),
+        "train_tokens_per_second": round(tokens / seconds, 1),
     }
+    return summary | ({"train_skipped_updates": progress.skipped_steps} if progress.skipped_steps else {})
 
 
 def make_rates(flops_per_token: float, mesh: Mesh) -> Callable[[float], dict[str, float]]:
@@ -218,6 +244,7 @@ def log_file(path: Path, start_step: int) -> Subscriber:
             "total_steps": event.max_steps,
             "loss": record.get("loss"),
             "eval_loss": record.get("eval_loss"),
+            "skipped_updates": record.get("skipped_updates"),
             "lr": record.get("learning_rate"),
             "epoch": event.epoch,
             "percentage": round(100 * event.step / max(1, event.max_steps), 2),
@@ -230,7 +257,7 @@ def log_file(path: Path, start_step: int) -> Subscriber:
             "seconds": {kind: round(value, 2) for kind, value in record.get("seconds", {}).items()} or None,
         }
         with path.open("a") as file:
-            file.write(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n")
+            file.write(json.dumps({k: v for k, v in line.items() if finite_or_none(v) is not None}) + "\n")
 
     return subscriber
 
@@ -256,6 +283,7 @@ def tensorboard(log_dir: Path) -> Subscriber:
 def _describe(record: Mapping[str, Any]) -> str:
     shown = {
         "loss": "loss {:.4f}",
+        "skipped_updates": "skipped {}",
         "eval_loss": "eval loss {:.4f}",
         "eval_accuracy": "accuracy {:.4f}",
         "eval_exact_match": "exact match {:.1%}",
@@ -346,10 +374,10 @@ def plot_losses(log_history: list[dict[str, Any]], path: Path, title: str) -> bo
     """
     if not hosts.is_first():
         return False
-    series = {
-        key: ([r["step"] for r in log_history if key in r], [r[key] for r in log_history if key in r])
-        for key in ("loss", "eval_loss", "learning_rate")
-    }
+    series = {}
+    for key in ("loss", "eval_loss", "learning_rate"):
+        points = [(r["step"], r[key]) for r in log_history if r.get(key) is not None]
+        series[key] = ([step for step, _ in points], [value for _, value in points])
     if not series["loss"][0]:
         return False
     import matplotlib

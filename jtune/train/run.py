@@ -36,7 +36,7 @@ from jtune.generation.settings import read_generation_config, sampling_of
 from jtune.inspect import show
 from jtune.interop import hf, vocabulary
 from jtune.interop.endings import settle as settle_endings
-from jtune.sharding import batch_shards, check_row_length, describe_unsplit, hosts, spread, unsplit
+from jtune.sharding import batch_shards, check_row_length, describe_unsplit, hosts, leaving, spread, unsplit
 from jtune.sharding.measure import fitting_remat
 from jtune.sharding.shapes import Shapes
 from jtune.sharding.topology import usable_memory
@@ -96,6 +96,8 @@ def run(config: Config) -> dict[str, Any]:
     endings = settle_endings(config, template, tokenizer, source, folder) if training.do_train else None
 
     # ------------------------------------------------------------------ model
+    adapters = {f"adapter {path}": Path(path) for path in config.model.adapter_name_or_path if Path(path).is_dir()}
+    preflight.check_model_files({"model": folder, **adapters})
     dtype = build.compute_dtype(training, finetuning.pure_bf16, hf.stored_dtype(source))
     model = build.load_model(
         folder,
@@ -108,6 +110,7 @@ def run(config: Config) -> dict[str, Any]:
         seed=training.seed,
         change=settled.change,
     )
+    preflight.check_weights(model.params)
     if whole := unsplit(tuning.prepared_axes(model.params, decoder), model.params, mesh):
         log.info("%s", describe_unsplit(whole))
     if training.do_train:
@@ -293,13 +296,15 @@ def run(config: Config) -> dict[str, Any]:
         explain=plan.explain,
         agree=spread.agreement(mesh),
     )
-    began, start = time.monotonic(), progress.step
-    subscribers = report.subscribers(training, output_dir, start, plan.max_steps)
+    began, start = time.monotonic(), (progress.step, progress.tokens)
+    subscribers = report.subscribers(training, output_dir, progress.step, plan.max_steps)
     ledger.rest("startup")
     try:
         state, outcome = run_loop(state, progress, cadence, schedule, hooks, subscribers, improvement, ledger)
-    finally:
         saver.close()
+    except BaseException as error:
+        leaving.last_work(error, saver.wait)  # a checkpoint may be nearly written
+        raise
     if outcome == "preempted":
         kept = " with overwrite_output_dir=false" if training.overwrite_output_dir else ""
         raise Preempted(
@@ -317,6 +322,7 @@ def run(config: Config) -> dict[str, Any]:
     log.info("time: %s", describe(seconds))
     summary = report.train_summary(
         progress,
+        began=start,
         seconds=time.monotonic() - began,
         examples_per_update=plan.examples_per_update,
         epoch=plan.epoch_at(progress.step),
