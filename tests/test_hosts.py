@@ -16,7 +16,7 @@ from small import case, command, curve, environment, state, train, write_data, w
 from jtune.cli import simulate
 from jtune.data.batches import plan_batches
 from jtune.errors import ConfigError
-from jtune.sharding import batch_sharding, hosts, make_mesh, spread
+from jtune.sharding import batch_sharding, hosts, leaving, make_mesh, spread
 from jtune.train import preflight
 
 # ---------------------------------------------------------------------- in this process
@@ -210,6 +210,40 @@ def test_what_one_process_fails_of_ends_all_with_its_status():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_fails_tells_the_others_before_it_waits_for_them(failing):
+    body = f"""
+    if hosts.index() == {failing}:
+        error = DataError('no such file')
+        print(time.time(), flush=True)
+        leaving.last_work(error, lambda: hosts.barrier('saved'))
+        raise error
+    time.sleep(120)"""
+    running = meet(body.strip(), processes=2)
+    for p in running:
+        assert p.stdout.readline() == "connected\n"
+    failed = float(running[failing].stdout.readline())
+    codes, said = ends(running, within=60)
+    assert codes == [3, 3], said
+    assert time.time() - failed < 30
+    assert f"process {failing} stopped: no such file" in said[0] or failing == 0
+    assert "no such file" in said[0]
+
+
+def test_in_one_process_last_work_is_done_and_what_it_fails_of_is_said(caplog, monkeypatch):
+    monkeypatch.setattr(leaving.log, "propagate", True)
+    done = []
+    leaving.last_work(ValueError("first"), lambda: done.append(1))
+
+    def fail(message):
+        raise OSError(message)
+
+    leaving.last_work(ValueError("first"), lambda: fail("second"))
+    leaving.last_work(ValueError("first"), lambda: fail("first"))
+    assert (done, caplog.messages) == ([1], ["second"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others_though_they_wait_for_nothing(killed):
     running = meet("time.sleep(80)")
@@ -354,6 +388,56 @@ def test_a_killed_process_ends_the_others_with_70_and_fewer_devices_go_on(parts,
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed from" in done.stdout
     assert_same_run(alone("full"), tmp_path / "out")
+
+
+FAULTY = """
+import errno, sys, time
+from jtune.cli.main import main
+from jtune.sharding import hosts
+from jtune.train import build, run
+name, place, only_final = {fault!r}
+module = {{"build": build, "run": run}}[place]
+work = getattr(module, name)
+
+def faulty(*args, **more):
+    if name == "place_batch" and args[0] < 4 or only_final and "checkpoint" in args[0].name:
+        return work(*args, **more)
+    print("failed at", time.time(), flush=True)
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+if hosts.find_address(__import__("os").environ).process == {process}:
+    setattr(module, name, faulty)
+sys.argv = ["jtune", "train", *sys.argv[1:]]
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "process"),
+    [(("save_model", "run", False), 0), (("place_batch", "build", False), 1), (("save_model", "run", True), 0)],
+    ids=["while saving", "in the data, a save in the background", "in the final save"],
+)
+def test_what_one_process_fails_of_ends_the_other_within_seconds(parts, tmp_path, fault, process):
+    path = small_case(tmp_path, parts, "full")
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY.format(fault=fault, process=process))
+    port, running = simulate.free_port(), []
+    for i in range(2):
+        env = simulate.environment(os.environ, port, 2, 1, i) | QUICK
+        env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), env.get("PYTHONPATH", "")])
+        words = [sys.executable, str(script), str(path), "per_device_train_batch_size=2"]
+        with open(tmp_path / f"process-{i}.log", "w") as log:
+            running.append(subprocess.Popen(words, env=env, stdout=log, stderr=log))
+    codes = finish(path, running)
+    ended = time.time()
+    said = [(tmp_path / f"process-{i}.log").read_text() for i in range(2)]
+    assert codes[0] == codes[1] > 0, logs(path)
+    assert codes[0] != 70
+    assert ended - float(said[process].split("failed at ")[1].split()[0]) < 30
+    assert "No space left on device" in said[0]
+    if process:
+        assert "process 1 stopped: [Errno 28] No space left on device" in said[0]
 
 
 @pytest.mark.slow

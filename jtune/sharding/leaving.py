@@ -19,7 +19,7 @@ from jtune.errors import JtuneError, PeerLost
 from jtune.sharding.hosts import barrier, count, how_to_go_on, index, is_first, jax_state
 
 ANSWER = 4.0  # seconds in which a process that lives answers a roll call, or stops by itself for the same reason
-LAST = 8.0  # seconds that a process which has failed, and has told so, may still work
+LAST = 5.0  # seconds that a process which has failed, and has told so, may still work
 # Left by a process on its way out, read by the threads that keep watch.
 _LEFT, _CALL, _HERE = "jtune/watch/left/", "jtune/watch/call", "jtune/watch/here/"
 # Words of errors that may follow from the loss of a process: gloo's, grpc's, and those of jax's coordination service.

@@ -296,6 +296,12 @@ def test_eval_loss_is_the_trainers_mean_of_batch_means(case, stage):
     assert evaluation.mean_loss(losses, counts) == pytest.approx(np.average(means, weights=weights), rel=1e-6)
 
 
+def test_a_loss_of_no_targets_is_nan_and_not_zero():
+    evaluation = eval_batches(chat(4), stage="sft", per_device_batch_size=2, batch_shards=1, cutoff_len=512)
+    evaluation.encoded.first_labelled[:] = 0
+    assert np.isnan(evaluation.mean_loss(np.zeros(4), np.zeros(4)))
+
+
 def test_evaluation_of_a_few_rows_is_not_padded_to_a_large_batch():
     evaluation = eval_batches(
         Examples([60, 60, 60]), stage="sft", per_device_batch_size=64, batch_shards=2, cutoff_len=64

@@ -1,5 +1,7 @@
 """The loop: when things happen, in which order, and what it writes down. No model is needed to see it."""
 
+import io
+import json
 import math
 import os
 import signal
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jtune.errors import NonFiniteError
+from jtune.train import report
 from jtune.train.loop import Cadence, Hooks, Improvement, Progress, run_loop
 from jtune.train.step import Metrics
 
@@ -117,6 +120,72 @@ def test_non_finite_updates_are_counted_and_three_in_a_row_stop_the_run_naming_r
     assert (progress.skipped_steps, progress.total_loss) == (3, 3.0)
     with pytest.raises(NonFiniteError, match="rows of 3"):
         run(Cadence(6, 100, save_strategy="no"), losses=[1.0, nan, nan, nan, 1.0, 1.0])
+
+
+def test_a_log_is_the_mean_of_finite_updates_and_counts_the_skipped_ones_beside():
+    nan = math.nan
+    losses = [1.0, nan, 3.0, nan, nan, 5.0, 7.0, 8.0]
+    progress, _, _ = run(Cadence(8, 100, logging_steps=2, save_strategy="no"), losses=losses)
+    assert [(r["loss"], r.get("skipped_updates")) for r in progress.log_history] == [
+        (1.0, 1), (3.0, 1), (5.0, 1), (7.5, None)
+    ]  # fmt: skip
+    progress, _, _ = run(
+        Cadence(6, 100, logging_steps=1, save_strategy="no"), losses=[1.0, nan, math.inf, 4.0, nan, 6.0]
+    )
+    assert [r["loss"] for r in progress.log_history] == [1.0, None, None, 4.0, None, 6.0]
+    assert "NaN" not in json.dumps(progress.to_dict(), allow_nan=False)
+
+
+def test_skipped_updates_before_a_resume_are_not_in_the_mean_after_it():
+    cadence, losses = Cadence(6, 100, logging_steps=6, save_strategy="no"), [1.0, math.nan, 2.0, 6.0, math.nan, 3.0]
+    first = Progress()
+    run(cadence, progress=first, losses=losses, subscribers=[lambda e: "stop" if e.step == 3 else None])
+    resumed, _, _ = run(cadence, progress=Progress(**first.to_dict()), losses=losses)
+    assert resumed.log_history[0]["loss"] == 3.0
+    assert resumed.log_history[0]["skipped_updates"] == 2
+    older = {k: v for k, v in first.to_dict().items() if k != "unlogged_skipped"}
+    assert Progress(**older).unlogged_skipped == 0
+
+
+def test_the_summary_is_of_what_happened():
+    progress = Progress(step=10, total_loss=12.0, skipped_steps=4, tokens=1000)
+    found = report.train_summary(
+        progress, began=(4, 400), seconds=2.0, examples_per_update=8, epoch=1.0, parameters=3
+    )  # fmt: skip
+    assert (found["train_loss"], found["train_skipped_updates"]) == (2.0, 4)
+    assert (found["train_steps_per_second"], found["train_samples_per_second"]) == (3.0, 24.0)
+    assert found["train_tokens_per_second"] == 300.0
+    progress.skipped_steps = 10
+    found = report.train_summary(progress, began=(0, 0), seconds=2.0, examples_per_update=8, epoch=1.0, parameters=3)
+    assert found["train_loss"] is None
+
+
+def test_evaluation_figures_that_are_not_finite_are_null_and_never_the_best():
+    scores = [math.nan, 2.0, math.inf]
+    cadence = Cadence(6, 100, logging_strategy="no", eval_strategy="steps", eval_steps=2, save_strategy="no")
+    progress, _, _ = run(cadence, evaluations=scores)
+    assert [r["eval_loss"] for r in progress.log_history] == [None, 2.0, None]
+    assert (progress.best_metric, progress.best_step) == (2.0, 4)
+    better = Improvement(greater_is_better=True)
+    progress, _, _ = run(cadence, evaluations=scores, improvement=better)
+    assert progress.best_metric == 2.0
+
+
+def test_files_of_a_run_with_skipped_updates_are_json_and_its_plot_is_drawn(tmp_path):
+    strict = lambda text: json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    lines, said = report.log_file(tmp_path / "log.jsonl", 0), io.StringIO()
+    subscribers = [lines, report.progress_lines(0, out=said)]
+    losses = [1.0, math.nan, 3.0, math.inf]
+    progress, _, _ = run(Cadence(4, 100, logging_steps=1, save_strategy="no"), losses=losses, subscribers=subscribers)
+    records = [strict(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r.get("loss") for r in records] == [1.0, None, 3.0, None, None]
+    assert [r.get("skipped_updates") for r in records] == [None, 1, None, 1, None]
+    assert said.getvalue().count("skipped 1") == 2
+    report.write_json(tmp_path / "state.json", {"log_history": [*progress.log_history, {"x": math.nan}]})
+    assert strict((tmp_path / "state.json").read_text())["log_history"][4] == {"x": None}
+    assert report.plot_losses(progress.log_history, tmp_path / "loss.png", "loss")
+    skipped = [r for r in progress.log_history if r["loss"] is None]
+    assert not report.plot_losses(skipped, tmp_path / "none.png", "loss")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
