@@ -88,7 +88,8 @@ def tell(error: BaseException) -> None:
         return
     _told.set()
     said = {"code": _status(error), "message": str(error) or type(error).__name__}
-    jax_state().client.key_value_set(f"{_LEFT}{index()}", json.dumps(said))
+    with suppress(Exception):  # process 0, which serves the store, may be gone
+        jax_state().client.key_value_set(f"{_LEFT}{index()}", json.dumps(said))
 
 
 def last_work(error: BaseException, work: Callable[[], None]) -> None:

@@ -103,7 +103,7 @@ def check_model_files(folders: Mapping[str, Path]) -> None:
             if same.index(same[hosts.index()]) == hosts.index():
                 with ThreadPoolExecutor(4) as pool:
                     mine = list(pool.map(file_digest, files.values()))
-            read = [json.loads(x) for x in hosts.exchange("digests of model files", json.dumps(mine))]
+        read = [json.loads(x) for x in hosts.exchange("digests of model files", json.dumps(mine))]
         by_process = [read[same.index(copy)] for copy in same]
         found = differences([dict(zip(files, x)) for x in by_process])
     if found:
@@ -115,9 +115,8 @@ def check_model_files(folders: Mapping[str, Path]) -> None:
 
 def _model_files(role: str, folder: Path) -> Iterator[tuple[str, Path]]:
     """Names that are the same on every host, wherever it keeps its cache."""
-    for path in sorted(
-        [*folder.glob("*.safetensors"), *folder.glob("config.json"), *folder.glob("adapter_config.json")]
-    ):
+    patterns = ("*.safetensors", "config.json", "adapter_config.json")
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         yield f"{role}: {path.name}", path
 
 
