@@ -1,5 +1,6 @@
 """`jtune COMMAND CASE.yaml [key=value ...]`: choose the command, run it, turn faults into messages and exit codes."""
 
+import _thread
 import ctypes
 import difflib
 import importlib.util
@@ -7,13 +8,16 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jtune.errors import ConfigError, JtuneError
+from jtune.secrets import redact, words_to_show
 
 
 class Command(NamedTuple):
@@ -52,15 +56,45 @@ def _without_stdin() -> Iterator[None]:
 def explain(command: str, error: BaseException) -> int:
     """Say on stderr what went wrong; the exit status that it stands for. What only a developer can mend is raised."""
     if isinstance(error, JtuneError):
-        print(f"jtune {command}: {error}", file=sys.stderr)
+        print(redact(f"jtune {command}: {error}"), file=sys.stderr)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
     if "RESOURCE_EXHAUSTED" not in str(error):
         raise error
-    print(f"jtune {command}: out of memory: {str(error).splitlines()[0]}\n{_LESS_MEMORY}", file=sys.stderr)
+    print(redact(f"jtune {command}: out of memory: {str(error).splitlines()[0]}\n{_LESS_MEMORY}"), file=sys.stderr)
     return 1
+
+
+@contextmanager
+def insisting() -> Iterator[None]:
+    """Ctrl-C ends what runs in here, also where a library ignores it.
+
+    Python drops what a callback raises, jax has one for each garbage collection, and imports collect much garbage. So
+    a Ctrl-C is repeated until it has come through. (The loop has a handler of its own, which saves.)
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked, over = threading.Event(), threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(0.3):
+            _thread.interrupt_main()
+
+    def handler(signum: int, frame: Any) -> None:
+        if not asked.is_set():
+            asked.set()
+            threading.Thread(target=repeat, name="interrupt", daemon=True).start()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        over.set()
+        signal.signal(signal.SIGINT, before)
 
 
 _LESS_MEMORY = (
@@ -96,7 +130,7 @@ def _set_up_logging() -> None:
     class Format(logging.Formatter):
         def format(self, record):
             prefix = "warning: " if record.levelno >= logging.WARNING else ""
-            return prefix + super().format(record)
+            return redact(prefix + super().format(record))
 
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(Format("%(message)s"))
@@ -166,6 +200,12 @@ def _switch(argv: list[str], name: str) -> bool:
     return False
 
 
+def simulated() -> list[str]:
+    """The words that ask for processes like this one, if it is one of those of `--simulate`."""
+    layout = os.environ.get("JTUNE_SIMULATED")
+    return ["--simulate", layout] if layout else []
+
+
 def _train(argv: list[str]) -> int:
     layout = _option(argv, "--simulate")
     if layout is not None:
@@ -175,9 +215,10 @@ def _train(argv: list[str]) -> int:
     from jtune.sharding import hosts, leaving
 
     # First of all, so that what is wrong on one host only, be it the YAML, ends the others too.
-    hosts.connect(command=shlex.join(["jtune", "train", *argv]))
+    shown, left_out = words_to_show([*argv, *simulated()])
+    hosts.connect(command=shlex.join(["jtune", "train", *shown]), without=left_out)
     leaving.quiet(logging.getLogger("jtune"))
-    with leaving.together(partial(explain, "train")):
+    with leaving.together(partial(explain, "train")), insisting():
         config = _load(argv, "train")
         if _on_cpu(config.training.use_cpu):
             _keep_memory()

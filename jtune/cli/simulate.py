@@ -90,6 +90,7 @@ def environment(base: Mapping[str, str], port: int, processes: int, devices: int
         "JTUNE_COORDINATOR": f"127.0.0.1:{port}",
         "JTUNE_NUM_PROCESSES": str(processes),
         "JTUNE_PROCESS_ID": str(process),
+        "JTUNE_SIMULATED": f"{processes}x{devices}",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join(flags),
     }

@@ -18,6 +18,7 @@ from jtune.config.arguments import FIELDS
 from jtune.config.foreign import FOREIGN
 from jtune.config.kinds import BOOLEANS, takes_bool, takes_list, takes_text
 from jtune.errors import ConfigError
+from jtune.secrets import is_secret, remember
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 100_000  # after anchors are written out: a few lines of YAML can stand for billions
@@ -94,6 +95,7 @@ def parse(argv: Sequence[str]) -> Parsed:
         except OmegaConfBaseException as error:
             faults.append(Fault(where, f"{name}: {_first_line(error)}{_ESCAPE}", name))
         else:
+            remember(name, value)
             given[name] = Given(value, where)
     return Parsed(given, faults, origin)
 
@@ -216,6 +218,8 @@ def _split_words(words: list[str], faults: list[Fault]) -> Iterator[tuple[str, s
         is_flag = key.startswith("--")
         name = key.removeprefix("--").replace("-", "_")
         if not re.fullmatch(r"[A-Za-z_][\w.]*", name) or not (is_flag or equals):
+            if not equals and is_secret(name.rstrip(":")) and queue:
+                remember(name, queue[0])  # `hf_hub_token VALUE`, where -- is missing
             faults.append(Fault(COMMAND_LINE, f"{word!r} is neither an argument nor a value of one: {FORMS}"))
         elif equals:
             yield name, text

@@ -33,6 +33,8 @@ SEEN_WITHIN = 2.0  # seconds in which a folder that processes share shows them a
 _BEATS = "jtune/beat/"
 _used: Counter[str] = Counter()  # names of exchanges: every key is used once
 _command = "the same command"
+_without: list[str] = []  # secrets among its arguments, which it is shown without
+_besides: list[str] = []  # words that it needs to go on with what this run has saved
 
 
 # ---------------------------------------------------------------------- finding each other
@@ -114,12 +116,20 @@ def own_gpus(env: Mapping[str, str]) -> list[int] | None:
     return list(range(int(gpus))) if alone and gpus.isdecimal() else None
 
 
-def connect(address: Address | None = None, *, command: str = "", wait: int | None = None, lost: int | None = None):
+def connect(
+    address: Address | None = None,
+    *,
+    command: str = "",
+    without: Iterable[str] = (),
+    wait: int | None = None,
+    lost: int | None = None,
+):
     """Join the other processes, if there are any. To be called once, before anything asks jax for its devices.
 
     Args:
       address: default: what the environment says (`find_address`), or what jax finds out (`in_cluster`).
       command: what was typed, for the message that says how to go on.
+      without: names of arguments that are not shown in it.
       wait: seconds in which all must have come; default: JTUNE_INIT_TIMEOUT, or 300.
       lost: seconds without a sign of life after which a process counts as lost; default: JTUNE_HEARTBEAT_TIMEOUT,
         or 60.
@@ -129,6 +139,7 @@ def connect(address: Address | None = None, *, command: str = "", wait: int | No
       DataError: it cannot be listened on.
     """
     global _command
+    _command, _without[:] = command or _command, without
     address = address or find_address(os.environ)
     if address is None and not in_cluster(os.environ):
         return
@@ -136,7 +147,6 @@ def connect(address: Address | None = None, *, command: str = "", wait: int | No
 
     from jtune.sharding import leaving
 
-    _command = command or _command
     wait = wait or int(os.environ.get("JTUNE_INIT_TIMEOUT", 300))
     lost = lost or int(os.environ.get("JTUNE_HEARTBEAT_TIMEOUT", 60))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -165,6 +175,12 @@ def connect(address: Address | None = None, *, command: str = "", wait: int | No
         )
     except (RuntimeError, ValueError) as error:
         raise DataError(f"{who} could not join the others at {at}: {str(error).splitlines()[0]}") from error
+    _expect_abort()
+
+
+def _expect_abort() -> None:
+    from jtune.sharding import leaving
+
     leaving.on_abort(
         f"process {index()} of {count()} was aborted by jax, most often because another has died (see above).\n"
         + how_to_go_on(),
@@ -399,4 +415,18 @@ def _wait(key: str, seconds: float) -> None:
 
 
 def how_to_go_on() -> str:
-    return f"What is saved is whole. To go on from the last checkpoint, start it again on every host: {_command}"
+    where = "" if "--simulate" in _command else " on every host"
+    return f"What is saved is whole. To go on from the last checkpoint, start it again{where}: {command_to_go_on()}"
+
+
+def command_to_go_on() -> str:
+    """The command that goes on with what this run has saved: without secrets, which are named."""
+    missing = f"\n(not shown, to be given again: {', '.join(_without)})" if _without else ""
+    return " ".join([_command, *_besides]) + missing
+
+
+def go_on_with(*words: str) -> None:
+    """Tell what the command needs besides, from now on, to go on: this run has taken its output folder."""
+    _besides[:] = words
+    if count() > 1:
+        _expect_abort()
