@@ -36,12 +36,43 @@ def checkpoint_step(path: Path) -> int:
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints in `output_dir` that a run can resume from, oldest first."""
-    return [path for path in _saved(output_dir) if (path / "resume.json").is_file()]
+    return [path for path in saved_by_us(output_dir) if (path / "resume.json").is_file()]
 
 
-def _saved(output_dir: Path) -> list[Path]:
-    """Every `checkpoint-N` folder, those without training state too, oldest first: by step, never by time."""
+def saved_by_us(output_dir: Path) -> list[Path]:
+    """jtune's checkpoints, those without training state too, oldest first: by step, never by time."""
+    return [path for path in _named(output_dir) if is_ours(path)]
+
+
+def saved_by_others(output_dir: Path) -> list[Path]:
+    """What is called `checkpoint-N` and is another program's. It is never removed."""
+    return [path for path in _named(output_dir) if not is_ours(path)]
+
+
+def _named(output_dir: Path) -> list[Path]:
     return sorted((p for p in output_dir.glob("checkpoint-*") if _NAME.fullmatch(p.name)), key=checkpoint_step)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether jtune wrote this checkpoint.
+
+    One without training state (`save_only_model`) is told by its trainer_state.json, which lacks the `total_flos` that
+    transformers' has always had.
+    """
+    if (path / "resume.json").exists() or (path / "state").is_dir():
+        return True
+    try:
+        fields = json.loads((path / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(fields, dict) and "best_model_checkpoint" in fields and "total_flos" not in fields
+
+
+def _set_aside(path: Path) -> None:
+    names = (path.with_name(f"{path.name}.other{n or ''}") for n in range(10**6))
+    aside = next(name for name in names if not name.exists())
+    path.rename(aside)
+    log.warning("%s is another program's, and is now %s: this run saves under that name", path, aside.name)
 
 
 class Checkpointer:
@@ -104,6 +135,8 @@ class Checkpointer:
         self._pending = None
         if not hosts.is_first():
             return
+        if final.exists() and not is_ours(final):
+            _set_aside(final)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
@@ -113,7 +146,7 @@ class Checkpointer:
         if not self.keep or self.keep < 0:
             return
         spared = {newest, self.best}
-        old = [p for p in _saved(self.output_dir) if p not in spared]
+        old = [p for p in saved_by_us(self.output_dir) if p not in spared]
         room = max(0, self.keep - len({p for p in spared if p is not None and p.exists()}))
         for path in old[: max(0, len(old) - room)]:
             shutil.rmtree(path)

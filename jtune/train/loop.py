@@ -97,6 +97,7 @@ class Hooks(NamedTuple):
     explain: Callable[[int], str]  # 0-based update -> which rows it holds, for the message of a non-finite stop
     rates: Callable[[float], dict[str, float]] = lambda speed: {"tokens_per_second": speed}  # what follows from it
     samples: Callable[[Any], list[dict[str, str]]] | None = None  # state -> answers to look at, at each evaluation
+    save_to_stop: Callable[[Any, Progress], None] | None = None  # in the place of `save` when told to stop
     agree: Callable[[bool], bool] = bool  # once for every update: was any process told to stop (`spread.agreement`)
 
 
@@ -251,7 +252,8 @@ def run_loop(
                     while queue:
                         asked |= read(queue.popleft())
                     with ledger.spent("checkpoint"):
-                        hooks.save(state, progress)
+                        save = hooks.save_to_stop if stop and hooks.save_to_stop else hooks.save
+                        save(state, progress)
                     asked |= event("save")
                 with ledger.spent("checkpoint"):
                     hooks.poll()

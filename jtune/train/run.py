@@ -5,6 +5,7 @@ anything is compiled; each slow phase says that it begins.
 """
 
 import dataclasses
+import json
 import logging
 import time
 from functools import partial
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jtune import tuning
-from jtune.config import Config, TrainingArguments
+from jtune.config import Config
 from jtune.data import (
     Plan,
     Splits,
@@ -43,13 +44,15 @@ from jtune.sharding.topology import usable_memory
 from jtune.train import build, predict, preflight, report, similarity
 from jtune.train.checkpoint import Checkpointer, read_meta, restore, restore_newest
 from jtune.train.flops import flops_per_token
+from jtune.train.identity import Run, adapters_of, arguments_of, model_of
 from jtune.train.ledger import Ledger, describe, goodput, lost
 from jtune.train.loop import Hooks, Progress, run_loop
 from jtune.train.objective import PLAIN, Anchored, objective_of
 from jtune.train.objective import describe as describe_objective
 from jtune.train.optimizer import optimizer_of
-from jtune.train.output import check_same_run, clear, resume_point, save_model, trainer_state
+from jtune.train.output import save_model, trainer_state
 from jtune.train.schedule import make_schedule, warmup_updates
+from jtune.train.start import begin, check_same_run, check_start, mark_finished, saved_run, start_point, take_up
 from jtune.train.state import TrainState, init_state
 
 log = logging.getLogger("jtune")
@@ -71,8 +74,8 @@ def run(config: Config) -> dict[str, Any]:
     build.check_schedule(training)
     if training.predict_with_generate:
         similarity.check_installed()
-    output_dir = Path(training.output_dir)
-    checkpoint = start_point(output_dir, training)
+    output_dir, arguments = Path(training.output_dir), arguments_of(config)
+    hosts.from_first("start", partial(check_start, output_dir, training, arguments))
     preflight.check_processes(config, output_dir)
 
     # ------------------------------------------------------------------ devices
@@ -212,16 +215,20 @@ def run(config: Config) -> dict[str, Any]:
     }
     if settled.change is not None:
         identity["vocabulary"] = [decoder.vocab_size, list(settled.change.new)]
+    if finetuning.finetuning_type == "full" and settled.change is None and not config.model.train_from_scratch:
+        identity["base weights"] = build.tree_fingerprint(trainable)
+    identity |= {"adapters": adapters_of(model.params), "model": model_of(decoder)}
+    this = Run(json.loads(json.dumps(identity)), arguments)
     progress = Progress()
     state: TrainState
+    checkpoint = start_point(output_dir, training, this)
     if checkpoint is None:
-        clear(output_dir)
         shardings = build.shardings_of(state_like)
         start = jax.jit(lambda t: init_state(t, tx, float16=float16), out_shardings=shardings, donate_argnums=0)
         state = start(trainable)
     else:
-        check_same_run(checkpoint, read_meta(checkpoint)["identity"], identity)
-        if isinstance(training.resume_from_checkpoint, str):
+        check_same_run(checkpoint, saved_run(read_meta(checkpoint)), this)
+        if str(checkpoint) == training.resume_from_checkpoint:
             state = restore(checkpoint, state_like)
         else:
             newest = restore_newest(output_dir, state_like)
@@ -234,6 +241,8 @@ def run(config: Config) -> dict[str, Any]:
         earlier = meta.get("seconds", {})
         ledger.add(earlier | {"lost": earlier.get("lost", 0.0) + lost(output_dir / "trainer_log.jsonl", earlier)})
         log.info("resumed from %s: %d of %d updates are done", checkpoint, progress.step, plan.max_steps)
+        take_up(progress, output_dir, training, saved_run(meta), this)
+    begin(output_dir, training, this)
     mask, dropout_key = model.mask, build.step_key(objective, model.params, training.seed)
     del trainable, frozen, model  # nothing else may keep the first parameters alive
     held = build.apart(held, module)
@@ -271,17 +280,17 @@ def run(config: Config) -> dict[str, Any]:
         progress, plan=plan, cadence=cadence, batch_size=training.per_device_train_batch_size
     )
 
-    def save(state: TrainState, progress: Progress) -> None:
+    def save(state: TrainState, progress: Progress, *, only_model: bool) -> None:
         def files(folder: Path) -> None:
             write(folder, written(state))
             report.write_json(folder / "trainer_state.json", state_file())
 
         if progress.best_step is not None:
             saver.best = output_dir / f"checkpoint-{progress.best_step}"
-        meta = {"identity": identity, "progress": progress.to_dict(), "seconds": ledger.total()}
+        meta = {**this._asdict(), "progress": progress.to_dict(), "seconds": ledger.total()}
         if isinstance(plan, StreamPlan):
             meta["stream"] = plan.position(progress.step)
-        saver.save(progress.step, None if training.save_only_model else state, meta, files)
+        saver.save(progress.step, None if only_model else state, meta, files)
 
     hooks = Hooks(
         prepare=partial(build.place_batch, plan=plan, mesh=mesh),
@@ -290,7 +299,8 @@ def run(config: Config) -> dict[str, Any]:
         epoch_at=plan.epoch_at,
         evaluate=(lambda state: measure(whole(state))) if splits.eval else None,
         samples=(lambda state: samples(whole(state))) if samples else None,
-        save=save,
+        save=partial(save, only_model=training.save_only_model),
+        save_to_stop=partial(save, only_model=False),
         poll=saver.poll,
         rates=rates,
         explain=plan.explain,
@@ -306,9 +316,9 @@ def run(config: Config) -> dict[str, Any]:
         leaving.last_work(error, saver.wait)  # a checkpoint may be nearly written
         raise
     if outcome == "preempted":
-        kept = " with overwrite_output_dir=false" if training.overwrite_output_dir else ""
         raise Preempted(
-            f"stopped by a signal at update {progress.step} and saved: the same command{kept} goes on from there"
+            f"stopped by a signal at update {progress.step} and saved: the same command goes on from there\n"
+            f"  {hosts.command_to_go_on()}"
         )
 
     # ------------------------------------------------------------------ finish
@@ -337,24 +347,9 @@ def run(config: Config) -> dict[str, Any]:
     title = f"Training loss of {training.run_name or output_dir}"
     report.plot_losses(progress.log_history, output_dir / "training_loss.png", title)
     results = finish(whole(state))
+    mark_finished(output_dir, training, this)
     log.info("wrote %s", output_dir)
     return results
-
-
-def start_point(output_dir: Path, training: TrainingArguments) -> Path | None:
-    """The checkpoint to go on from, if any, as the first process sees it; the output folder is made."""
-
-    def find() -> str | None:
-        found = resume_point(
-            output_dir,
-            training.resume_from_checkpoint,
-            overwrite=training.overwrite_output_dir,
-            do_train=training.do_train,
-        )
-        return None if found is None else str(found)
-
-    found = hosts.from_first("start", find)
-    return None if found is None else Path(found)
 
 
 def hub_cache(config: Config) -> Path:
