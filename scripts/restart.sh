@@ -4,7 +4,7 @@
 #     scripts/restart.sh [--dry-run] COMMAND [ARGUMENT ...]
 #
 # jtune goes on from its last checkpoint when the same command is started again; JTUNE_RESTARTED, which is set then, says
-# that overwrite_output_dir: true does not mean this run's own checkpoints. It ends with
+# that it does so also if the command says to start from the beginning, or from a checkpoint. It ends with
 #     75  when it was asked to stop, by whoever takes the machine away, and has saved
 #     70  when another process of the run was lost
 # Any other status is passed on: 0 is done, and an error would only happen again.
@@ -35,6 +35,12 @@ quote() {
   printf '%s\n' "$out"
 }
 
+# What is printed, without secrets: values of arguments such as hf_hub_token, and users in URLs.
+hide() {
+  local name='[A-Za-z_.-]*([Tt]oken|[Ss]ecret|[Pp]assw[a-z]*|[Aa]pi_?[Kk]ey|[Cc]redentials?|[Ww]ebhook)([_-][A-Za-z_-]*)?'
+  sed -E -e "s#($name=)[^ '\"]+#\1***#g" -e "s#(--$name +)[^- '\"][^ '\"]*#\1***#g" -e "s#://[^/@ '\"]+@#://***@#g"
+}
+
 # The command with the settings it is run under, as a line that can be pasted.
 show_command() {
   local name settings=()
@@ -42,9 +48,9 @@ show_command() {
     if [ -n "${!name-}" ]; then settings+=("$name=${!name}"); fi
   done
   if [ ${#settings[@]} -gt 0 ]; then
-    echo "+ env $(quote "${settings[@]}" "$@")"
+    echo "+ env $(quote "${settings[@]}" "$@" | hide)"
   else
-    echo "+ $(quote "$@")"
+    echo "+ $(quote "$@" | hide)"
   fi
 }
 

@@ -23,5 +23,5 @@ shift
 command=(sky jobs launch ${options[@]+"${options[@]}"} --env "JTUNE_ARGS=$(quote "$@")")
 if [ -n "${RESTARTS-}" ]; then command+=(--env "RESTARTS=$RESTARTS"); fi
 command+=("$here/skypilot.yaml")
-echo "+ $(quote "${command[@]}")"
+echo "+ $(quote "${command[@]}" | hide)"
 if [ -z "${DRY_RUN-}" ]; then exec "${command[@]}"; fi

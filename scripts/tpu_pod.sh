@@ -59,5 +59,5 @@ fi
 connect=(gcloud compute tpus tpu-vm ssh "$tpu" "--zone=$zone" --worker=all)
 if [ -n "$project" ]; then connect+=("--project=$project"); fi
 connect+=(--command "$remote")
-echo "+ $(quote "${connect[@]}")"
+echo "+ $(quote "${connect[@]}" | hide)"
 if [ -z "${DRY_RUN-}" ]; then exec "${connect[@]}"; fi

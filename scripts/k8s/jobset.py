@@ -25,7 +25,7 @@ INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     text = yaml.safe_dump(fill(yaml.safe_load((HERE / "jobset.yaml").read_text()), args), sort_keys=False)
-    print(text, end="", flush=True)
+    print(redact(text, args.command), end="", flush=True)
     if args.dry_run:
         return 0
     print("+ kubectl create -f -", file=sys.stderr, flush=True)
@@ -117,6 +117,18 @@ def flags(platform: str) -> list[dict[str, str]]:
     command = ["bash", "-c", script, "bash", str(HERE.parent / "xla_flags.sh")]
     values = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     return [{"name": name, "value": escape(value)} for name, value in zip(names, values, strict=True) if value]
+
+
+def redact(text: str, command: list[str]) -> str:
+    """The manifest as it is shown: without the values of arguments whose name says that they are secret (--secret keeps
+    them out of the JobSet altogether)."""
+    secret = re.compile(r"(--)?[\w.-]*(token|secret|passw\w*|api_?key|credentials?|webhook)([_-][\w-]*)?", re.I)
+    for word, following in zip(command, [*command[1:], ""]):
+        name, equals, value = word.partition("=")
+        value = value if equals else following if word.startswith("--") and not following.startswith("--") else ""
+        if secret.fullmatch(name) and value:
+            text = text.replace(value, "***")
+    return text
 
 
 def escape(word: str) -> str:
