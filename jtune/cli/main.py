@@ -1,6 +1,5 @@
 """`jtune COMMAND CASE.yaml [key=value ...]`: choose the command, run it, turn faults into messages and exit codes."""
 
-import _thread
 import ctypes
 import difflib
 import importlib.util
@@ -77,11 +76,11 @@ def insisting() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked, over = threading.Event(), threading.Event()
+    asked, over, main = threading.Event(), threading.Event(), threading.get_ident()
 
     def repeat() -> None:
         while not over.wait(0.3):
-            _thread.interrupt_main()
+            signal.pthread_kill(main, signal.SIGINT)  # which also wakes it where it waits
 
     def handler(signum: int, frame: Any) -> None:
         if not asked.is_set():

@@ -45,7 +45,7 @@ def run(layout: str, argv: Sequence[str]) -> int:
         for process in range(processes):
             # In sessions of their own: Ctrl-C reaches them once, from here, and not from the terminal as well.
             output: dict[str, Any] = {} if process == 0 else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-            env = environment(os.environ, port, processes, devices, process)
+            env = environment(os.environ, port, processes, devices, process) | {"JTUNE_SIMULATED": layout}
             children.append(subprocess.Popen(command, env=env, start_new_session=True, **output))
         readers = [
             threading.Thread(target=pass_on, args=(child.stdout, process), daemon=True)
@@ -90,7 +90,6 @@ def environment(base: Mapping[str, str], port: int, processes: int, devices: int
         "JTUNE_COORDINATOR": f"127.0.0.1:{port}",
         "JTUNE_NUM_PROCESSES": str(processes),
         "JTUNE_PROCESS_ID": str(process),
-        "JTUNE_SIMULATED": f"{processes}x{devices}",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join(flags),
     }

@@ -180,7 +180,7 @@ def _decide(output_dir: Path, training: TrainingArguments, run: Run) -> str | No
     unfinished = same and record is not None and not record.finished
     fresh = resume_from is False and not restarted
     if newest and resume_from is not True and training.overwrite_output_dir:
-        # A launcher starts a run again that has ended already, too: when another of its processes was lost on the way out.
+        # A launcher starts a run that has ended again, too, when another of its processes was lost on the way out.
         ended = restarted and (record is None or (same and record.arguments == run.arguments))
         if not fresh and (unfinished or ended):
             log.info("%s holds an unfinished run of the same data and settings: going on (%s)", output_dir, _FRESH)
