@@ -213,7 +213,9 @@ class TrainingArguments:
     """The run: batches, optimizer, schedule, when to log, evaluate and save; then jtune's own about devices."""
 
     output_dir: str = arg("trainer_output", "where everything is written")
-    overwrite_output_dir: bool = arg(False, "start from the beginning, not from the folder's last checkpoint")
+    overwrite_output_dir: bool = arg(
+        False, "replace what output_dir holds; but this run, cut short, goes on (unless resume_from_checkpoint: false)"
+    )
     do_train: bool = arg(False, "train")
     do_eval: bool = arg(False, "evaluate at the end; implied by eval_strategy")
     do_predict: bool = arg(False, "answer the evaluation sets at the end: generated_predictions.jsonl")
@@ -262,11 +264,11 @@ class TrainingArguments:
     save_strategy: Literal["no", "steps", "epoch", "best"] = arg("steps", "when to save a checkpoint")
     save_steps: int | float = arg(500, "save every so many updates; below 1 a share of the run", STEPS)
     save_total_limit: int | None = arg(None, "checkpoints that are kept; default: all", at_least(1))
-    save_only_model: bool = arg(False, "checkpoints without what resuming needs")
+    save_only_model: bool = arg(False, "checkpoints without what resuming needs, but when told to stop")
     load_best_model_at_end: bool = arg(False, "write the best checkpoint's model at the end, not the last one's")
     metric_for_best_model: str | None = arg(None, "what best means: loss (default), accuracy, <set>_loss")
     greater_is_better: bool | None = arg(None, "direction of that metric; default: only a loss is better when smaller")
-    resume_from_checkpoint: str | bool | None = arg(None, "a checkpoint folder; true: the last one of output_dir")
+    resume_from_checkpoint: str | bool | None = arg(None, "a checkpoint folder; true: output_dir's last; false: none")
     seed: int = arg(42, "what every random choice follows from", SEED)
     data_seed: int | None = arg(None, "the seed of the order of rows; default: seed", SEED)
     bf16: bool = arg(False, "compute in bfloat16; trained parameters stay float32")

@@ -451,7 +451,7 @@ def test_a_signal_while_python_imports_ends_the_run(parts, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_printed_by_processes_that_lost_one_goes_on(parts, tmp_path):
-    path = case(tmp_path, *parts, **(QUICK | {"max_steps": 60}), overwrite_output_dir=True)
+    path = case(tmp_path, *parts, **(QUICK | {"max_steps": 30}), overwrite_output_dir=True)
     quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JTUNE_HEARTBEAT_TIMEOUT": "10"}
     words = [*command(path), "--simulate", "2x1", "hf_hub_token=secret-on-line"]
     process = subprocess.Popen(words, env=quick, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -469,4 +469,4 @@ def test_the_command_printed_by_processes_that_lost_one_goes_on(parts, tmp_path)
     words = [*command(path)[:-1], *printed.split()]
     done = subprocess.run(words, env=quick, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"resumed from \S+/checkpoint-\d+: \d+ of 60", done.stdout)
+    assert re.search(r"resumed from \S+/checkpoint-\d+: \d+ of 30", done.stdout)
