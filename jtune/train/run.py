@@ -241,7 +241,7 @@ def run(config: Config) -> dict[str, Any]:
         earlier = meta.get("seconds", {})
         ledger.add(earlier | {"lost": earlier.get("lost", 0.0) + lost(output_dir / "trainer_log.jsonl", earlier)})
         log.info("resumed from %s: %d of %d updates are done", checkpoint, progress.step, plan.max_steps)
-        take_up(progress, output_dir, training, saved_run(meta), this)
+        take_up(progress, output_dir, training, saved_run(meta), this, max_steps=plan.max_steps)
     begin(output_dir, training, this)
     mask, dropout_key = model.mask, build.step_key(objective, model.params, training.seed)
     del trainable, frozen, model  # nothing else may keep the first parameters alive

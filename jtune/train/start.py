@@ -255,11 +255,16 @@ def check_same_run(path: Path, then: Run, now: Run) -> None:
     )
 
 
-def take_up(progress: Progress, output_dir: Path, training: TrainingArguments, then: Run, now: Run) -> None:
+def take_up(
+    progress: Progress, output_dir: Path, training: TrainingArguments, then: Run, now: Run, *, max_steps: int
+) -> None:
     """Name what changes from here on, and forget the best evaluation of `progress` if it cannot be used any more."""
     course = describe_course(then.arguments, now.arguments)
-    if course:
+    if course and progress.step < max_steps:
         log.info("%s from update %d on", course, progress.step + 1)
+    elif course:
+        more = "to train again: overwrite_output_dir=true, or another output_dir"
+        log.warning("%s, but all %d updates are done already (%s)", course, max_steps, more)
     if progress.best_step is None:
         return
     other = [name for name, *_ in changed_arguments(then.arguments, now.arguments, "course") if name in _BEST]
