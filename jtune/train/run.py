@@ -7,6 +7,7 @@ anything is compiled; each slow phase says that it begins.
 import dataclasses
 import logging
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,15 @@ from jtune.sharding.measure import fitting_remat
 from jtune.sharding.shapes import Shapes
 from jtune.sharding.topology import usable_memory
 from jtune.train import build, predict, preflight, report, similarity
-from jtune.train.checkpoint import Checkpointer, read_meta, restore, restore_newest
+from jtune.train.checkpoint import (
+    Checkpointer,
+    check_folder,
+    check_stream,
+    restore,
+    restore_checked,
+    restore_newest,
+    writing_model,
+)
 from jtune.train.flops import flops_per_token
 from jtune.train.ledger import Ledger, describe, goodput, lost
 from jtune.train.loop import Hooks, Progress, run_loop
@@ -72,6 +81,7 @@ def run(config: Config) -> dict[str, Any]:
     if training.predict_with_generate:
         similarity.check_installed()
     output_dir = Path(training.output_dir)
+    check_folder(output_dir)
     checkpoint = start_point(output_dir, training)
     preflight.check_processes(config, output_dir)
 
@@ -220,15 +230,18 @@ def run(config: Config) -> dict[str, Any]:
         start = jax.jit(lambda t: init_state(t, tx, float16=float16), out_shardings=shardings, donate_argnums=0)
         state = start(trainable)
     else:
-        check_same_run(checkpoint, read_meta(checkpoint)["identity"], identity)
+
+        def check(path: Path, meta: Mapping[str, Any]) -> None:
+            check_same_run(path, meta["identity"], identity)
+            check_stream(path, meta, splits.stream)
+
         if isinstance(training.resume_from_checkpoint, str):
-            state = restore(checkpoint, state_like)
+            restored = restore_checked(checkpoint, state_like, check)
         else:
-            newest = restore_newest(output_dir, state_like)
-            assert newest is not None, "checkpoints were found"
-            checkpoint, state = newest
-        meta = read_meta(checkpoint)
-        progress = Progress(**meta["progress"])
+            restored = restore_newest(output_dir, state_like, check)
+            assert restored is not None, "checkpoints were found"
+        checkpoint, state, meta = restored
+        progress = Progress.from_dict(meta["progress"])
         if isinstance(plan, StreamPlan):
             plan.seek(meta["stream"])
         earlier = meta.get("seconds", {})
@@ -316,7 +329,7 @@ def run(config: Config) -> dict[str, Any]:
         best = output_dir / f"checkpoint-{progress.best_step}"
         log.info("the best model is %s: %s %.4f", best, improvement.metric, progress.best_metric)
         state = restore(best, state_like)
-    with ledger.spent("checkpoint"):
+    with ledger.spent("checkpoint"), writing_model(output_dir):
         write(output_dir, written(state))
     seconds = ledger.total()
     log.info("time: %s", describe(seconds))
@@ -332,10 +345,11 @@ def run(config: Config) -> dict[str, Any]:
     if finetuning.include_effective_tokens_per_second:
         summary["effective_tokens_per_sec"] = summary["train_tokens_per_second"]
     progress.log_history.append(summary | {"step": progress.step})
-    report.save_results(output_dir, "train", summary)
-    report.write_json(output_dir / "trainer_state.json", state_file())
-    title = f"Training loss of {training.run_name or output_dir}"
-    report.plot_losses(progress.log_history, output_dir / "training_loss.png", title)
+    with writing_model(output_dir):
+        report.save_results(output_dir, "train", summary)
+        report.write_json(output_dir / "trainer_state.json", state_file())
+        title = f"Training loss of {training.run_name or output_dir}"
+        report.plot_losses(progress.log_history, output_dir / "training_loss.png", title)
     results = finish(whole(state))
     log.info("wrote %s", output_dir)
     return results
