@@ -120,8 +120,9 @@ class Checkpointer:
                 if hosts.is_first():
                     (temporary / "resume.json").write_bytes(notes.encode(content))
             if hosts.is_first():
-                on_disk = self._syncing.submit(files.sync, temporary)
-                self._pending = self._pending._replace(sizes=files.sizes(temporary), on_disk=on_disk)
+                sizes = files.sizes(temporary)
+                on_disk = self._syncing.submit(files.sync_files, temporary, list(sizes))
+                self._pending = self._pending._replace(sizes=sizes, on_disk=on_disk)
             if arrays is not None:
                 self._orbax.save(_state_of(temporary), args=ocp.args.StandardSave(arrays))
         if arrays is None:

@@ -5,7 +5,7 @@ import glob
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,12 @@ def sync(folder: Path) -> None:
         for name in names:
             _sync(Path(where, name))
         _sync_folder(Path(where))
+
+
+def sync_files(folder: Path, names: Iterable[str]) -> None:
+    """Return when these files are on the disk. Others may come and go in `folder` meanwhile."""
+    for name in names:
+        _sync(folder / name)
 
 
 def _sync(path: Path) -> None:

@@ -1,6 +1,5 @@
 """A checkpoint is complete and verified, or invisible."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
