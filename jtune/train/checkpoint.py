@@ -12,6 +12,8 @@ import logging
 import os
 import re
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -307,11 +309,12 @@ def restore_checked(path: Path, like: Any, check: Check = _accept) -> Restored:
     arrays: dict[str, Any] = {}
     stored: dict[str, str] = {}
     try:
-        stored = _stored(path)
-        if expected and stored != expected:
-            raise ValueError("the arrays in it are not those that were saved")
-        if stored == _described(wanted):
-            arrays = reader.restore(_state_of(path), args=ocp.args.StandardRestore(wanted))
+        with _without_late_echoes():
+            stored = _stored(path)
+            if expected and stored != expected:
+                raise ValueError("the arrays in it are not those that were saved")
+            if stored == _described(wanted):
+                arrays = reader.restore(_state_of(path), args=ocp.args.StandardRestore(wanted))
     except Exception as error:
         fault = f"{path} is damaged: {type(error).__name__}: {_first_line(error)}"
     _raise_together("restored", fault)
@@ -320,6 +323,23 @@ def restore_checked(path: Path, like: Any, check: Check = _accept) -> Restored:
     if damaged:
         raise Damaged(f"{path} is damaged: the stored data of {', '.join(damaged[:4])} is not what was saved")
     return Restored(path, jax.tree.unflatten(jax.tree.structure(like), [arrays[key] for key in wanted]), meta)
+
+
+@contextmanager
+def _without_late_echoes() -> Iterator[None]:
+    """If reading one array fails, Orbax closes the loop in which the others are awaited, and each of them comes back
+    with a traceback on stderr. They are not shown, however late.
+    """
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if not re.search("Event loop is closed|while reading array index", str(found.exc_value)):
+            before(found)
+
+    sys.unraisablehook = hook
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    yield
+    sys.unraisablehook = before  # only after a success: nothing is awaited any more
 
 
 def _raise_together(name: str, fault: str) -> None:

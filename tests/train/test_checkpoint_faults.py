@@ -31,6 +31,11 @@ def write(saver, step):
     saver.save(step, STATE, meta(step), lambda path: (path / "model.bin").write_bytes(b"weights"))
 
 
+def write_to_the_end(saver, step):
+    write(saver, step)
+    saver.wait()
+
+
 def save(folder, *steps, keep=None):
     saver = Checkpointer(folder, keep=keep)
     for step in steps:
@@ -110,8 +115,7 @@ def test_a_save_that_fails_is_never_published_and_deletes_nothing(fail, tmp_path
     with monkeypatch.context() as patch:
         fail(patch, saver)
         with pytest.raises(CheckpointError) as error:
-            write(saver, 8)
-            saver.wait()
+            write_to_the_end(saver, 8)
         saver.close()  # as a run does on its way out
     assert str(error.value).startswith(f"writing {tmp_path}/checkpoint-8 failed: ")
     assert "MiB are free there)\nIt is not kept. What was saved before is untouched (checkpoint-4)" in str(error.value)
@@ -125,9 +129,7 @@ def test_polling_drops_a_save_that_failed_in_the_background(tmp_path, monkeypatc
         fail_orbax(patch, saver)
         write(saver, 8)
         saver._orbax._async_manager._thread.join()
-        with pytest.raises(
-            CheckpointError, match="No space left on device .*\nIt is not kept. No checkpoint was saved"
-        ):
+        with pytest.raises(CheckpointError, match=r"No space left on device .*\nIt is not kept\. No checkpoint"):
             saver.poll()
     saver.poll()
     saver.close()
@@ -153,8 +155,7 @@ def test_a_checkpoint_of_the_same_name_stays_until_the_new_one_has_it(tmp_path, 
     with monkeypatch.context() as patch:
         fail_rename(patch, saver)
         with pytest.raises(CheckpointError):
-            write(saver, 4)
-            saver.wait()
+            write_to_the_end(saver, 4)
     assert (tmp_path / "checkpoint-4" / "mark").exists()
     write(saver, 4)
     saver.close()
@@ -207,10 +208,10 @@ def test_every_flipped_bit_of_resume_json_is_noticed():
     for place in range(len(raw) * 8):
         flipped = bytearray(raw)
         flipped[place // 8] ^= 1 << place % 8
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"."):
             notes.decode(bytes(flipped))
     for length in range(len(raw)):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"."):
             notes.decode(raw[:length])
 
 
@@ -264,13 +265,12 @@ def test_whatever_is_wrong_in_a_resume_json_without_a_digest_the_checkpoint_befo
     save(tmp_path, 1, 2)
     path = tmp_path / "checkpoint-2"
     content = old_form(path)
-    for name, change in CHANGES.items():
+    for change in CHANGES.values():
         changed = json.loads(json.dumps(content))
         change(changed)
         (path / "resume.json").write_text(json.dumps(changed))
         with pytest.raises(Damaged, match="is damaged"):
             restore(path, LIKE)
-            pytest.fail(name)
     assert newest(tmp_path) == "checkpoint-1"
 
 
@@ -331,7 +331,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_no_older_one_is_tried(tmp_pa
     def check(path, meta):
         raise CheckpointError(f"{path.name} belongs to another run")
 
-    with pytest.raises(CheckpointError, match="^checkpoint-2 belongs to another run"):
+    with pytest.raises(CheckpointError, match=r"^checkpoint-2 belongs to another run"):
         restore_newest(tmp_path, LIKE, check)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
