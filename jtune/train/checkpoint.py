@@ -364,6 +364,10 @@ def _stored(path: Path) -> dict[str, str]:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, OSError | Damaged) and str(error):
+        return str(error).splitlines()[0]
+    if "No space left on device" in str(error):  # TensorStore says it at length
+        return "No space left on device"
     return (str(error) or type(error).__name__).splitlines()[0].partition(" See full TensorStore details")[0]
 
 
