@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import threading
 from pathlib import Path
 
 import jax
@@ -49,6 +50,7 @@ def names(folder):
 
 def newest(folder, check=lambda path, meta: None):
     restored = restore_newest(folder, LIKE, check)
+    assert restored is not None
     np.testing.assert_array_equal(restored.state["a"], STATE["a"])
     assert restored.meta["progress"]["step"] == int(restored.path.name.split("-")[1])
     return restored.path.name
@@ -72,14 +74,14 @@ def fail_resume_json(patch, saver):
 
 
 def fail_the_model(patch, saver):
-    patch.setattr(saver, "save", lambda *args: Checkpointer.save(saver, *args[:3], full))
+    patch.setattr(saver, "save", lambda step, state, meta, _: Checkpointer.save(saver, step, state, meta, full))
 
 
 def fail_a_library_in_rust(patch, saver):
     def files(path):
         raise Exception("I/O error: No space left on device (os error 28)")
 
-    patch.setattr(saver, "save", lambda *args: Checkpointer.save(saver, *args[:3], files))
+    patch.setattr(saver, "save", lambda step, state, meta, _: Checkpointer.save(saver, step, state, meta, files))
 
 
 def fail_sync(patch, saver):
@@ -128,7 +130,9 @@ def test_polling_drops_a_save_that_failed_in_the_background(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         fail_orbax(patch, saver)
         write(saver, 8)
-        saver._orbax._async_manager._thread.join()
+        for thread in threading.enumerate():
+            if thread.name == "async_save":
+                thread.join()
         with pytest.raises(CheckpointError, match=r"No space left on device .*\nIt is not kept\. No checkpoint"):
             saver.poll()
     saver.poll()
