@@ -100,7 +100,8 @@ class Progress:
             elif type(default) is int:
                 fits = type(value) is int and 0 <= value < 2**63
             else:
-                fits = (value is None and default is None) or (type(value) in (int, float) and abs(value) < 1e300)
+                number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+                fits = number or (value is None and default is None)
             if not fits:
                 raise ValueError(f"progress: {name} is {str(value)[:60]}")
         return cls(**saved)
