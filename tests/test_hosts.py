@@ -263,6 +263,41 @@ def test_peers_that_do_not_come_are_an_error():
     assert "process 0 of 2 waited 2 s for the others at 127.0.0.1" in said[0]
 
 
+FALL_BACK = """
+    import jax, jax.numpy as jnp, numpy as np
+    from pathlib import Path
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    from jtune.train import notes
+    from jtune.train.checkpoint import Checkpointer, restore_newest
+    placed = NamedSharding(jax.make_mesh((2,), ("fsdp",)), P("fsdp"))
+    x = jax.jit(lambda: jnp.arange(8.0), out_shardings=placed)()
+    saver = Checkpointer(Path(sys.argv[1]))
+    for step in (1, 2):
+        saver.save(step, dict(x=x), dict(identity=dict()), lambda folder: None)
+    saver.close()
+    decode = notes.decode
+    def fail_of_2(raw):
+        found = decode(raw)
+        if found["step"] == 2:
+            raise ValueError("not what was written")
+        return found
+    if hosts.index() == 1:
+        notes.decode = fail_of_2
+    restored = restore_newest(Path(sys.argv[1]), dict(x=jax.ShapeDtypeStruct((8,), jnp.float32, sharding=placed)))
+    assert restored.path.name == "checkpoint-1", restored.path
+    assert [int(v) for s in restored.state["x"].addressable_shards for v in s.data] == [
+        4 * hosts.index() + i for i in range(4)
+    ]
+"""
+
+
+@pytest.mark.slow
+def test_if_one_process_finds_a_checkpoint_damaged_all_take_the_one_before(tmp_path):
+    codes, said = ends(meet(FALL_BACK.strip().replace("sys.argv[1]", repr(str(tmp_path))), processes=2))
+    assert codes == [0, 0], said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2.damaged"]
+
+
 # ---------------------------------------------------------------------- processes that train
 
 

@@ -137,7 +137,8 @@ def _set_up_logging() -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    for library in ("absl", "asyncio"):  # what fails in their background is raised as well
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns, and hangs, when datasets forks after use

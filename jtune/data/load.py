@@ -1,6 +1,7 @@
 """Rows of a dataset as an Arrow table on disk, read by `datasets`; and, where that fails, what is wrong and where."""
 
 import difflib
+import glob
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,7 +88,9 @@ def _reading(entry: Entry, cache_dir: str | None, token: str | None) -> tuple[st
         options |= {"name": entry.subset, "data_dir": entry.folder, "revision": entry.revision, "token": token}
         return entry.path, options
     files = data_files(entry)
-    return _reader(files, entry), options | {"data_files": files}
+    # datasets takes a name for a pattern: with a "[" in it no file is found, or another one.
+    patterns = [glob.escape(file) for file in files] if entry.source == "file" else files
+    return _reader(files, entry), options | {"data_files": patterns}
 
 
 def _no_rows(entry: Entry) -> DataError:

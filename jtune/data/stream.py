@@ -139,6 +139,25 @@ def windows(stream: Stream, position: Position | None = None) -> Iterator[Window
         begin = START | {"window": begin["window"], "pass": begin["pass"] + 1}
 
 
+def check_position(stream: Stream, position: Position) -> None:
+    """See that the stream can go on from `position`: a row is read there.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    try:
+        numbers = [position["window"], position["pass"], position["unit"]]
+        if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(position["rows"], dict | None):
+            raise TypeError(f"window, pass, unit and rows are {str([*numbers, position['rows']])[:80]}")
+        add(report_of(position["report"]), SetReport("train"))
+        if position["rows"] is not None:
+            rows = _fresh(stream.rows)
+            rows.load_state_dict(position["rows"])
+            next(iter(rows), None)
+    except Exception as error:  # datasets raises anything for a state that is not its own
+        raise ValueError(f"stream: {type(error).__name__}: {error}") from error
+
+
 def one_pass(stream: Stream, begin: Position = START) -> Iterator[Window]:
     """The windows from a position to the end of its pass, also such of which nothing is left (see `windows`)."""
     number, report = begin["window"], report_of(begin["report"])

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # Starting up (data, weights, and whatever else comes before the loop), compiling, waiting for a batch, updates, saving,
 # evaluating; and what an interrupted run had done since its last checkpoint, which is done again.
@@ -66,11 +67,27 @@ def lost(path: Path, saved: Mapping[str, float]) -> float:
       path: its `trainer_log.jsonl`, whose lines tell the `seconds` so far.
       saved: its seconds when it made the checkpoint.
     """
-    if not path.exists():
-        return 0.0
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}") and '"seconds"' in line]
-    last = json.loads(lines[-1])["seconds"] if lines else {}
-    return max(0.0, sum(last.values()) - sum(saved.values()))
+    seconds = [record["seconds"] for record in read_records(path) if isinstance(record.get("seconds"), dict)]
+    last = [x for x in (seconds[-1] if seconds else {}).values() if type(x) in (int, float) and 0 <= x < 1e12]
+    return max(0.0, sum(last) - sum(saved.values()))
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects in a log of JSON lines; lines that are torn or garbled are passed over."""
+    return [record for _, record in read_lines(path)]
+
+
+def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The whole lines of a log of JSON lines, and the object in each."""
+    found = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            found.append((line.decode(), record))
+    return found
 
 
 def describe(seconds: Mapping[str, float]) -> str:

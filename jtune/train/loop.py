@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -82,6 +82,29 @@ class Progress:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Progress":
+        """What `to_dict` gave. Fields that older code did not have keep their defaults.
+
+        Raises:
+          ValueError: a field is unknown, of another type, or not finite.
+        """
+        defaults = asdict(cls())
+        for name, value in saved.items():
+            if name not in defaults:
+                raise ValueError(f"progress: unknown field {name!r}")
+            default = defaults[name]
+            if isinstance(default, list):
+                fits = isinstance(value, list) and all(isinstance(record, dict) for record in value)
+            elif type(default) is int:
+                fits = type(value) is int and 0 <= value < 2**63
+            else:
+                number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+                fits = number or (value is None and default is None)
+            if not fits:
+                raise ValueError(f"progress: {name} is {str(value)[:60]}")
+        return cls(**saved)
 
 
 class Hooks(NamedTuple):

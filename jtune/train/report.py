@@ -21,6 +21,7 @@ from jtune.data import Plan
 from jtune.sharding import hosts
 from jtune.train.events import Event, Subscriber
 from jtune.train.flops import peak_flops
+from jtune.train.ledger import read_lines
 from jtune.train.loop import Progress, finite_or_none
 
 log = logging.getLogger("jtune")
@@ -34,11 +35,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write a file whole or not at all. Of several processes the first writes. Numbers that are not finite are null."""
     if not hosts.is_first():
         return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(
-        json.dumps(_for_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    partial.replace(path)
+    _replace(path, json.dumps(_for_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _for_json(value: Any) -> Any:
@@ -56,9 +53,19 @@ def save_results(output_dir: Path, split: str, metrics: dict[str, Any]) -> None:
 
 
 def read_results(output_dir: Path) -> dict[str, Any]:
-    """The content of `all_results.json`, or nothing."""
+    """The content of `all_results.json`, or nothing. A damaged file is set aside."""
     path = output_dir / "all_results.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict):
+        return found
+    if hosts.is_first():
+        _set_aside(path)
+    return {}
 
 
 def finish_evaluation(metrics: dict[str, float], output_dir: Path) -> None:
@@ -209,12 +216,29 @@ def _hms(seconds: float) -> str:
 
 def _cut(path: Path, key: str, start_step: int) -> None:
     """Leave the lines of a log up to `start_step`: a resumed run goes on after its checkpoint, and later lines belong
-    to the run that was cut short.
+    to the run that was cut short. A log with lines that cannot be read is kept aside; what a kill has torn is not.
     """
-    if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line).get(key, 0) <= start_step]
-        path.write_text("".join(line + "\n" for line in kept if start_step), encoding="utf-8")
+    if not path.exists():
+        return
+    lines = read_lines(path)
+    garbled = len([x for x in path.read_bytes().split(b"\n")[:-1] if x.strip()]) > len(lines)
+    kept = [line for line, record in lines if type(step := record.get(key, 0)) is int and step <= start_step]
+    if garbled and start_step:
+        _set_aside(path)
+    _replace(path, "".join(line + "\n" for line in kept if start_step))
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(path.name + ".damaged")
+    path.replace(aside)
+    log.warning("%s is damaged; it is now %s, and a new one has what of it can be read", path, aside.name)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def samples_file(path: Path, start_step: int) -> Subscriber:
@@ -233,6 +257,7 @@ def samples_file(path: Path, start_step: int) -> Subscriber:
 def log_file(path: Path, start_step: int) -> Subscriber:
     """Append each logged record to `trainer_log.jsonl`, with LLaMA-Factory's field names."""
     clock = Clock(start_step)
+    failed: list[OSError] = []
     _cut(path, "current_steps", start_step)
 
     def subscriber(event: Event) -> None:
@@ -256,8 +281,13 @@ def log_file(path: Path, start_step: int) -> Subscriber:
             "mfu": record.get("mfu"),
             "seconds": {kind: round(value, 2) for kind, value in record.get("seconds", {}).items()} or None,
         }
-        with path.open("a") as file:
-            file.write(json.dumps({k: v for k, v in line.items() if finite_or_none(v) is not None}) + "\n")
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps({k: v for k, v in line.items() if finite_or_none(v) is not None}) + "\n")
+        except OSError as error:  # a full disk: what is lost is a line, and what cannot be saved says so itself
+            if not failed:
+                log.warning("%s cannot be written: %s", path, error.strerror)
+            failed.append(error)
 
     return subscriber
 

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,15 @@ from jtune.sharding.measure import fitting_remat
 from jtune.sharding.shapes import Shapes
 from jtune.sharding.topology import usable_memory
 from jtune.train import build, predict, preflight, report, similarity
-from jtune.train.checkpoint import Checkpointer, read_meta, restore, restore_newest
+from jtune.train.checkpoint import (
+    Checkpointer,
+    check_folder,
+    check_stream,
+    restore,
+    restore_checked,
+    restore_newest,
+    writing_model,
+)
 from jtune.train.flops import flops_per_token
 from jtune.train.identity import Run, adapters_of, arguments_of, model_of
 from jtune.train.ledger import Ledger, describe, goodput, lost
@@ -75,6 +84,7 @@ def run(config: Config) -> dict[str, Any]:
     if training.predict_with_generate:
         similarity.check_installed()
     output_dir, arguments = Path(training.output_dir), arguments_of(config)
+    check_folder(output_dir)
     hosts.from_first("start", partial(check_start, output_dir, training, arguments))
     preflight.check_processes(config, output_dir)
 
@@ -227,15 +237,18 @@ def run(config: Config) -> dict[str, Any]:
         start = jax.jit(lambda t: init_state(t, tx, float16=float16), out_shardings=shardings, donate_argnums=0)
         state = start(trainable)
     else:
-        check_same_run(checkpoint, saved_run(read_meta(checkpoint)), this)
+
+        def check(path: Path, meta: Mapping[str, Any]) -> None:
+            check_same_run(path, saved_run(meta), this)
+            check_stream(path, meta, splits.stream)
+
         if str(checkpoint) == training.resume_from_checkpoint:
-            state = restore(checkpoint, state_like)
+            restored = restore_checked(checkpoint, state_like, check)
         else:
-            newest = restore_newest(output_dir, state_like)
-            assert newest is not None, "checkpoints were found"
-            checkpoint, state = newest
-        meta = read_meta(checkpoint)
-        progress = Progress(**meta["progress"])
+            restored = restore_newest(output_dir, state_like, check)
+            assert restored is not None, "checkpoints were found"
+        checkpoint, state, meta = restored
+        progress = Progress.from_dict(meta["progress"])
         if isinstance(plan, StreamPlan):
             plan.seek(meta["stream"])
         earlier = meta.get("seconds", {})
@@ -326,7 +339,7 @@ def run(config: Config) -> dict[str, Any]:
         best = output_dir / f"checkpoint-{progress.best_step}"
         log.info("the best model is %s: %s %.4f", best, improvement.metric, progress.best_metric)
         state = restore(best, state_like)
-    with ledger.spent("checkpoint"):
+    with ledger.spent("checkpoint"), writing_model(output_dir):
         write(output_dir, written(state))
     seconds = ledger.total()
     log.info("time: %s", describe(seconds))
@@ -342,10 +355,11 @@ def run(config: Config) -> dict[str, Any]:
     if finetuning.include_effective_tokens_per_second:
         summary["effective_tokens_per_sec"] = summary["train_tokens_per_second"]
     progress.log_history.append(summary | {"step": progress.step})
-    report.save_results(output_dir, "train", summary)
-    report.write_json(output_dir / "trainer_state.json", state_file())
-    title = f"Training loss of {training.run_name or output_dir}"
-    report.plot_losses(progress.log_history, output_dir / "training_loss.png", title)
+    with writing_model(output_dir):
+        report.save_results(output_dir, "train", summary)
+        report.write_json(output_dir / "trainer_state.json", state_file())
+        title = f"Training loss of {training.run_name or output_dir}"
+        report.plot_losses(progress.log_history, output_dir / "training_loss.png", title)
     results = finish(whole(state))
     mark_finished(output_dir, training, this)
     log.info("wrote %s", output_dir)

@@ -302,7 +302,7 @@ def _read_record(output_dir: Path) -> Record | None:
     """None: a run of older code, or the file is damaged."""
     try:
         record = Record(**json.loads((output_dir / RECORD).read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     whole = isinstance(record.identity, dict) and isinstance(record.arguments, dict)
     return record if whole and isinstance(record.finished, bool) else None

@@ -95,6 +95,14 @@ def test_a_file_or_a_folder_needs_no_entry(template, tmp_path):
     assert "Sunny." in texts(template, load(tmp_path, str(tmp_path / "chat.json"), template=template).train)[0]
 
 
+def test_a_name_of_a_file_or_folder_is_no_pattern(template, tmp_path):
+    folder = tmp_path / "rows[1]*"
+    folder.mkdir()
+    (folder / "a{b}[c]?.json").write_text(json.dumps(ALPACA))
+    assert len(load(folder, "a{b}[c]?.json", template=template).train) == 20
+    assert len(load(tmp_path, str(folder), template=template).train) == 20
+
+
 def test_the_format_of_a_file_without_an_entry_is_told_from_its_columns():
     bare = Entry("a", "file", "a.json", formatting=None)
     assert resolve_format(bare, ["messages", "tools"]).formatting == "openai"

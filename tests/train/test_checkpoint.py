@@ -1,7 +1,5 @@
 """A checkpoint is complete and verified, or invisible."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jtune.errors import CheckpointError
+from jtune.train import notes
 from jtune.train.checkpoint import Checkpointer, find_checkpoints, read_meta, restore, restore_newest
 from jtune.train.digest import digests
 
@@ -80,7 +79,7 @@ def test_an_unfinished_checkpoint_is_invisible_and_removed(tmp_path):
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_used(tmp_path):
     save(tmp_path, 1, 2)
     damage(tmp_path / "checkpoint-2")
-    path, state = restore_newest(tmp_path, like(STATE))
+    path, state, _ = restore_newest(tmp_path, like(STATE))
     assert path.name == "checkpoint-1"
     assert_same(state, STATE)
     assert (tmp_path / "checkpoint-2.damaged").is_dir()
@@ -89,11 +88,11 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_used(tmp_pat
 def test_a_flipped_bit_that_still_decodes_is_caught_by_the_digest(tmp_path):
     save(tmp_path, 1)
     note = tmp_path / "checkpoint-1" / "resume.json"
-    meta = json.loads(note.read_text())
+    meta = notes.decode(note.read_bytes())
     flipped = np.arange(12, dtype=np.float32).reshape(3, 4)
     flipped.view(np.uint32)[1, 2] ^= 1 << 7
     meta["digests"]["a"] = digests({"a": jnp.asarray(flipped)})["a"]
-    note.write_text(json.dumps(meta))
+    note.write_bytes(notes.encode(meta))
     with pytest.raises(CheckpointError, match="stored data of a is not what was saved"):
         restore(tmp_path / "checkpoint-1", like(STATE))
 

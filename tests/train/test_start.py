@@ -19,9 +19,10 @@ from jtune.config import load_config
 from jtune.config.arguments import FIELDS
 from jtune.errors import CheckpointError, ConfigError
 from jtune.secrets import redact, remember, words_to_show
-from jtune.train import report
+from jtune.train import notes, report
 from jtune.train.checkpoint import is_ours
 from jtune.train.identity import GROUPS, KINDS, Run, arguments_of, describe_course, differences, model_of
+from jtune.train.loop import Progress
 from jtune.train.start import begin, check_start, mark_finished, start_point
 
 QUICK = {"mesh_fsdp": -1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 6,
@@ -159,8 +160,13 @@ class Folder:
             fields |= {"total_flos": 1.0} if kind == "foreign" else {}
             (folder / "trainer_state.json").write_text(json.dumps(fields))
             if kind == "whole":
-                content = {"identity": {"data": "a"}, "progress": {}, "step": step, "digests": {}}
-                (folder / "resume.json").write_text(json.dumps(content))
+                content = {
+                    "identity": {"data": "a"},
+                    "progress": Progress(step=step).to_dict(),
+                    "step": step,
+                    "digests": {},
+                }
+                (folder / "resume.json").write_bytes(notes.encode(content))
 
     def record(self, *words, data="a", finished=False) -> None:
         config = self.config(*words)
