@@ -126,13 +126,13 @@ def remove(path: Path) -> None:
     _delete(doomed)
 
 
-def set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint, to a name that is free."""
-    names = (path.with_name(f"{path.name}.damaged{n or ''}") for n in range(10**6))
+def set_aside(path: Path, suffix: str = "damaged", why: str = "damaged") -> None:
+    """Rename a checkpoint that is in the way, to a name that is free."""
+    names = (path.with_name(f"{path.name}.{suffix}{n or ''}") for n in range(10**6))
     aside = next(name for name in names if not os.path.lexists(name))
     try:
         path.rename(aside)
-        log.warning("%s is now %s", path, aside.name)
+        log.warning("%s is %s, and is now %s", path, why, aside.name)
     except OSError as error:
         log.warning("%s cannot be renamed to %s: %s", path, aside.name, error.strerror)
 
