@@ -48,7 +48,7 @@ from jtune.train.loop import Hooks, Progress, run_loop
 from jtune.train.objective import PLAIN, Anchored, objective_of
 from jtune.train.objective import describe as describe_objective
 from jtune.train.optimizer import optimizer_of
-from jtune.train.output import check_same_run, clear, resume_point, save_model, trainer_state
+from jtune.train.output import check_same_run, check_writable, clear, resume_point, save_model, trainer_state
 from jtune.train.schedule import make_schedule, warmup_updates
 from jtune.train.state import TrainState, init_state
 
@@ -115,6 +115,7 @@ def run(config: Config) -> dict[str, Any]:
         log.info("%s", describe_unsplit(whole))
     if training.do_train:
         log.info("%s", tuning.describe(model.params, model.mask))
+        check_writable(model.params, model.mask, config, decoder, settled.resized)
     if config.model.print_param_status and hosts.is_first():
         show(model.params, model.mask)
     objective = objective_of(finetuning, training)
