@@ -225,16 +225,16 @@ def _check_tied(adapter: Adapter, config: DecoderConfig) -> None:
     trained = {name.rpartition(".")[2] for name in adapter.options.get("modules_to_save") or ()}
     apart = heads is not None and (mine is None or not np.array_equal(mine, heads))
     apart |= heads is None and mine is not None and stem.rpartition(".")[2] in trained
-    rows = [adapter.stored.get(f"{x}.token_adapter.trainable_tokens_delta") for x in (stem, head)]
+    mine, heads = (adapter.stored.get(f"{x}.token_adapter.trainable_tokens_delta") for x in (stem, head))
     tokens = _token_modules(adapter.options)
     ids = [next((list(t) for name, t in tokens.items() if x.endswith(name)), None) for x in (stem, head)]
-    apart |= rows[1] is not None and (rows[0] is None or ids[1] not in (None, ids[0]) or not np.array_equal(*rows))
+    apart |= heads is not None and (mine is None or ids[1] not in (None, ids[0]) or not np.array_equal(mine, heads))
     adapted = [name for name in adapter.stored if name.startswith((f"{head}.lora_", f"{stem}.lora_"))]
     if apart or adapted:
         what = adapted[0] if adapted else f"{head} and {stem} are not the same table with it"
         raise DataError(
             f"{adapter.folder / WEIGHTS}: {what}: this model's head is its embedding (tie_word_embeddings), and the "
-            "adapter makes two of them: merge it with PEFT (one of modules_to_save: or train it with ensure_weight_tying)"
+            "adapter makes two of them: merge it with PEFT (of modules_to_save: or train it with ensure_weight_tying)"
         )
 
 

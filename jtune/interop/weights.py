@@ -182,10 +182,9 @@ def read_part(
     if stored[name].dtype != FLOAT8:
         return x
     scale = _view(stored[str(scale_name(stored, name))], files).astype(np.float32)
-    if scale.size > 1:
-        blocks = [np.arange(p.start, p.stop) // BLOCK for p in part]
-        return x.astype(np.float32) * scale[blocks[0]][:, blocks[1]]
-    return x.astype(np.float32) * scale.reshape(())
+    blocks = [np.arange(p.start, p.stop) // BLOCK for p in part] if scale.size > 1 else None
+    with np.errstate(invalid="ignore", over="ignore"):  # who reads it looks for NaN and says where (`is_finite`)
+        return x.astype(np.float32) * (scale.reshape(()) if blocks is None else scale[blocks[0]][:, blocks[1]])
 
 
 def same(stored: Mapping[str, Stored], *names: str) -> bool:

@@ -124,7 +124,7 @@ def test_what_is_not_honoured_is_refused_by_name(message, options, checkpoint, p
 
 def test_tensors_that_are_twice_there_or_not_finite_are_refused_by_name(checkpoint, plain, tmp_path):
     a = np.full((4, 32), np.nan, np.float32)
-    refused(checkpoint, plain, tmp_path, r"not finite \(NaN or infinity\): model.layers.2.self_attn.q_proj.lora_A.weight",
+    refused(checkpoint, plain, tmp_path, r"not finite \(NaN or infinity\): .*2.self_attn.q_proj.lora_A.weight",
             tensors={NAME.format("A"): a})  # fmt: skip
     refused(checkpoint, plain, tmp_path, "is there twice", tensors={NAME.format("A")[len("base_model.model.") :]: a})
 
