@@ -53,7 +53,9 @@ def load(config: Config) -> Loaded:
     for i, path in enumerate(args.adapter_name_or_path):
         log.info("adapter %s", path)
         params = tuning.lora.merge(params) if i else params
-        params, _ = peft.load_adapter(params, decoder, path, subfolder=args.adapter_folder, **args.hub)
+        params, _ = peft.load_adapter(
+            params, decoder, path, subfolder=args.adapter_folder, base=args.model_name_or_path, **args.hub
+        )
     params = in_dtypes(params, jax.tree.map(lambda _: False, params), dtype, dtype)
     params = jax.device_put(params, build.placement(params, decoder, mesh))
     device = mesh.local_devices[0]

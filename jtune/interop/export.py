@@ -57,7 +57,9 @@ def run(config: Config) -> Path:
     dtype = hf.stored_dtype(source) if args.infer_dtype == "auto" else jnp.dtype(args.infer_dtype)
     for path in args.adapter_name_or_path:
         log.info("reading adapter %s", path)
-        params, _ = peft.load_adapter(params, decoder, path, subfolder=args.adapter_folder, **args.hub)
+        params, _ = peft.load_adapter(
+            params, decoder, path, subfolder=args.adapter_folder, base=args.model_name_or_path, **args.hub
+        )
     before = sample_logits(decoder, params)
     with hf.whole_or_absent(out) as unfinished:
         write_tokenizer(unfinished, tokenizer)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jtune.errors import DataError
+from jtune.errors import ConfigError, DataError
 from jtune.interop.weights import (
     BLOCK,
     DTYPES,
@@ -23,9 +23,11 @@ from jtune.interop.weights import (
     SCALES,
     Stored,
     grouped,
+    is_finite,
     map_files,
     open_weights,
     read_part,
+    same,
     scale_fault,
     write_weights,
 )
@@ -147,7 +149,8 @@ def load_params(
       form: quantise the kernels of the layers, each piece as it is read (`jtune.tuning.quantize.apply`).
 
     Raises:
-      DataError: a tensor is missing, has another shape, or is one that the model has no place for, by name.
+      DataError: a tensor is missing, has another shape, holds NaN or infinity, or is one that the model has no place
+        for, by name.
     """
     folder = Path(folder)
     abstract = abstract_params(config)
@@ -156,6 +159,7 @@ def load_params(
         shardings = jax.tree.map(lambda _: here, jax.eval_shape(partial(apply, form=form), abstract))
     stored = open_weights(folder)
     leaves = located(abstract)
+    damaged: set[str] = set()
     wanted = [(list(tensors(keys, config, layers)), leaf.shape) for keys, leaf, layers in leaves]
     _check_tensors(folder, stored, wanted, config)
     arrays = []
@@ -163,9 +167,12 @@ def load_params(
         wanted, leaves, jax.tree.leaves(shardings, is_leaf=is_node), strict=True
     ):
         if form is not None and chosen(keys):
-            arrays.append(_read_quantized(stored, parts, shape, sharding, dtype, form))
+            arrays.append(_read_quantized(stored, parts, shape, sharding, dtype, form, damaged))
         else:
-            arrays.append(_read_leaf(stored, parts, shape, sharding, dtype))
+            arrays.append(_read_leaf(stored, parts, shape, sharding, dtype, damaged))
+    damaged.update(*(x.split("\n") for x in hosts.exchange("weights that are not finite", "\n".join(damaged))))
+    if damaged := damaged - {""}:
+        raise DataError(f"{folder}: not finite (NaN or infinity): {', '.join(grouped(sorted(damaged)))}")
     return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
 
 
@@ -185,7 +192,11 @@ def _check_tensors(folder: Path, stored: Mapping[str, Stored], wanted: list[Any]
                 faults.setdefault(fault, []).append(part.name)
             known |= {part.name, *(part.name + suffix for suffix in SCALES)}
     if config.tie_word_embeddings:
-        known.add(f"{file_names(config).words.get('lm_head', 'lm_head')}.weight")  # some writers repeat the embedding
+        head = f"{file_names(config).words.get('lm_head', 'lm_head')}.weight"
+        known.add(head)  # some writers repeat the embedding
+        [part] = tensors(("embed_tokens", "embedding"), config, range(0))
+        if head in stored and part.name in stored and not same(stored, head, part.name):
+            faults["is not the embedding, as tie_word_embeddings says: if the head is meant, set it to false"] = [head]
     nowhere = f"has no place in this model (model_type {config.family})"
     for name in sorted(stored.keys() - known):
         if not name.endswith(UNUSED):
@@ -212,14 +223,16 @@ def _fault(stored: Mapping[str, Stored], name: str, expected: tuple[int, ...]) -
     return scale_fault(stored, name) if dtype == FLOAT8 else None
 
 
-def _read_leaf(stored: Mapping[str, Stored], parts: list[Tensor], shape: tuple[int, ...], sharding, dtype) -> jax.Array:
+def _read_leaf(
+    stored: Mapping[str, Stored], parts: list[Tensor], shape: tuple[int, ...], sharding, dtype, damaged: set[str]
+) -> jax.Array:
     """One leaf. One that is too large to be put together on the host grows on the devices, piece by piece."""
     dtype = _dtype(stored, parts) if dtype is None else dtype
     by_index = {part.index: part for part in parts}
     axis = 0 if parts[0].index or not parts[0].transposed else len(shape) - 1  # of layers, or of a file's rows
     size = shape[axis]
     step = max(1, PIECE_BYTES * size // (math.prod(shape) * jnp.dtype(dtype).itemsize))
-    read = partial(_read_piece, stored, by_index, shape, sharding, dtype, axis)
+    read = partial(_read_piece, stored, by_index, shape, sharding, dtype, damaged, axis)
     if step >= size or sharding.shard_shape(shape)[axis] < size:
         return read(0, size)
     whole = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
@@ -236,7 +249,13 @@ def _dtype(stored: Mapping[str, Stored], parts: list[Tensor]) -> Any:
 
 
 def _read_quantized(
-    stored: Mapping[str, Stored], parts: list[Tensor], shape: tuple[int, ...], shardings, dtype, form: Form
+    stored: Mapping[str, Stored],
+    parts: list[Tensor],
+    shape: tuple[int, ...],
+    shardings,
+    dtype,
+    form: Form,
+    damaged: set[str],
 ) -> Any:
     """A stack of kernels as a node, which grows by some layers at a time: only they are there as they are stored.
 
@@ -253,7 +272,7 @@ def _read_quantized(
     whole = jax.tree.map(zeros, like, shardings)
     for first in range(0, shape[0], step):
         stop = min(first + step, shape[0])
-        piece = make(_read_piece(stored, by_index, shape, of_kernel, dtype, 0, first, stop))
+        piece = make(_read_piece(stored, by_index, shape, of_kernel, dtype, damaged, 0, first, stop))
         at = np.int32(first)
         grown = [
             _put(where, 0)(x, part, at) for x, part, where in zip(*map(jax.tree.leaves, (whole, piece, shardings)))
@@ -268,11 +287,16 @@ def _read_piece(
     shape: tuple[int, ...],
     sharding,
     dtype,
+    damaged: set[str],
     axis: int,
     first: int,
     stop: int,
 ) -> jax.Array:
-    """`leaf[first:stop]` along `axis`; each device's part is put together from what it needs, and nothing else."""
+    """`leaf[first:stop]` along `axis`; each device's part is put together from what it needs, and nothing else.
+
+    Tensors that hold NaN or infinity there join `damaged`: processes read other parts, so all of them read on, and the
+    end of reading tells all (`load_params`).
+    """
     dims = len(next(iter(by_index)))  # leading axes, of layers and experts
     transposed = next(iter(by_index.values())).transposed
     needed = (part.name for i, part in by_index.items() if not i or first <= i[0] < stop)
@@ -291,6 +315,8 @@ def _read_piece(
             for place in np.ndindex(*out.shape[:dims]):
                 tensor = by_index[tuple(i + a for i, (a, _) in zip(place, bounds))]
                 out[place] = read_part(stored, tensor.name, part, files)
+                if not is_finite(out[place]):
+                    damaged.add(tensor.name)
             # A view: the runtime transposes while it copies, several times faster than numpy.
             done[key] = out.swapaxes(-1, -2) if transposed else out
         return done[key]
@@ -324,13 +350,7 @@ def save_model(
       dtype: of all tensors; default: what `source` says its weights are.
     """
     dtype = stored_dtype(source) if dtype is None else jnp.dtype(dtype)
-    shapes: dict[str, tuple[int, ...]] = {}
-    found: list[tuple[Any, Tensor]] = []
-    for keys, leaf, layers in located(params):
-        for part in tensors(keys, config, layers):
-            rest = leaf.shape[len(part.index) :]
-            shapes[part.name] = _swapped(rest) if part.transposed else rest
-            found.append((leaf, part))
+    shapes, found = _layout(params, config)
     pieces = (jax.tree.map(lambda x, i=part.index: spread.whole(x, i), leaf) for leaf, part in found)
     if not hosts.is_first():
         deque(pieces, maxlen=0)  # their parts are sent
@@ -341,6 +361,28 @@ def save_model(
         write_weights(partial_folder, shapes, dtype, arrays, max_shard_bytes)
         text = json.dumps(config_json | {"dtype": dtype.name}, indent=2) + "\n"
         (partial_folder / "config.json").write_text(text)
+
+
+def check_writable(params: Mapping[str, Any], config: DecoderConfig) -> None:
+    """Raise a ConfigError, with the module's name, for what has no place in a checkpoint; nothing is computed."""
+    _layout(params, config)
+
+
+def _layout(
+    params: Mapping[str, Any], config: DecoderConfig
+) -> tuple[dict[str, tuple[int, ...]], list[tuple[Any, Tensor]]]:
+    """The tensors of a checkpoint: their shapes by name, and the leaf that each is a part of."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    found: list[tuple[Any, Tensor]] = []
+    for keys, leaf, layers in located(params):
+        try:
+            for part in tensors(keys, config, layers):
+                rest = leaf.shape[len(part.index) :]
+                shapes[part.name] = _swapped(rest) if part.transposed else rest
+                found.append((leaf, part))
+        except (LookupError, TypeError, ValueError) as error:
+            raise ConfigError(f"{'.'.join(keys[:-1])}: a checkpoint has no place for it: {error!r}") from error
+    return shapes, found
 
 
 def _in_file(piece: Any, transposed: bool) -> np.ndarray:

@@ -32,6 +32,6 @@ def load_model(path: str, adapter: str | None = None, dtype: str = "float32") ->
     params = hf.load_params(folder, config, dtype=jnp.dtype(dtype))
     if adapter is not None:
         config, params = vocabulary.as_adapter(params, config, hf.fetch(adapter))
-        params, _ = peft.load_adapter(params, config, adapter)
+        params, _ = peft.load_adapter(params, config, adapter, base=path)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     return CausalLM(config, dtype=jnp.dtype(dtype)), params

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jtune.errors import DataError
+from jtune.errors import DataError, NonFiniteError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -28,6 +28,9 @@ FLOAT8 = "F8_E4M3"
 BLOCK = 128  # rows and columns of a float8 kernel that share a scale
 # How a float8 tensor's scales are called, beside its own name: what is stored is multiplied by them, by either.
 SCALES = ("_scale_inv", "_scale")
+
+
+FINITE_PIECE = 2**16  # elements
 
 
 class Stored(NamedTuple):
@@ -179,10 +182,33 @@ def read_part(
     if stored[name].dtype != FLOAT8:
         return x
     scale = _view(stored[str(scale_name(stored, name))], files).astype(np.float32)
-    if scale.size > 1:
-        blocks = [np.arange(p.start, p.stop) // BLOCK for p in part]
-        return x.astype(np.float32) * scale[blocks[0]][:, blocks[1]]
-    return x.astype(np.float32) * scale.reshape(())
+    blocks = [np.arange(p.start, p.stop) // BLOCK for p in part] if scale.size > 1 else None
+    with np.errstate(invalid="ignore", over="ignore"):  # who reads it looks for NaN and says where (`is_finite`)
+        return x.astype(np.float32) * (scale.reshape(()) if blocks is None else scale[blocks[0]][:, blocks[1]])
+
+
+def same(stored: Mapping[str, Stored], *names: str) -> bool:
+    """Whether two tensors hold the same numbers, compared some rows at a time."""
+    a, b = (_view(stored[name], map_files([stored[name]])) for name in names)
+    rows = max(1, 2**24 // max(1, a[0].size))
+    parts = (slice(first, first + rows) for first in range(0, len(a), rows))
+    return a.shape == b.shape and a.dtype == b.dtype and all(np.array_equal(a[i], b[i]) for i in parts)
+
+
+def is_finite(x: np.ndarray) -> bool:
+    """Whether there is neither NaN nor infinity: told by the bits, in pieces that stay in the processor's cache."""
+    x = np.asarray(x)
+    bits = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
+    if x.dtype.name not in bits or not x.flags.c_contiguous:
+        return bool(np.isfinite(np.asarray(x, np.float32)).all())
+    kind, exponent = bits[x.dtype.name]
+    flat = x.reshape(-1).view(kind)
+    sign_out = np.empty(min(len(flat), FINITE_PIECE), kind)
+    for first in range(0, len(flat), FINITE_PIECE):
+        piece = flat[first : first + FINITE_PIECE]
+        if np.left_shift(piece, 1, out=sign_out[: len(piece)]).max() >= exponent << 1:
+            return False
+    return True
 
 
 def _view(stored: Stored, files: Mapping[Path, np.ndarray]) -> np.ndarray:
@@ -225,6 +251,9 @@ def write_weights(
     Args:
       shapes: of all tensors, by name; they are cut into files in this order.
       tensors: of these shapes, in this order; cast to `dtype`.
+
+    Raises:
+      NonFiniteError: a tensor holds NaN or infinity, by name.
     """
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards, filled = [[]], 0
@@ -244,7 +273,10 @@ def write_weights(
                 x = next(arrays)
                 if x.shape != shapes[name]:
                     raise ValueError(f"{name} is {x.shape}, expected {shapes[name]}")
-                file.write(np.ascontiguousarray(x, dtype).reshape(-1).view(np.uint8).data)
+                x = np.ascontiguousarray(x, dtype)
+                if not is_finite(x):
+                    raise NonFiniteError(f"{name} is not written: not finite (NaN or infinity) in {dtype.name}")
+                file.write(x.reshape(-1).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())  # the name they get next must not stand for less than this
     if len(files) > 1:

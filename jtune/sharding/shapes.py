@@ -3,7 +3,6 @@
 Works on a mesh of devices, and on an `AbstractMesh`, which has none: enough for all but compiling.
 """
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -18,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jtune import tuning
 from jtune.config import Config
-from jtune.errors import ConfigError, DataError
+from jtune.errors import ConfigError
 from jtune.interop import hf, peft
 from jtune.models import CausalLM, DecoderConfig, abstract_params, attention
 from jtune.models.families import file_names, module_names
@@ -98,12 +97,9 @@ def adapter_shapes(params: Any, decoder: DecoderConfig, path: str, config: Confi
     Layers of a lower rank are filled up there: the highest rank counts.
     """
     folder = hf.fetch(path, weights=False, **config.model.hub) / (config.model.adapter_folder or "")
-    try:
-        options = json.loads((folder / peft.CONFIG).read_text())
-        rank = max(options["r"], *(options.get("rank_pattern") or {}).values(), 0)
-        alpha, targets = options["lora_alpha"], options["target_modules"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder / peft.CONFIG}: not the config of a LoRA adapter: {error!r}") from error
+    options = peft.read_options(folder)
+    rank = max(options["r"], *(options.get("rank_pattern") or {}).values(), 0)
+    alpha, targets = options["lora_alpha"], options.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear":  # a pattern for names of modules
         their = module_names(decoder)
         there = {path: module_name(path, their, layer=0, expert=0) for path, _ in tuning.kernels(params)}
@@ -113,7 +109,8 @@ def adapter_shapes(params: Any, decoder: DecoderConfig, path: str, config: Confi
         stem, last = name.rpartition(".")[::2]
         targets += [f"{stem}.{x}".lstrip(".") for x in {"gate_up_proj": ("gate_proj", "up_proj")}.get(last, (last,))]
     dropout = float(options.get("lora_dropout") or 0.0)
-    form = "dora" if options.get("use_dora") else "lora"
+    start = peft.start_of(options, folder / peft.CONFIG)
+    form = "dora" if options.get("use_dora") else "pissa" if start else "lora"
     names = file_names(decoder)
     add = partial(tuning.lora.add, rank=rank, alpha=alpha, dropout=dropout, form=form, names=names)
     whole = tuple(options.get("modules_to_save") or ())
@@ -144,7 +141,7 @@ def adapted_layers(path: Path, options: Mapping[str, Any], decoder: DecoderConfi
         return name[i] in wanted or (i in chosen and any(name[i].endswith(f".{end}") for end in wanted))
 
     left_out = options.get("exclude_modules") or ()
-    return frozenset(i for i in count if among(options["target_modules"] or (), i) and not among(left_out, i))
+    return frozenset(i for i in count if among(options.get("target_modules") or (), i) and not among(left_out, i))
 
 
 def batch_shapes(shape: Sequence[int], mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:

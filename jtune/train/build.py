@@ -122,7 +122,7 @@ def load_model(
         params = quantize.placed(jax.jit(draw, out_shardings=shardings)(jax.random.key(seed)), decoder, mesh)
     else:
         params = read_base(folder, args, decoder, change, mesh, seed=seed)
-    read_adapter = partial(peft.load_adapter, subfolder=args.adapter_folder, **args.hub)
+    read_adapter = partial(peft.load_adapter, subfolder=args.adapter_folder, base=args.model_name_or_path, **args.hub)
     params, mask = tuning.prepare(
         params,
         finetuning,

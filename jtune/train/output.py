@@ -37,6 +37,18 @@ def trainer_state(progress: Progress, *, plan: Plan, cadence: Cadence, batch_siz
     }
 
 
+def check_writable(params: Any, mask: Any, config: Config, decoder: DecoderConfig, resized: bool) -> None:
+    """Form on shapes what `save_model` is to write.
+
+    Raises:
+      ConfigError: what trains and cannot be written, by the name of its module.
+    """
+    if config.finetuning.finetuning_type == "lora":
+        peft.check_writable(params, mask, decoder, resized=resized)
+    else:
+        hf.check_writable(params, decoder)
+
+
 def save_model(
     folder: Path,
     params: Any,

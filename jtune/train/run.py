@@ -59,7 +59,7 @@ from jtune.train.loop import Hooks, Progress, run_loop
 from jtune.train.objective import PLAIN, Anchored, objective_of
 from jtune.train.objective import describe as describe_objective
 from jtune.train.optimizer import optimizer_of
-from jtune.train.output import save_model, trainer_state
+from jtune.train.output import check_writable, save_model, trainer_state
 from jtune.train.schedule import make_schedule, warmup_updates
 from jtune.train.start import begin, check_same_run, check_start, mark_finished, saved_run, start_point, take_up
 from jtune.train.state import TrainState, init_state
@@ -128,6 +128,7 @@ def run(config: Config) -> dict[str, Any]:
         log.info("%s", describe_unsplit(whole))
     if training.do_train:
         log.info("%s", tuning.describe(model.params, model.mask))
+        check_writable(model.params, model.mask, config, decoder, settled.resized)
     if config.model.print_param_status and hosts.is_first():
         show(model.params, model.mask)
     objective = objective_of(finetuning, training)

@@ -282,3 +282,34 @@ def principal(kernel: Any, rank: int, scale: float, dropout: float, iterations: 
     a, b = a.reshape(*lead, inputs, -1), b.reshape(*lead, -1, outputs)
     rest = (whole - scale * product(a, b)).astype(kernel.dtype)
     return PiSSA(rest, a, b, scale, dropout, a, b)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def taken_out(
+    kernel: jax.Array, how: Literal["pissa", "olora"], rank: int, scale: float, each: tuple[tuple[int, float], ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(rest, a0, b0): a kernel `[..., in, out]` without the start of an adapter, and the start, as PEFT has them.
+
+    `rest` is `kernel - scale * a0 @ b0`, in the kernel's dtype; a0 and b0 are float32.
+
+    Args:
+      how: the largest singular values ("pissa"), or the first rows of a QR decomposition ("olora").
+      each: rank and scale of each kernel of the stack; what is beyond its rank is zero.
+    """
+    *lead, inputs, outputs = kernel.shape
+    whole = in_float32(kernel).reshape(-1, inputs, outputs)
+
+    def start(w: jax.Array, r: jax.Array, its_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if how == "pissa":
+            u, s, vt = jnp.linalg.svd(w.T, full_matrices=False)  # of the kernel as files have it
+            root = jnp.sqrt(s[:rank] / scale)
+            a, b = vt[:rank].T * root, root[:, None] * u[:, :rank].T
+        else:
+            q, upper = jnp.linalg.qr(w.T)
+            a, b = upper[:rank].T, q[:, :rank].T * (its_scale / scale)
+        return a * (jnp.arange(a.shape[1]) < r), b
+
+    ranks, scales = (jnp.asarray(column) for column in zip(*each, strict=True))
+    a, b = jax.lax.map(lambda x: start(*x), (whole, ranks, scales))
+    a, b = a.reshape(*lead, inputs, -1), b.reshape(*lead, -1, outputs)
+    return (in_float32(kernel) - scale * product(a, b)).astype(kernel.dtype), a, b
