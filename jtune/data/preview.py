@@ -112,7 +112,7 @@ def check(config: Any, out: TextIO | None = None) -> int:
     if splits.stream is not None:  # a whole pass, window by window, as it is trained on
         windows = (name_rows(window.report) for window in one_pass(splits.stream))
         streamed = [reduce(add, windows, SetReport("train"))]
-        log.info("%s", streamed[0].sentence())
+        log.info("%s", "\n".join([streamed[0].sentence(), *streamed[0].remarks()]))
     status = 0
     for report in (*streamed, *map(name_rows, splits.report.sets)):
         if report.exceeds(config.data.max_dropped):
