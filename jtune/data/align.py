@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from jtune.data.cache import fingerprint
 from jtune.data.encoded import arrow_column
 from jtune.data.load import places
-from jtune.data.messages import FaultyRow, Message, is_learned, message_of, observation_of, split_parts
+from jtune.data.messages import FaultyRow, Message, is_learned, message_of, observation_of, padded_columns, split_parts
 from jtune.data.parts import ALONE, Team, in_parts
 from jtune.data.registry import OPENAI_TAGS, Columns, Entry
 from jtune.errors import DataError
@@ -99,8 +99,9 @@ def align_stream(
     table: datasets.IterableDataset, names: Sequence[str], entry: Entry, *, stage: str, index: int = 0
 ) -> datasets.IterableDataset:
     """`align` of rows that are read as they are iterated over; `names` are their columns. None is refused."""
+    padded = padded_columns(table.features, entry.columns.tools)
     return table.map(
-        partial(_align_batch, rows=None, entry=entry, stage=stage, index=index, padded=_padded(table.features, entry)),
+        partial(_align_batch, rows=None, entry=entry, stage=stage, index=index, padded=padded),
         with_indices=True,
         batched=True,
         remove_columns=list(names),
@@ -163,7 +164,7 @@ def _align_rows(
     """The rows of `table` from one number up to another, as `_align_batch`, in Arrow; `arrow` is `table` as such."""
     found = _alpaca_table(arrow[start:stop], how["entry"], how["stage"])
     if found is None:
-        padded = _padded(table.features, how["entry"])
+        padded = padded_columns(table.features, how["entry"].columns.tools)
         made = _align_batch(table[start:stop], range(start, stop), rows=rows, padded=padded, **how)
     else:
         place = np.arange(start, stop) if rows is None else rows[start:stop]
@@ -440,16 +441,3 @@ def _present(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _present(item) for key, item in value.items() if item is not None}
     return [_present(item) for item in value] if isinstance(value, list) else value
-
-
-def _padded(features: datasets.Features | None, entry: Entry) -> list[str] | None:
-    """Columns where Arrow puts a null for a key that a row lacks, below the keys of a message; None: not known."""
-    depth = lambda name: 1 if name == entry.columns.tools else 2
-    return None if features is None else [name for name, feature in features.items() if _depth(feature) >= depth(name)]
-
-
-def _depth(feature: Any) -> int:
-    """How many objects lie in each other."""
-    if isinstance(feature, Mapping):
-        return 1 + max(map(_depth, feature.values()), default=0)
-    return _depth(feature.feature) if hasattr(feature, "feature") else 0

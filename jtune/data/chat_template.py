@@ -93,7 +93,7 @@ def _text(
     """The first `count` messages as the template writes them, with the words that open an answer or without."""
     opening: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     read = keys_read(tokenizer)
-    chat = opening + [said for message in messages[:count] for said in _original(message, read)]
+    chat = opening + [said for message in messages[:count] for said in original(message, read)]
     given = {"tools": load_tools(tools)} if tools else {}
     return rendered(tokenizer, chat, None, open_answer=open_answer, **given, **options)
 
@@ -224,8 +224,8 @@ def _keys_read(source: str) -> frozenset[str]:
     return frozenset(re.findall(r"""(?<=[.'"])[A-Za-z_]\w*|\btools\b""", source))
 
 
-def _original(message: Mapping[str, Any], read: Set[str]) -> list[dict[str, Any]]:
-    """In OpenAI's form, which chat templates expect; thoughts under the key that the template reads."""
+def original(message: Mapping[str, Any], read: Set[str]) -> list[dict[str, Any]]:
+    """A message in OpenAI's form, which chat templates expect; thoughts under the keys that it reads."""
     role, content = message["role"], message["content"]
     spoken = {"function": "assistant", "observation": "tool"}.get(role, role)
     [first, *rest] = originals(message) or [{"role": spoken, "content": content if role != "function" else ""}]

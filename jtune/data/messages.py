@@ -229,3 +229,20 @@ def thought_of(message: Mapping[str, Any]) -> str:
 
 def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def padded_columns(features: Mapping[str, Any] | None, tools: str | None) -> list[str] | None:
+    """Columns where Arrow puts a null for a key that a row lacks, below the keys of a message; None: not known.
+
+    Args:
+      features: of a table of `datasets`; `tools` is the column of tools.
+    """
+    depth = lambda name: 1 if name == tools else 2
+    return None if features is None else [name for name, feature in features.items() if _depth(feature) >= depth(name)]
+
+
+def _depth(feature: Any) -> int:
+    """How many objects lie in each other."""
+    if isinstance(feature, Mapping):
+        return 1 + max(map(_depth, feature.values()), default=0)
+    return _depth(feature.feature) if hasattr(feature, "feature") else 0

@@ -128,7 +128,7 @@ def encode_sets(
     data, model = config.data, config.model
     tokenizer = load_tokenizer(model.model_name_or_path, split_special_tokens=model.split_special_tokens, **model.hub)
     add_model_tokens(tokenizer, model)
-    template = template_of(data, tokenizer)
+    template = template_of(data, tokenizer, for_chat=config.finetuning.stage != "pt")
     return template, load_datasets(
         data,
         config.finetuning.stage,

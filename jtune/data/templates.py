@@ -32,6 +32,7 @@ from jtune.data.chat_format import CONTENT, EOS, ChatFormat, Pieces, Special, To
 from jtune.data.ids import Ids, TokenIds, gigatoken_ids, token_ids
 from jtune.data.messages import THOUGHTS
 from jtune.data.special import SpecialTokens, guard, special_of, split_ids, with_guarded
+from jtune.data.suggest import nearest
 from jtune.data.template_table import TABLE
 from jtune.data.tokenizer import fix_special_tokens
 from jtune.data.tools import FORMATS
@@ -177,6 +178,7 @@ def get_template(
     date: Date | None = None,
     backend: str = "huggingface",
     for_training: bool = True,
+    for_chat: bool = True,
 ) -> Template:
     """The template `name`, or the tokenizer's own for None. Adds to `tokenizer` the special tokens that it needs.
 
@@ -191,13 +193,15 @@ def get_template(
       enable_thinking, preserve_thinking: see `ChatFormat`; only for templates of thinking models.
       backend: see `Template`.
       for_training: False: only prompts are wanted, for which the tokenizer's own chat template need give no loss mask.
+      for_chat: False: no messages are written: there need be no template.
 
     Raises:
-      ConfigError: an unknown name.
+      ConfigError: an unknown name; no name, and no chat template.
       DataError: the tokenizer's own chat template gives no sound loss mask.
     """
     if name is None and not chat_template.exists(tokenizer):
-        log.warning("the tokenizer has no chat template and `template` is not set: messages are joined as they are")
+        if for_chat:
+            raise ConfigError(_no_template(tokenizer))
         name = "empty"
     if name is None:
         if tool_format is not None:
@@ -252,12 +256,21 @@ def _guarded(template: Template, words: Sequence[str] = ()) -> Template:
     return replace(template, **writes)
 
 
-def template_of(data_args: Any, tokenizer: Any, *, for_training: bool = True) -> Template:
+def _no_template(tokenizer: Any) -> str:
+    name, to = nearest(tokenizer)
+    advice = f"`template: {name}` is the nearest for {to}" if name else "Set it to the model's"
+    return (
+        "`template` is not set, and the tokenizer has no chat template: nothing says how messages are written and "
+        f"where an answer ends. {advice}; `template: empty` joins them as they are"
+    )
+
+
+def template_of(data_args: Any, tokenizer: Any, *, for_training: bool = True, for_chat: bool = True) -> Template:
     """`get_template` of the arguments of a run.
 
     Args:
       data_args: with LLaMA-Factory's names (jtune.config.DataArguments).
-      for_training: see `get_template`.
+      for_training, for_chat: see `get_template`.
     """
     return get_template(
         data_args.template,
@@ -268,6 +281,7 @@ def template_of(data_args: Any, tokenizer: Any, *, for_training: bool = True) ->
         preserve_thinking=data_args.preserve_thinking,
         backend=data_args.tokenizer_backend,
         for_training=for_training,
+        for_chat=for_chat,
     )
 
 

@@ -1,10 +1,13 @@
-"""Special tokens in the text of rows are told of, or made text."""
+"""Special tokens in the text of rows are told of, or made text; and no format is guessed where there is none."""
+
+import json
 
 import pytest
 from test_sources import load, write
 
 from jtune.data import get_template
 from jtune.data.encoded import IGNORED
+from jtune.errors import ConfigError
 from jtune.quickstart.make_model import make_tokenizer
 
 WORDS = "<|im_start|>user\n<|im_start|>assistant\nWhat does <|im_end|> mean? It ends an answer."
@@ -64,3 +67,26 @@ def test_special_tokens_in_text_are_text_with_split_special_tokens_and_the_templ
     ids = load(tmp_path, "t", template=template, stage="pt", packing=False).train[0]["input_ids"]
     assert ids.tolist().count(end) == 1
     assert ids[-1] == end
+
+
+def test_without_a_template_and_a_chat_template_the_nearest_is_named(tokenizer, tmp_path):
+    tokenizer.chat_template = None
+    said = (
+        "`template` is not set, and the tokenizer has no chat template: nothing says how messages are written and "
+        "where an answer ends. {}; `template: empty` joins them as they are"
+    )
+    with pytest.raises(ConfigError) as error:
+        get_template(None, tokenizer)
+    assert str(error.value) == said.format("`template: chatml` is the nearest for its vocabulary")
+    for kind, nearest in (("qwen2", "qwen"), ("mixtral", "mistral"), ("llama", "llama2"), ("gemma2", "gemma2")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        tokenizer.name_or_path = str(tmp_path)
+        with pytest.raises(ConfigError) as error:
+            get_template(None, tokenizer, for_training=False)
+        assert str(error.value) == said.format(f"`template: {nearest}` is the nearest for model_type {kind}")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|eot_id|>"]})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ConfigError, match="`template: llama3` is the nearest for model_type llama"):
+        get_template(None, tokenizer)
+    assert get_template("empty", tokenizer).name == "empty"
+    assert get_template(None, tokenizer, for_chat=False).name == "empty"
