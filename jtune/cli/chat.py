@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import NamedTuple, TextIO
 
 from jtune.config import Config
-from jtune.data import check_id, template_of
+from jtune.data import check_id
 from jtune.errors import DataError
 from jtune.generation import stream
 from jtune.generation.load import load
@@ -61,9 +61,10 @@ def run(config: Config) -> None:
 
 def make_ask(config: Config) -> Ask:
     """The model of `config` as a function from a conversation to its answer."""
-    loaded = load(config)
+    loaded = load(config, for_chat=True)
     args, positions = config.generating, loaded.model.config.learned_positions
-    template = template_of(config.data, loaded.tokenizer, for_training=False)
+    template = loaded.template
+    assert template is not None
     sampling = sampling_of(args, read_generation_config(loaded.folder), template.stop_ids)
     log.info("answers: %s", describe(sampling))
     # Each start draws other answers, unless a seed is given.

@@ -65,7 +65,7 @@ class ModelArguments:
     cache_dir: str | None = arg(None, "where downloads are kept; default: the hub's cache")
     model_revision: str = arg("main", "branch, tag or commit on the hub")
     hf_hub_token: str | None = arg(None, "token for gated models; better: the HF_TOKEN variable", secret=True)
-    split_special_tokens: bool = arg(False, "treat special tokens as text, in templates too")
+    split_special_tokens: bool = arg(False, "special tokens in the text of rows are text; the template's own are not")
     resize_vocab: bool = arg(False, "give embeddings and head rows for tokens that the model has none for")
     add_tokens: Names = arg((), "tokens added to the tokenizer, a list; with rows for them, as with resize_vocab")
     add_special_tokens: Names = arg((), "the same, for special tokens: left out when an answer is shown")

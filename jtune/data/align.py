@@ -3,9 +3,10 @@
     alpaca, sharegpt, openai ── align ── {messages, system, tools, rejected, desirable, fault, row}
 
 `messages` alternates question (user or observation) and answer (assistant or function) and ends with an answer; in
-stage pt the first one is the text. A row that cannot be learned from keeps its place, with the reason in `fault`: it is
-counted and left out later, when the sets are mixed and split, as LLaMA-Factory does. Only a row that lacks a column is
-an error at once: more often than not the whole file is meant otherwise.
+stage pt the first one is the text. What role and content do not say is kept beside them (see messages.py). A row that
+cannot be learned from keeps its place, with the reason in `fault`: it is counted and left out later, when the sets are
+mixed and split, as LLaMA-Factory does. Only a row that lacks a column is an error at once: more often than not the
+whole file is meant otherwise.
 """
 
 import json
@@ -21,19 +22,22 @@ import pyarrow.compute as pc
 from jtune.data.cache import fingerprint
 from jtune.data.encoded import arrow_column
 from jtune.data.load import places
+from jtune.data.messages import FaultyRow, Message, is_learned, message_of, observation_of, padded_columns, split_parts
 from jtune.data.parts import ALONE, Team, in_parts
-from jtune.data.registry import Columns, Entry, Tags
+from jtune.data.registry import OPENAI_TAGS, Columns, Entry
 from jtune.errors import DataError
 
 QUESTION_ROLES = ("user", "observation")
 ANSWER_ROLES = ("assistant", "function")
+SYNONYMS = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "developer": "system"}
 TEXT = datasets.Value("string")
+MESSAGE = {"role": TEXT, "content": TEXT, "original": TEXT, "learned": datasets.Value("bool"), "unused": TEXT}
 ALIGNED = datasets.Features(
     {
-        "messages": datasets.List({"role": TEXT, "content": TEXT}),
+        "messages": datasets.List(MESSAGE),
         "system": TEXT,
         "tools": TEXT,  # JSON: a list of functions
-        "rejected": {"role": TEXT, "content": TEXT},  # in sets of pairs, the answer that is worse than the last one
+        "rejected": MESSAGE,  # in sets of pairs, the answer that is worse than the last one
         "desirable": datasets.Value("bool"),  # in sets of feedback, whether the last answer is
         "fault": TEXT,  # why the row is left out; "" if it is not
         "dataset": datasets.Value("int32"),  # index of the entry
@@ -42,21 +46,16 @@ ALIGNED = datasets.Features(
 )
 
 BATCH = 1000  # rows that are aligned together
+NOT_LEARNED = "the answer that is preferred, or not, is one that is not to be learned (weight, train, loss)"
 MISSING = "no "  # begins the fault of a row that lacks a column, or has null in it; the column's name follows
-
-Message = Mapping[str, str]
 
 
 class Conversation(NamedTuple):
-    messages: list[dict[str, str]]
+    messages: list[Message]
     system: str = ""
     tools: str = ""
-    rejected: dict[str, str] | None = None
+    rejected: Message | None = None
     desirable: bool | None = None
-
-
-class FaultyRow(DataError):
-    """One row cannot be learned from; the message is a reason that rows can be counted by."""
 
 
 def align(
@@ -100,8 +99,9 @@ def align_stream(
     table: datasets.IterableDataset, names: Sequence[str], entry: Entry, *, stage: str, index: int = 0
 ) -> datasets.IterableDataset:
     """`align` of rows that are read as they are iterated over; `names` are their columns. None is refused."""
+    padded = padded_columns(table.features, entry.columns.tools)
     return table.map(
-        partial(_align_batch, rows=None, entry=entry, stage=stage, index=index),
+        partial(_align_batch, rows=None, entry=entry, stage=stage, index=index, padded=padded),
         with_indices=True,
         batched=True,
         remove_columns=list(names),
@@ -141,15 +141,20 @@ def align_row(row: Mapping[Any, Any], entry: Entry, stage: str = "sft") -> Conve
     form = _alpaca if entry.formatting == "alpaca" else _conversation
     messages, system = form(row, entry, stage)
     columns = entry.columns
-    if columns.system and not system:
-        system = _text(row.get(columns.system), columns.system)
-    tools = _tools(row.get(columns.tools) if columns.tools else None)
+    if columns.system:
+        whole = _text(row.get(columns.system), columns.system)
+        if messages and system and whole not in ("", system):
+            _add_unused(messages[0], f"{columns.system} (the column: the messages have a system message)")
+        system = system or whole
+    tools = _tools(row.get(columns.tools) if columns.tools else None) or _tools(_told_tools(row, entry))
     if entry.ranking:
         chosen, rejected = _answers(row, entry)
         return Conversation([*messages, chosen], system, tools, rejected)
     desirable = row.get(columns.kto_tag) if columns.kto_tag else None
     if columns.kto_tag and not isinstance(desirable, bool):
         raise FaultyRow(f"{columns.kto_tag} is neither true nor false")
+    if columns.kto_tag and messages[-1].get("learned") is False:
+        raise FaultyRow(NOT_LEARNED)
     return Conversation(messages, system, tools, desirable=desirable)
 
 
@@ -159,7 +164,8 @@ def _align_rows(
     """The rows of `table` from one number up to another, as `_align_batch`, in Arrow; `arrow` is `table` as such."""
     found = _alpaca_table(arrow[start:stop], how["entry"], how["stage"])
     if found is None:
-        made = _align_batch(table[start:stop], range(start, stop), rows=rows, **how)
+        padded = padded_columns(table.features, how["entry"].columns.tools)
+        made = _align_batch(table[start:stop], range(start, stop), rows=rows, padded=padded, **how)
     else:
         place = np.arange(start, stop) if rows is None else rows[start:stop]
         made = found | {"dataset": [how["index"]] * (stop - start), "row": place}
@@ -174,9 +180,12 @@ def _align_batch(
     stage: str,
     index: int,
     rows: np.ndarray | None,
+    padded: Sequence[str] | None = (),
 ) -> dict[str, list[Any]]:
+    """The rows of a batch, aligned. `padded` columns may hold nulls that Arrow added; None: all may."""
     names, made = list(batch), []
-    for values in zip(*batch.values()):
+    columns = (map(_present, batch[name]) if padded is None or name in padded else batch[name] for name in names)
+    for values in zip(*columns):
         try:
             made.append((*align_row(dict(zip(names, values)), entry, stage), ""))
         except FaultyRow as error:
@@ -190,7 +199,7 @@ def _align_batch(
 # ---------------------------------------------------------------------- alpaca
 
 
-def _alpaca(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[dict[str, str]], str]:
+def _alpaca(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[Message], str]:
     columns: Columns = entry.columns
     messages = []
     history = row.get(columns.history) if columns.history else None
@@ -237,8 +246,10 @@ def _alpaca_table(table: pa.Table, entry: Entry, stage: str) -> dict[str, Any] |
     contents = pa.concat_arrays([question, answer][: len(roles)])
     order = (kept[:, None] + len(table) * np.arange(len(roles))).ravel()
     offsets = np.concatenate([[0], len(roles) * np.cumsum(fault == "")]).astype(np.int32)
-    parts = pa.array(roles * len(kept), pa.string()), contents.take(pa.array(order))
-    message = pa.StructArray.from_arrays(parts, fields=list(ALIGNED.arrow_schema.field("messages").type.value_type))
+    fields = list(ALIGNED.arrow_schema.field("messages").type.value_type)
+    parts = [pa.array(roles * len(kept), pa.string()), contents.take(pa.array(order))]
+    parts += [pa.nulls(len(order), field.type) for field in fields[2:]]
+    message = pa.StructArray.from_arrays(parts, fields=fields)
     empty = lambda x: call("if_else", [pa.array(fault == ""), call("coalesce", [x, ""]), ""])
     return {
         "messages": pa.ListArray.from_arrays(pa.array(offsets), message),
@@ -271,11 +282,9 @@ def _is_null(texts: pa.Array) -> np.ndarray:
 # ---------------------------------------------------------------------- sharegpt, openai
 
 
-def _conversation(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[dict[str, str]], str]:
-    tags, column = entry.tags, entry.columns.messages
-    turns = row.get(column)
-    if isinstance(turns, Mapping):  # a struct of lists, as older versions of `datasets` kept lists of structs
-        turns = [dict(zip(turns, values)) for values in zip(*turns.values())]
+def _conversation(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[Message], str]:
+    tags, turns = entry.tags, _turns(row, entry)
+    column = entry.columns.messages
     if turns is None:
         raise FaultyRow(f"{MISSING}{column}")
     if not turns:
@@ -283,9 +292,10 @@ def _conversation(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[lis
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise FaultyRow(f"{column} is not a list of messages")
     system = ""
-    if tags.system_tag and turns[0].get(tags.role_tag) == tags.system_tag:
-        system, turns = _text(turns[0].get(tags.content_tag), "the system message"), turns[1:]
-    messages = _openai_messages(turns, tags) if entry.formatting == "openai" else _messages(turns, tags)
+    if _is_system(turns[0], entry):
+        content, _ = split_parts(turns[0].get(tags.content_tag), "the system message")
+        system, turns = _text(content, "the system message"), turns[1:]
+    messages = _openai_messages(turns, entry) if entry.formatting == "openai" else _messages(turns, entry)
     for turn, message in enumerate(messages):
         if message["role"] not in (QUESTION_ROLES, ANSWER_ROLES)[turn % 2]:
             raise FaultyRow(f"role out of turn ({message['role']} as {'an answer' if turn % 2 else 'a question'})")
@@ -296,59 +306,93 @@ def _conversation(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[lis
     return messages, system
 
 
-def _messages(turns: Sequence[Mapping[Any, Any]], tags: Tags) -> list[dict[str, str]]:
-    roles = _roles(tags)
-    return [_message(_role(turn, tags, roles), turn.get(tags.content_tag), "a message") for turn in turns]
+def _turns(row: Mapping[Any, Any], entry: Entry) -> Any:
+    turns = row.get(entry.columns.messages)
+    if isinstance(turns, Mapping):  # a struct of lists, as older versions of `datasets` kept lists of structs
+        return [dict(zip(turns, values)) for values in zip(*turns.values())]
+    return turns
 
 
-def _openai_messages(turns: Sequence[Mapping[Any, Any]], tags: Tags) -> list[dict[str, str]]:
-    """As `_messages`; `tool_calls` become a function message, and results of parallel calls one observation.
+def _told_tools(row: Mapping[Any, Any], entry: Entry) -> Any:
+    """The tools that stand in the first message, where it is one of the system."""
+    turns = _turns(row, entry) if entry.formatting != "alpaca" else None
+    return turns[0].get("tools") if turns and _is_system(turns[0], entry) else None
 
-    Results after the last answer are left out: nobody answers them.
-    """
-    roles = _roles(tags)
-    messages: list[dict[str, str]] = []
-    results: list[str] = []
+
+def _messages(turns: Sequence[Mapping[Any, Any]], entry: Entry) -> list[Message]:
+    messages = []
     for turn in turns:
-        role, content = _role(turn, tags, roles), turn.get(tags.content_tag)
-        if role == "observation":
-            results.append(_text(content, "a tool result"))
-            continue
-        if results:
-            joined = "\n</tool_response>\n<tool_response>\n".join(results)
-            messages, results = [*messages, {"role": "observation", "content": joined}], []
-        calls = turn.get("tool_calls") if role in ANSWER_ROLES else None
-        if calls:
-            if not isinstance(calls, list) or not all(
-                isinstance(call, Mapping) and "function" in call for call in calls
-            ):
-                raise FaultyRow("tool_calls is not a list of {function: {name, arguments}}")
-            role, content = "function", json.dumps([_present(call["function"]) for call in calls], ensure_ascii=False)
-        messages.append(_message(role, content, "a message"))
+        role, content = _role(turn, entry), turn.get(entry.tags.content_tag)
+        if role == "observation" and isinstance(content, list | Mapping):
+            messages.append(observation_of([turn], entry.tags))
+        else:
+            messages.append(message_of(turn, role, entry.tags, _text))
     return messages
 
 
-def _roles(tags: Tags) -> dict[str | None, str]:
-    return {
+def _openai_messages(turns: Sequence[Mapping[Any, Any]], entry: Entry) -> list[Message]:
+    """As `_messages`; `tool_calls` become a function message, and results of parallel calls one observation.
+
+    Results after the last answer are left out: nobody answers them, unless the row is of preferences.
+    """
+    tags = entry.tags
+    messages: list[Message] = []
+    results: list[Mapping[Any, Any]] = []
+    for turn in turns:
+        role = _role(turn, entry)
+        if role == "observation" or (role == "function" and isinstance(turn.get("name"), str)):
+            results.append(turn)  # OpenAI's older form names a result's role after the function
+            continue
+        if results:
+            messages, results = [*messages, observation_of(results, tags)], []
+        messages.append(message_of(turn, role, tags, _text))
+    if results and entry.ranking:
+        messages.append(observation_of(results, tags))
+    elif results and messages:
+        _add_unused(messages[-1], "tool results after the last answer")
+    return messages
+
+
+def as_messages(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Messages in OpenAI's form (tool_calls, reasoning_content, role tool ...) in the form that templates render.
+
+    Raises:
+      FaultyRow: a message is none.
+    """
+    known, roles = MESSAGE.keys(), (*QUESTION_ROLES, *ANSWER_ROLES)
+    if all(message.keys() <= known and message.get("role") in roles for message in messages):
+        return messages
+    return _openai_messages(messages, Entry("messages", "", "", "openai", tags=OPENAI_TAGS))
+
+
+def _add_unused(message: Message, what: str) -> None:
+    message["unused"] = ", ".join(filter(None, [message.get("unused"), what]))
+
+
+def _role(turn: Mapping[Any, Any], entry: Entry) -> str:
+    tags, tag = entry.tags, turn.get(entry.tags.role_tag)
+    roles = {
         tags.user_tag: "user",
         tags.assistant_tag: "assistant",
         tags.observation_tag: "observation",
         tags.function_tag: "function",
         tags.system_tag: "system",
     }
-
-
-def _role(turn: Mapping[Any, Any], tags: Tags, roles: Mapping[str | None, str]) -> str:
-    tag = turn.get(tags.role_tag)
-    if tag is None or tag not in roles:
+    synonyms = SYNONYMS if entry.formatting == "openai" else {}
+    if not isinstance(tag, str) or tag not in roles | synonyms:
         raise FaultyRow(f"unknown role {tag!r} (known are {', '.join(filter(None, roles))})")
-    return roles[tag]
+    return roles.get(tag) or synonyms[tag]
+
+
+def _is_system(turn: Mapping[Any, Any], entry: Entry) -> bool:
+    tag = turn.get(entry.tags.role_tag)
+    return tag is not None and (tag == entry.tags.system_tag or (tag == "developer" and entry.formatting == "openai"))
 
 
 # ---------------------------------------------------------------------- pairs
 
 
-def _answers(row: Mapping[Any, Any], entry: Entry) -> list[dict[str, str]]:
+def _answers(row: Mapping[Any, Any], entry: Entry) -> list[Message]:
     """The chosen answer and the rejected one: texts in alpaca's form, messages in the others."""
     answers = []
     for column in (entry.columns.chosen, entry.columns.rejected):
@@ -360,17 +404,19 @@ def _answers(row: Mapping[Any, Any], entry: Entry) -> list[dict[str, str]]:
             continue
         if not isinstance(value, Mapping):
             raise FaultyRow(f"{column} is not a message, with {entry.tags.role_tag} and {entry.tags.content_tag}")
-        role = _role(value, entry.tags, _roles(entry.tags))
+        role = _role(value, entry)
         if role not in ANSWER_ROLES:
             raise FaultyRow(f"role out of turn ({role} as {column})")
-        answers.append(_message(role, value.get(entry.tags.content_tag), column))
+        if not is_learned(value):
+            raise FaultyRow(NOT_LEARNED)
+        answers.append(message_of(value, role, entry.tags, _text, column))
     return answers
 
 
 # ---------------------------------------------------------------------- values
 
 
-def _message(role: str, content: Any, what: str | None) -> dict[str, str]:
+def _message(role: str, content: Any, what: str | None) -> Message:
     if content is None:
         raise FaultyRow(f"{what} without content")
     return {"role": role, "content": _text(content, what)}
@@ -386,7 +432,7 @@ def _text(value: Any, what: str | None) -> str:
 
 def _tools(value: Any) -> str:
     if isinstance(value, list | Mapping):
-        return json.dumps(_present(value), ensure_ascii=False) if value else ""
+        return json.dumps(value, ensure_ascii=False) if value else ""
     return _text(value, "tools")
 
 

@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from jtune.data import tools as tool_formats
-from jtune.data.align import FaultyRow
+from jtune.data.messages import FaultyRow, originals, thought_of
 
 CONTENT = "{{content}}"
 
@@ -86,7 +86,7 @@ class Turn(NamedTuple):
 
 def render(
     form: ChatFormat,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     system: str | None = None,
     tools: str | None = None,
     *,
@@ -96,7 +96,8 @@ def render(
     """The pieces of each turn: a question and what stands around it, an answer and what ends it.
 
     Args:
-      messages: `{role, content}`, question and answer in turn; roles user, assistant, function, observation.
+      messages: `{role, content}`, question and answer in turn; roles user, assistant, function, observation. What
+        stands beside the content of an answer (see messages.py) comes before it.
       tools: JSON, a list of functions.
       discard_history: take the thoughts out of all answers but the last.
       last_only: earlier answers are given, not learned: they are left as they are, but for `discard_history`.
@@ -108,19 +109,23 @@ def render(
         raise FaultyRow(f"{len(messages)} messages: question and answer must alternate, and the last is an answer")
     last = len(messages) - 1
     texts = [message["content"] for message in messages]
+    before = [""] * len(messages)  # the calls of an answer
+    for i, message in enumerate(messages):
+        if message.get("original") and message["role"] in ("assistant", "function"):
+            texts[i], before[i] = _beside(form, message)
     if form.thinking:
         for i in range(1, len(messages), 2):
             earlier = i != last
             if (form.enable_thinking is False and not (earlier and last_only)) or (discard_history and earlier):
-                texts[i] = _without_thought(texts[i], form.thought)
+                texts[i], before[i] = (_without_thought(text, form.thought) for text in (texts[i], before[i]))
 
-    pieces = [_message(form, message["role"], text) for message, text in zip(messages, texts)]
+    pieces = [_message(form, message["role"], *said) for message, *said in zip(messages, texts, before)]
     pieces[0] = _opening(form, messages[0]["role"], texts[0], system or form.default_system, tools)
 
     turns = [Turn(prompt, response) for prompt, response in zip(pieces[::2], pieces[1::2])]
     if form.thinking:
         for k, turn in enumerate(turns):
-            answer = texts[2 * k + 1]
+            answer = before[2 * k + 1] + texts[2 * k + 1]
             if any(word.strip() in answer for word in form.thought) or (
                 (discard_history or last_only) and turn is not turns[-1]
             ):
@@ -134,7 +139,7 @@ def render(
 
 
 def ask(
-    form: ChatFormat, messages: Sequence[Mapping[str, str]], system: str | None = None, tools: str | None = None
+    form: ChatFormat, messages: Sequence[Mapping[str, Any]], system: str | None = None, tools: str | None = None
 ) -> Pieces:
     """The pieces of what comes before the answer to the last message; thoughts of earlier answers as in training.
 
@@ -163,7 +168,7 @@ def _opening(form: ChatFormat, role: str, text: str, system: str, tools: str | N
     return prefix + _message(form, role, "".join(map(str, spoken)) + text if role == "user" else text)
 
 
-def _message(form: ChatFormat, role: str, text: str) -> Pieces:
+def _message(form: ChatFormat, role: str, text: str, before: str = "") -> Pieces:
     if role == "user":
         return with_content(form.user, text)
     if role == "assistant":
@@ -171,31 +176,53 @@ def _message(form: ChatFormat, role: str, text: str) -> Pieces:
     if role == "observation":
         return with_content(form.user if form.observation is None else form.observation, text)
     if role == "function":
-        return with_content(form.assistant if form.function is None else form.function, _calls(form, text))
+        return _calls(form, text, before)
     raise FaultyRow(f"unknown role {role!r} (known are user, assistant, function, observation)")
 
 
-def _calls(form: ChatFormat, text: str) -> str:
-    """The calls of a function message as the model writes them. Text around them stays before them.
+def _beside(form: ChatFormat, message: Mapping[str, Any]) -> tuple[str, str]:
+    """The content of an answer, and what stands before it if it is calls: thoughts that came apart, and text."""
+    content, thought = message["content"], thought_of(message).strip("\n")
+    text = originals(message)[0].get("content") or "" if message["role"] == "function" else ""
+    thought = f"{form.thought[0]}{thought}{form.thought[1]}" if thought else ""
+    return (content, thought + text) if message["role"] == "function" else (thought + content, "")
+
+
+def _calls(form: ChatFormat, text: str, before: str) -> Pieces:
+    """A function message: its calls as the model writes them, after `before`. Text around them stays before them.
 
     The calls are JSON, an object {"name", "arguments"} or a list; alone, after a thought, or between `tool_call` words.
     """
-    before, calls = "", text
-    if not form.system_in_user:
-        for opening, closing, inner in ((*form.tool_call, True), (*form.thought, False)):
-            found = re.search(f"{re.escape(opening)}(.*?){re.escape(closing)}", text, re.DOTALL)
-            if found:
-                rest = text.replace(found[0], "")
-                before, calls = (rest, found[1]) if inner else (found[0], rest)
-                break
-    try:
-        parsed: Any = tool_formats.load(calls)
-    except ValueError as error:
-        raise FaultyRow("a function call is not JSON") from error
-    parsed = parsed if isinstance(parsed, list) else [parsed]
-    if not all(isinstance(call, Mapping) and {"name", "arguments"} <= call.keys() for call in parsed):
-        raise FaultyRow("a function call has no name or no arguments")
-    return before + tool_formats.call(form.tool_format, [(call["name"], call["arguments"]) for call in parsed])
+    around, calls = ("", text) if form.system_in_user else split_calls(text, form.tool_call, form.thought)
+    written = tool_formats.call(
+        form.tool_format, [(call["name"], call["arguments"]) for call in tool_formats.load_calls(calls)]
+    )
+    if not before:
+        return with_content(form.assistant if form.function is None else form.function, around + written)
+    ahead, opening, closing, behind = _around_content(form.assistant)
+    marker = ""
+    if form.function is not None:
+        _, marker, closing, behind = _around_content(form.function)
+        marker = marker if marker.strip() else ""  # as [TOOL_CALLS], which stands behind the text
+    is_text = not before.endswith(form.thought[1]) and not marker
+    between = tool_formats.between(form.tool_format, written) if is_text else ""
+    return [*ahead, f"{opening}{before}{between}{marker}{around}{written}{closing}", *behind]
+
+
+def _around_content(slots: Slots) -> tuple[Slots, str, str, Slots]:
+    at = next(i for i, slot in enumerate(slots) if isinstance(slot, str) and CONTENT in slot)
+    opening, closing = str(slots[at]).split(CONTENT, 1)
+    return slots[:at], opening, closing, slots[at + 1 :]
+
+
+def split_calls(text: str, tool_call: tuple[str, str], thought: tuple[str, str]) -> tuple[str, str]:
+    """What stands around the calls of a function message, and the calls."""
+    for opening, closing, inner in ((*tool_call, True), (*thought, False)):
+        found = re.search(f"{re.escape(opening)}(.*?){re.escape(closing)}", text, re.DOTALL)
+        if found:
+            rest = text.replace(found[0], "")
+            return (rest, found[1]) if inner else (found[0], rest)
+    return "", text
 
 
 def _without_thought(text: str, thought: tuple[str, str]) -> str:

@@ -6,16 +6,19 @@ beginning, rendered alone, is how the whole begins; a template that rewrites ear
 refused.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import re
+from collections.abc import Callable, Mapping, Sequence, Set
+from functools import cache, partial
 from typing import Any
 
-from jtune.data.align import FaultyRow
-from jtune.data.chat_format import ChatFormat, Pieces, Special, Turn
+from jtune.data.chat_format import ChatFormat, Pieces, Special, Turn, split_calls
 from jtune.data.chat_format import render as render_format
-from jtune.data.tools import load
+from jtune.data.messages import THOUGHTS, FaultyRow, originals
+from jtune.data.tools import load_calls, load_tools
 from jtune.errors import DataError
 
+# How the thoughts of an answer stand in its text, where a chat template has no key for them, and around calls.
+THOUGHT, TOOL_CALL = ("<think>", "</think>"), ("<tool_call>", "</tool_call>")
 REWRITES = "the chat template rewrites earlier turns"
 
 PROBE = [
@@ -34,7 +37,7 @@ def exists(tokenizer: Any) -> bool:
 
 def render(
     tokenizer: Any,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     system: str | None = None,
     tools: str | None = None,
     *,
@@ -66,7 +69,7 @@ def render(
 
 def ask(
     tokenizer: Any,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     system: str | None = None,
     tools: str | None = None,
     *,
@@ -79,7 +82,7 @@ def ask(
 
 def _text(
     tokenizer: Any,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     system: str,
     tools: str | None,
     options: Mapping[str, Any],
@@ -89,8 +92,9 @@ def _text(
 ) -> str:
     """The first `count` messages as the template writes them, with the words that open an answer or without."""
     opening: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    chat = opening + [_message(message) for message in messages[:count]]
-    given = {"tools": _parse(tools, "tools")} if tools else {}
+    read = keys_read(tokenizer)
+    chat = opening + [said for message in messages[:count] for said in original(message, read)]
+    given = {"tools": load_tools(tools)} if tools else {}
     return rendered(tokenizer, chat, None, open_answer=open_answer, **given, **options)
 
 
@@ -105,10 +109,20 @@ def rendered(
     Raises:
       FaultyRow: it refuses them.
     """
+    apply = partial(
+        tokenizer.apply_chat_template,
+        chat_template=text,
+        tokenize=False,
+        add_generation_prompt=open_answer,
+        **options,
+    )
     try:
-        return tokenizer.apply_chat_template(
-            chat, chat_template=text, tokenize=False, add_generation_prompt=open_answer, **options
-        )
+        try:
+            return apply(chat)
+        except Exception:
+            if all(message["content"] is not None for message in chat):
+                raise
+            return apply([{**message, "content": message["content"] or ""} for message in chat])
     except Exception as error:  # Jinja, and whatever the template raises
         raise FaultyRow(f"the chat template refuses it: {(str(error).splitlines() or [''])[0][:120]}") from error
 
@@ -199,20 +213,30 @@ def _holds_answers(turns: Sequence[Turn]) -> bool:
     return all(answer in str(turn.response[0]) for answer, turn in zip(answers, turns))
 
 
-def _message(message: Mapping[str, str]) -> dict[str, Any]:
-    """In OpenAI's form, which chat templates expect."""
+def keys_read(tokenizer: Any) -> frozenset[str]:
+    """The keys that the chat template reads, of messages and of whatever else it is given."""
+    own = tokenizer.chat_template
+    return _keys_read(own if isinstance(own, str) else own["default"])
+
+
+@cache
+def _keys_read(source: str) -> frozenset[str]:
+    return frozenset(re.findall(r"""(?<=[.'"])[A-Za-z_]\w*|\btools\b""", source))
+
+
+def original(message: Mapping[str, Any], read: Set[str]) -> list[dict[str, Any]]:
+    """A message in OpenAI's form, which chat templates expect; thoughts under the keys that it reads."""
     role, content = message["role"], message["content"]
-    if role == "observation":
-        return {"role": "tool", "content": content}
-    if role == "function":
-        calls = _parse(content, "a function call")
-        calls = calls if isinstance(calls, list) else [calls]
-        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": c} for c in calls]}
-    return {"role": role, "content": content}
-
-
-def _parse(text: str, what: str) -> Any:
-    try:
-        return load(text)
-    except ValueError as error:
-        raise FaultyRow(f"{what} not JSON") from error
+    spoken = {"function": "assistant", "observation": "tool"}.get(role, role)
+    [first, *rest] = originals(message) or [{"role": spoken, "content": content if role != "function" else ""}]
+    if role == "function" and "tool_calls" not in read:
+        raise FaultyRow("the chat template writes no tool calls")
+    if role == "function" and "tool_calls" not in first:
+        before, calls = split_calls(content, TOOL_CALL, THOUGHT)
+        first["content"] = f"{before}{first['content'] or ''}"
+        first["tool_calls"] = [{"type": "function", "function": call} for call in load_calls(calls)]
+    if thought := first.pop("reasoning_content", None):
+        keys = [key for key in THOUGHTS if key in read]
+        written = {} if keys else {"content": f"{THOUGHT[0]}\n{thought}\n{THOUGHT[1]}\n\n{first['content'] or ''}"}
+        first |= written | dict.fromkeys(keys, thought)
+    return [first, *rest]

@@ -8,7 +8,7 @@ The rules are LLaMA-Factory's, except:
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -20,11 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jtune.data.align import FaultyRow
 from jtune.data.cache import fingerprint
 from jtune.data.chat_format import Pieces
 from jtune.data.encoded import IGNORED
 from jtune.data.ids import Ids
+from jtune.data.messages import FaultyRow
+from jtune.data.notes import column_of
 from jtune.data.parts import ALONE, Team, in_parts
 from jtune.data.templates import Template
 from jtune.data.tools import WHOLE
@@ -33,16 +34,25 @@ from jtune.errors import DataError
 log = logging.getLogger("jtune")
 
 NOTHING_TO_LEARN = "nothing to learn (no token of an answer is left)"
+NOTHING_WANTED = "nothing to learn (no answer is to be learned: weight, train, loss)"
 IDS = datasets.List(datasets.Value("int32"))
+NOTED = {"noted": datasets.Value("string")}  # see notes.py
 ORIGIN = {
     "cut": datasets.Value("bool"),
     "fault": datasets.Value("string"),
     "dataset": datasets.Value("int32"),
     "row": datasets.Value("int64"),
 }
-CONVERSATIONS = datasets.Features({"input_ids": IDS, "labels": IDS, **ORIGIN})
+CONVERSATIONS = datasets.Features({"input_ids": IDS, "labels": IDS, **ORIGIN, **NOTED})
 PAIRS = datasets.Features(
-    {"chosen_input_ids": IDS, "chosen_labels": IDS, "rejected_input_ids": IDS, "rejected_labels": IDS, **ORIGIN}
+    {
+        "chosen_input_ids": IDS,
+        "chosen_labels": IDS,
+        "rejected_input_ids": IDS,
+        "rejected_labels": IDS,
+        **ORIGIN,
+        **NOTED,
+    }
 )
 FEEDBACK = datasets.Features(
     {
@@ -52,9 +62,10 @@ FEEDBACK = datasets.Features(
         "kl_labels": IDS,
         "kto_tags": datasets.Value("bool"),
         **ORIGIN,
+        **NOTED,
     }
 )
-DOCUMENTS = datasets.Features({"input_ids": IDS, "cut": datasets.Value("bool")})
+DOCUMENTS = datasets.Features({"input_ids": IDS, "cut": datasets.Value("bool"), **NOTED})
 
 
 # ---------------------------------------------------------------------- stage sft
@@ -86,10 +97,14 @@ def label_turns(
     efficient_eos: bool = False,
     mask_history: bool = False,
     train_on_prompt: bool = False,
+    wanted: Sequence[bool] | None = None,
 ) -> tuple[list[int], list[int], bool]:
     """Join the turns of a conversation, at most `cutoff_len` tokens, and mark what is learned.
 
     Turns that do not fit are left out: the last ones, or with `mask_history` the first.
+
+    Args:
+      wanted: of each message, question, answer, question ...: whether it may be learned; None: all may.
 
     Returns:
       ids, labels (-100 where nothing is learned), and whether anything was cut.
@@ -97,7 +112,11 @@ def label_turns(
     parts: list[tuple[list[int], list[int]]] = []
     used = 1 if efficient_eos else 0
     cut = False
-    for k, (source, target) in enumerate(reversed(turns) if mask_history else turns):
+    may = np.reshape([True] * 2 * len(turns) if wanted is None else list(wanted), (-1, 2)).tolist()
+    ends_wanted = True  # whether the last answer is
+    for k in range(len(turns)):
+        turn = len(turns) - 1 - k if mask_history else k
+        source, target = turns[turn]
         if used >= cutoff_len:
             cut = True
             break
@@ -105,16 +124,20 @@ def label_turns(
         cut |= kept_source < len(source) or kept_target < len(target)
         source, target = source[:kept_source], target[:kept_target]
         used += kept_source + kept_target
-        learned = target if not mask_history or k == 0 else [IGNORED] * len(target)
-        given = source if train_on_prompt else [IGNORED] * len(source)
-        if efficient_eos and k > 0 and not train_on_prompt and not mask_history and source:
+        asked, answered = may[turn]
+        learned = target if answered and (not mask_history or k == 0) else [IGNORED] * len(target)
+        given = source if train_on_prompt and asked else [IGNORED] * len(source)
+        if efficient_eos and k > 0 and not train_on_prompt and not mask_history and source and ends_wanted:
             given = [eos_id, *given[1:]]  # what ends the answer before is learned where this turn begins
+        ends_wanted = answered if k == 0 or not mask_history else ends_wanted
         parts.append((source + target, given + learned))
     if mask_history:
         parts.reverse()
     ids = list(chain.from_iterable(ids for ids, _ in parts))
     labels = list(chain.from_iterable(labels for _, labels in parts))
-    return ([*ids, eos_id], [*labels, eos_id], cut) if efficient_eos else (ids, labels, cut)
+    if not efficient_eos:
+        return ids, labels, cut
+    return [*ids, eos_id], [*labels, eos_id if ends_wanted else IGNORED], cut
 
 
 @dataclass(frozen=True)
@@ -193,11 +216,25 @@ Aligned = Mapping[str, Sequence[Any]]  # a batch of aligned rows
 
 
 def _encode_slice(
-    table: datasets.Dataset, encode: Callable[..., pa.Table], start: int, stop: int, **how: Any
+    table: datasets.Dataset, encode: Callable[..., pa.Table], start: int, stop: int, *, template: Template, **how: Any
 ) -> pa.Table:
     """What `encode` makes of the rows of `table`, whose format is Arrow, from one number up to another."""
     batch: Any = table[start:stop]
-    return encode({name: batch[name].to_pylist() for name in batch.column_names}, **how)
+    rows = {name: _filled(batch[name]).to_pylist() for name in batch.column_names}
+    made = encode(rows, template=template, **how)
+    return made.append_column("noted", column_of(batch, made, template))
+
+
+def _filled(column: pa.ChunkedArray) -> pa.Array:
+    """Messages without the keys that none of them has: each key costs time, and most rows have two."""
+    array = column.combine_chunks()
+    if not pa.types.is_list(array.type):
+        return array
+    values = array.flatten()
+    names = [field.name for k, field in enumerate(array.type.value_type) if values.field(k).null_count < len(values)]
+    messages = pa.StructArray.from_arrays([values.field(name) for name in names], names) if names else values
+    offsets = pc.call_function("subtract", [array.offsets, array.offsets[0]])
+    return pa.ListArray.from_arrays(offsets, messages)
 
 
 def _columns(table: datasets.Dataset, *names: str) -> datasets.Dataset:
@@ -235,8 +272,8 @@ def _tokenised(rendered: Sequence[Any], template: Template) -> list[Any]:
     return [turns if isinstance(turns, str) else [(next(ids), next(ids)) for _ in turns] for turns in rendered]
 
 
-def _table(names: Sequence[str]) -> dict[str, list[Any]]:
-    return {name: [] for name in names}
+def _table(names: Iterable[str]) -> dict[str, list[Any]]:
+    return {name: [] for name in names if name not in NOTED}
 
 
 def _put(out: dict[str, list[Any]], batch: Aligned, i: int, fault: str, cut: bool, **values: Any) -> None:
@@ -253,8 +290,9 @@ def _put(out: dict[str, list[Any]], batch: Aligned, i: int, fault: str, cut: boo
 
 
 def _arrow(rows: Mapping[str, Any], features: datasets.Features) -> pa.Table:
-    """Rows as a table. Lists of ids are joined first: Arrow takes one array much sooner than many lists."""
+    """Rows as a table, but for what is noted. Lists of ids are joined: Arrow takes one array sooner than many lists."""
     columns = []
+    features = datasets.Features({name: feature for name, feature in features.items() if name not in NOTED})
     for name, feature in features.items():
         if feature != IDS:
             columns.append(pa.array(rows[name], feature.pa_type))
@@ -283,12 +321,15 @@ def _encode_conversations(batch: Aligned, *, template: Template, rules: Rules) -
     rendered = _render(batch, template, discard_history=discard)
     ids = template.tokenise(_sequences(rendered))
     turns = np.array([0 if isinstance(row, str) else len(row) for row in rendered])
-    labels = _labels(ids, turns, template, rules)
+    chats = (chat for chat, row in zip(batch["messages"], rendered) if not isinstance(row, str))
+    wanted = np.array([message.get("learned") is not False for chat in chats for message in chat], bool)
+    labels = _labels(ids, turns, template, rules, wanted)
     bounds = np.concatenate([[0], np.cumsum(ids.sizes)])  # of sequences in `ids.values`
     stops = 2 * np.cumsum(turns)  # of rows, in sequences
     ends, values = bounds[stops], ids.values  # of rows, in tokens
     if template.efficient_eos:
-        values, labels = np.insert(values, ends, template.eos_id), np.insert(labels, ends, template.eos_id)
+        last = np.where(np.concatenate([[True], wanted])[stops], template.eos_id, IGNORED)  # [0]: of rows left out
+        values, labels = np.insert(values, ends, template.eos_id), np.insert(labels, ends, last)
         ends = ends + np.arange(1, len(ends) + 1)
     sizes = np.diff(ends, prepend=0)
     # With as many tokens as cutoff_len, the rounding of proportions may cut one.
@@ -307,18 +348,21 @@ def _encode_conversations(batch: Aligned, *, template: Template, rules: Rules) -
         if isinstance(rendered[i], str):
             runs.append(_Run([i], fault=rendered[i]))
             continue
-        lists = [ids.values[bounds[k] : bounds[k + 1]].tolist() for k in range(stops[i] - 2 * turns[i], stops[i])]
-        parts = [label(list(zip(lists[::2], lists[1::2])))]
+        own = range(stops[i] - 2 * turns[i], stops[i])
+        lists = [ids.values[bounds[k] : bounds[k + 1]].tolist() for k in own]
+        may = wanted[own].tolist()
+        parts = [label(list(zip(lists[::2], lists[1::2])), wanted=may)]
+        nothing = NOTHING_TO_LEARN if any(may[1::2]) else NOTHING_WANTED
         if parts[0][2] and rules.overlong == "drop":
             runs.append(_Run([i], fault=too_long(rules.cutoff_len)))
             continue
         if parts[0][2] and rules.overlong == "split":
-            parts = [label(part) for part in _split(batch, i, template, rules, discard)]
+            parts = [label(part, wanted=may) for part, may in _split(batch, i, template, rules, discard)]
         for tokens, learned, cut in parts:
             if _learns(learned):
                 runs.append(_Run([i], tokens, learned, [len(tokens)], cut=cut))
             else:
-                runs.append(_Run([i], fault=NOTHING_TO_LEARN, cut=cut))
+                runs.append(_Run([i], fault=nothing, cut=cut))
     rows = [row for run in runs for row in run.rows]
     joined = {"input_ids": Ids.join([run.ids for run in runs]), "labels": Ids.join([run.labels for run in runs])}
     sizes = np.array([size for run in runs for size in run.sizes], np.int64)
@@ -347,21 +391,24 @@ def _rows_learn(labels: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return before[ends] > before[np.minimum(starts + 1, ends)]
 
 
-def _labels(ids: Ids, turns: np.ndarray, template: Template, rules: Rules) -> np.ndarray:
+def _labels(ids: Ids, turns: np.ndarray, template: Template, rules: Rules, wanted: np.ndarray) -> np.ndarray:
     """The labels of rows that are not cut, as `label_turns` gives them, for all at once: int32 `[tokens]`.
 
     Args:
       ids: of prompt, answer, prompt, answer ...
       turns: how many of these pairs each row has, int `[rows]`.
+      wanted: whether each may be learned, bool `[lists]`.
     """
     learned = np.zeros(len(ids.sizes), bool)
     learned[2 * np.cumsum(turns)[turns > 0] - 1 if rules.mask_history else slice(1, None, 2)] = True
     if rules.train_on_prompt:
         learned[::2] = True
+    learned &= wanted
     labels = np.where(np.repeat(learned, ids.sizes), ids.values, np.int32(IGNORED))
     if template.efficient_eos and not rules.train_on_prompt and not rules.mask_history:
         later = np.arange(len(ids.sizes)) % 2 == 0  # prompts behind an answer: what ends it is learned where they begin
         later[2 * (np.cumsum(turns) - turns)[turns > 0]] = False
+        later[1:] &= wanted[:-1]
         labels[ids.starts[later & (ids.sizes > 0)]] = template.eos_id
     return labels
 
@@ -382,7 +429,7 @@ def _split(batch: Aligned, i: int, template: Template, rules: Rules, discard: bo
         ends = [k for k in range(1, len(ids)) if messages[2 * k]["role"] == "user"] + [len(ids)]
         sizes = np.cumsum([len(prompt) + len(answer) for prompt, answer in ids]) + template.efficient_eos
         end = max((k for k in ends if sizes[k - 1] <= rules.cutoff_len), default=ends[0])
-        parts.append(ids[:end])
+        parts.append((ids[:end], [message.get("learned") is not False for message in messages[: 2 * end]]))
         messages = messages[2 * end :]
     return parts
 
@@ -399,7 +446,7 @@ def _last_only(template: Template) -> dict[str, Any]:
 
 def _encode_last_answers(batch: Aligned, *, template: Template, rules: Rules) -> pa.Table:
     """The last answer, and all before it as the prompt that asks for it."""
-    out = _table(list(CONVERSATIONS))
+    out = _table(CONVERSATIONS)
     for i, turns in enumerate(_tokenised(_render(batch, template, **_last_only(template)), template)):
         if isinstance(turns, str):
             _put(out, batch, i, turns, False)
@@ -423,7 +470,7 @@ def _encode_pairs(batch: Aligned, *, template: Template, rules: Rules) -> pa.Tab
     how = _last_only(template)
     chosen = _tokenised(_render(batch, template, **how), template)
     rejected = _tokenised(_render(batch, template, batch["rejected"], **how), template)
-    out = _table(list(PAIRS))
+    out = _table(PAIRS)
     for i, (better, worse) in enumerate(zip(chosen, rejected)):
         if isinstance(better, str) or isinstance(worse, str):
             _put(out, batch, i, better if isinstance(better, str) else worse, False)
@@ -455,7 +502,7 @@ def _encode_feedback(batch: Aligned, *, template: Template, rules: Rules) -> pa.
     before = {i: batch["messages"][kept[k - 1]][-1] for k, i in enumerate(kept)}
     own = _tokenised(_render(batch, template, **how), template)
     others = _tokenised(_render(batch, template, [before.get(i) for i in range(len(own))], **how), template)
-    out = _table(list(FEEDBACK))
+    out = _table(FEEDBACK)
     for i, (turns, other) in enumerate(zip(own, others)):
         if isinstance(turns, str) or isinstance(other, str):
             _put(out, batch, i, turns if isinstance(turns, str) else other, False)
@@ -503,7 +550,13 @@ def encode_documents(
     form = "split" if neat_packing else "blocks" if packing else overlong
     args = {"cutoff_len": cutoff_len, "form": form, "eos": document_end(template)}
     return in_parts(
-        partial(_encode_slice, _columns(table, "messages", "fault"), _encode_texts, template=template, **args),
+        partial(
+            _encode_slice,
+            _columns(table, "messages", "fault", "dataset", "row"),
+            _encode_texts,
+            template=template,
+            **args,
+        ),
         table,
         DOCUMENTS,
         name=fingerprint(table, "pt", (args, template.key)),
@@ -524,7 +577,8 @@ def document_end(template: Template) -> str:
 
 def _encode_texts(batch: Aligned, *, template: Template, cutoff_len: int, form: str, eos: str) -> pa.Table:
     tokenizer = template.tokenizer
-    texts = [messages[0]["content"] + eos for messages, fault in zip(batch["messages"], batch["fault"]) if not fault]
+    kept = [messages[0]["content"] for messages, fault in zip(batch["messages"], batch["fault"]) if not fault]
+    texts = [template.guard(text) + eos for text in kept]
     bos = tokenizer.bos_token_id if getattr(tokenizer, "add_bos_token", False) else None
     if bos is not None and form != "blocks":
         texts = [tokenizer.bos_token + text for text in texts]

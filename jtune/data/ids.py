@@ -69,16 +69,22 @@ PROBES = (
 )
 
 
-def token_ids(tokenizer: Any, texts: Sequence[str]) -> Ids:
-    """The ids of each text, no special tokens added."""
+def token_ids(tokenizer: Any, texts: Sequence[str], *, split_special: bool | None = None) -> Ids:
+    """The ids of each text, no special tokens added.
+
+    Args:
+      split_special: whether special tokens in it are text; None: as the tokenizer is set.
+    """
     if not texts:
         return Ids.of([])
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if split_special is None:
+        split_special = getattr(tokenizer, "split_special_tokens", False)
     if backend is None:
         plain = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        return Ids.of(tokenizer(list(texts), **plain)["input_ids"])
+        return Ids.of(tokenizer(list(texts), split_special_tokens=split_special, **plain)["input_ids"])
     # As the tokenizer itself calls it, without the places of tokens in the text, which take half of the time.
-    backend.encode_special_tokens = getattr(tokenizer, "split_special_tokens", False)
+    backend.encode_special_tokens = split_special
     backend.no_truncation()
     backend.no_padding()
     return Ids.of([encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)])

@@ -137,7 +137,7 @@ def load_datasets(
 
             sets = keepers.first("writing encoded sets", keep)
     else:
-        log.info("encoded sets read from %s\n%s", folder, "\n".join(report.sentence() for _, report in sets.values()))
+        log.info("encoded sets read from %s\n%s", folder, Report(tuple(report for _, report in sets.values())))
     encoded = {name: rows for name, (rows, _) in sets.items()}
     return Splits(
         train=encoded.pop("train", None),
@@ -149,6 +149,8 @@ def load_datasets(
 
 def _tell(report: SetReport) -> None:
     (log.warning if report.dropped else log.info)("%s", report.sentence())
+    for remark in report.remarks():
+        log.warning("%s", remark)
 
 
 def _aligned_sets(

@@ -112,7 +112,7 @@ def check(config: Any, out: TextIO | None = None) -> int:
     if splits.stream is not None:  # a whole pass, window by window, as it is trained on
         windows = (name_rows(window.report) for window in one_pass(splits.stream))
         streamed = [reduce(add, windows, SetReport("train"))]
-        log.info("%s", streamed[0].sentence())
+        log.info("%s", "\n".join([streamed[0].sentence(), *streamed[0].remarks()]))
     status = 0
     for report in (*streamed, *map(name_rows, splits.report.sets)):
         if report.exceeds(config.data.max_dropped):
@@ -128,7 +128,7 @@ def encode_sets(
     data, model = config.data, config.model
     tokenizer = load_tokenizer(model.model_name_or_path, split_special_tokens=model.split_special_tokens, **model.hub)
     add_model_tokens(tokenizer, model)
-    template = template_of(data, tokenizer)
+    template = template_of(data, tokenizer, for_chat=config.finetuning.stage != "pt")
     return template, load_datasets(
         data,
         config.finetuning.stage,

@@ -1,6 +1,6 @@
 """What became of the rows: read, kept, left out and why, cut."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,34 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class Note:
+    """Something about rows that are learned from, all the same.
+
+    >>> print(Note("special", 2, ("<|eot_id|>",), "a.jsonl:3"))
+    2 rows hold special tokens in their text: `<|eot_id|>` (first: a.jsonl:3)
+    """
+
+    kind: str  # a key of NOTES
+    count: int  # rows
+    items: tuple[str, ...]  # which tokens, keys ..., the most frequent first
+    first: str  # place of the first row
+
+    def __str__(self) -> str:
+        rest = len(self.items) - REASONS
+        items = ", ".join(f"`{item}`" for item in self.items[:REASONS]) + (f" and {rest} more" if rest > 0 else "")
+        rows = "1 row holds" if self.count == 1 else f"{self.count} rows hold"
+        return NOTES[self.kind].format(rows=rows, items=items) + f" (first: {self.first})"
+
+
+NOTES = {
+    "special": "{rows} special tokens in their text: {items}",
+    "thoughts": "{rows} thoughts, which the template has no place for: they are learned as text in {items}",
+    "tools": "{rows} {items}, which the chat template does not write",
+    "unused": "keys of messages not used: {items}; {rows} such",
+}
+
+
+@dataclass(frozen=True)
 class SetReport:
     """One encoded set. Rows are rows of the data; `encoded` is what was made of them (blocks, in stage pt)."""
 
@@ -31,6 +59,7 @@ class SetReport:
     cut: int = 0  # rows longer than cutoff_len
     dropped: tuple[Dropped, ...] = ()
     joined: bool = False  # rows became blocks
+    notes: tuple[Note, ...] = ()
 
     @property
     def left_out(self) -> int:
@@ -46,6 +75,10 @@ class SetReport:
     @property
     def kept(self) -> int:
         return self.read - self.left_out
+
+    def remarks(self) -> list[str]:
+        """What is to be said of rows that are learned from."""
+        return [f"{self.name}: {note}" for note in self.notes]
 
     def sentence(self) -> str:
         """
@@ -67,7 +100,7 @@ class Report:
     sets: tuple[SetReport, ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join(s.sentence() for s in self.sets)
+        return "\n".join(line for s in self.sets for line in (s.sentence(), *s.remarks()))
 
 
 def add(a: SetReport, b: SetReport) -> SetReport:
@@ -77,13 +110,22 @@ def add(a: SetReport, b: SetReport) -> SetReport:
     dropped = [replace(d, count=d.count + counts.get(d.reason, 0)) for d in a.dropped]
     sums = {key: getattr(a, key) + getattr(b, key) for key in ("read", "encoded", "tokens", "trained", "cut")}
     more = (d for d in b.dropped if d.reason not in known)
-    return replace(a, **sums, dropped=(*dropped, *more), joined=a.joined or b.joined)
+    notes = (*_added(a.notes, b.notes), *(note for note in b.notes if note.kind not in {n.kind for n in a.notes}))
+    return replace(a, **sums, dropped=(*dropped, *more), joined=a.joined or b.joined, notes=notes)
+
+
+def _added(notes: Sequence[Note], more: Sequence[Note]) -> Iterator[Note]:
+    for note in notes:
+        same = next((other for other in more if other.kind == note.kind), replace(note, count=0))
+        items = tuple(dict.fromkeys((*note.items, *same.items)))
+        yield replace(note, count=note.count + same.count, items=items)
 
 
 def report_of(saved: Mapping[str, Any]) -> SetReport:
     """The report that `dataclasses.asdict` made this of, also where JSON was in between."""
     dropped = tuple(Dropped(d["reason"], d["count"], tuple(d["examples"])) for d in saved["dropped"])
-    return SetReport(**{**saved, "dropped": dropped})
+    notes = tuple(Note(**{**n, "items": tuple(n["items"])}) for n in saved.get("notes", ()))
+    return SetReport(**{**saved, "dropped": dropped, "notes": notes})
 
 
 def reasons(dropped: Sequence[Dropped]) -> str:

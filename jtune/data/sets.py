@@ -11,6 +11,7 @@ from jtune.data.align import is_faulty
 from jtune.data.encode import NOTHING_TO_LEARN, Rules, encode_documents, encode_rows, too_long
 from jtune.data.encoded import Encoded, arrow_column
 from jtune.data.load import places
+from jtune.data.notes import notes_of
 from jtune.data.parts import ALONE, Team
 from jtune.data.registry import Entry
 from jtune.data.report import EXAMPLES, Dropped, SetReport, reasons
@@ -91,6 +92,7 @@ def encode_set(
         cut=len(long),
         dropped=dropped,
         joined=joined,
+        notes=notes_of(made, entries),
     )
     return encoded, report
 

@@ -127,6 +127,8 @@ def windows(stream: Stream, position: Position | None = None) -> Iterator[Window
             begin = window.end
             if window.report.dropped and window.number:
                 log.warning("window %d of the stream: %s", window.number + 1, window.report.sentence())
+            for remark in new_remarks(window) if window.number else ():
+                log.warning("window %d of the stream: %s", window.number + 1, remark)
             if len(window.encoded):
                 yield window
         report = report_of(begin["report"])
@@ -156,6 +158,13 @@ def check_position(stream: Stream, position: Position) -> None:
             next(iter(rows), None)
     except Exception as error:  # datasets raises anything for a state that is not its own
         raise ValueError(f"stream: {type(error).__name__}: {error}") from error
+
+
+def new_remarks(window: Window) -> list[str]:
+    """What is said of the rows of a window, and was not said of rows before it."""
+    said = {note.kind: set(note.items) for note in report_of(window.begin["report"]).notes}
+    notes = tuple(note for note in window.report.notes if not set(note.items) <= said.get(note.kind, set()))
+    return replace(window.report, notes=notes).remarks()
 
 
 def one_pass(stream: Stream, begin: Position = START) -> Iterator[Window]:

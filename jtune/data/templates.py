@@ -2,6 +2,7 @@
 
     get_template("llama3", tokenizer)     a format of template_table.py
     get_template(None, tokenizer)         the tokenizer's own chat template, where a sound loss mask can be had from it
+    get_template("empty", tokenizer)      messages joined as they are
 
 The ids are LLaMA-Factory's, except:
   - `{{idx}}` and the like in a message are text; there, they are replaced by the number of the turn;
@@ -25,15 +26,20 @@ from typing import Any
 import numpy as np
 
 from jtune.data import chat_template
+from jtune.data.align import as_messages
 from jtune.data.cache import tokenizer_key
 from jtune.data.chat_format import CONTENT, EOS, ChatFormat, Pieces, Special, Token, Turn, ask, render
 from jtune.data.ids import Ids, TokenIds, gigatoken_ids, token_ids
+from jtune.data.messages import THOUGHTS
+from jtune.data.special import SpecialTokens, guard, special_of, split_ids, with_guarded
+from jtune.data.suggest import nearest
 from jtune.data.template_table import TABLE
 from jtune.data.tokenizer import fix_special_tokens
 from jtune.data.tools import FORMATS
 from jtune.errors import ConfigError, DataError
 
 log = logging.getLogger("jtune")
+NO_SPECIAL = SpecialTokens()
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +55,9 @@ class Template:
       thought: what opens and closes the thinking of an answer.
       tool_format: how tools and calls are written; None: in the tokenizer's own way.
       form: what `render` renders; None: it is the tokenizer's own chat template.
+      has_thoughts: whether thoughts have a place of their own.
+      keys: what the tokenizer's own template reads of a message; None: a format of the table does, of role and content.
+      special: the special tokens that the text of rows may hold by accident.
       backend: what tokenises: "huggingface", or "gigatoken" (see ids.py).
       key: changes with whatever the ids depend on, but for `day`, which only rows with tools may depend on.
     """
@@ -67,26 +76,39 @@ class Template:
     day: Date | None = None
     tool_format: str | None = None
     form: ChatFormat | None = None
+    has_thoughts: bool = False
+    keys: frozenset[str] | None = None
+    special: SpecialTokens = NO_SPECIAL
     backend: str = "huggingface"
 
+    @property
+    def splits(self) -> bool:
+        """Whether special tokens in the text of rows are text; those that the template writes are not."""
+        return bool(getattr(self.tokenizer, "split_special_tokens", False) and self.special.tokens)
+
+    def guard(self, text: str) -> str:
+        """Text of a row, so that a template, or the end of a document, can be written around it."""
+        return guard(text, self.special) if self.splits else text
+
     def encode(
-        self, messages: Sequence[Mapping[str, str]], system: str | None = None, tools: str | None = None
+        self, messages: Sequence[Mapping[str, Any]], system: str | None = None, tools: str | None = None
     ) -> list[tuple[list[int], list[int]]]:
         """One `(prompt_ids, response_ids)` for each question and its answer; joined, they are the conversation.
 
         Args:
-          messages: `{role, content}`, roles user, assistant, function, observation; question and answer in turn.
+          messages: `{role, content}`, roles user, assistant, function, observation; or OpenAI's, with `tool_calls`,
+            `reasoning_content` and role tool. Question and answer in turn, but for tool results that belong together.
           tools: JSON, a list of functions.
 
         Raises:
           DataError: the messages are no conversation, or tools or calls are not JSON.
         """
-        turns = self.render(messages, system, tools)
+        turns = self.render(as_messages(messages), system, tools)
         ids = self.tokenise([pieces for turn in turns for pieces in turn]).lists()
         return list(zip(ids[::2], ids[1::2]))
 
     def prompt(
-        self, messages: Sequence[Mapping[str, str]], system: str | None = None, tools: str | None = None
+        self, messages: Sequence[Mapping[str, Any]], system: str | None = None, tools: str | None = None
     ) -> list[int]:
         """What the model is given to answer the last of `messages`, as it was when the model learned to answer it.
 
@@ -96,6 +118,7 @@ class Template:
         Raises:
           DataError: the messages are no conversation that ends with a question, or tools or calls are not JSON.
         """
+        messages = as_messages(messages)
         if len(messages) % 2 == 0:
             raise DataError(f"{len(messages)} messages: question and answer must alternate, and the last is a question")
         return self.tokenise([self.ask(messages, system, tools)]).lists()[0]
@@ -130,7 +153,10 @@ class Template:
 
     def token_ids(self, texts: Sequence[str]) -> Ids:
         """The ids of each text, no special tokens added."""
-        return (self._fast or partial(token_ids, self.tokenizer))(texts)
+        if not self.splits:
+            return (self._fast or partial(token_ids, self.tokenizer))(texts)
+        whole = self._fast or partial(token_ids, self.tokenizer, split_special=False)
+        return split_ids(self.tokenizer, self.special, whole, texts)
 
     @cached_property
     def _fast(self) -> TokenIds | None:
@@ -152,6 +178,7 @@ def get_template(
     date: Date | None = None,
     backend: str = "huggingface",
     for_training: bool = True,
+    for_chat: bool = True,
 ) -> Template:
     """The template `name`, or the tokenizer's own for None. Adds to `tokenizer` the special tokens that it needs.
 
@@ -166,13 +193,15 @@ def get_template(
       enable_thinking, preserve_thinking: see `ChatFormat`; only for templates of thinking models.
       backend: see `Template`.
       for_training: False: only prompts are wanted, for which the tokenizer's own chat template need give no loss mask.
+      for_chat: False: no messages are written: there need be no template.
 
     Raises:
-      ConfigError: an unknown name.
+      ConfigError: an unknown name; no name, and no chat template.
       DataError: the tokenizer's own chat template gives no sound loss mask.
     """
     if name is None and not chat_template.exists(tokenizer):
-        log.warning("the tokenizer has no chat template and `template` is not set: messages are joined as they are")
+        if for_chat:
+            raise ConfigError(_no_template(tokenizer))
         name = "empty"
     if name is None:
         if tool_format is not None:
@@ -184,8 +213,9 @@ def get_template(
             chat_template.check(tokenizer, own)
         own_ask = partial(chat_template.ask, tokenizer, default_system=default_system or "", options=options)
         key = f"{tokenizer.chat_template!r} {default_system!r} {options} {backend}"
+        keys = chat_template.keys_read(tokenizer)
         bound = _bind(None, tokenizer, own, own_ask, (), key)
-        return replace(bound, backend=backend)
+        return _guarded(replace(bound, backend=backend, keys=keys, has_thoughts=not keys.isdisjoint(THOUGHTS)))
 
     form = chat_format(name)
     if tool_format is not None:
@@ -203,24 +233,44 @@ def get_template(
     day = date or Date.today()  # one day for the whole run, also over midnight
     today = replace(form, day=day)
     template = _bind(name, tokenizer, partial(render, today), partial(ask, today), form.stop_words, f"{form} {backend}")
-    return replace(
+    bound = replace(
         template,
         backend=backend,
         efficient_eos=form.efficient_eos,
         preserve_thinking=form.preserve_thinking,
         thought=form.thought,
+        has_thoughts=form.thinking,
         day=day,
         tool_format=form.tool_format,
         form=form,
     )
+    return _guarded(bound, form.tool_call)
 
 
-def template_of(data_args: Any, tokenizer: Any, *, for_training: bool = True) -> Template:
+def _guarded(template: Template, words: Sequence[str] = ()) -> Template:
+    """`template`, with what it needs to tell special tokens in the text of rows from its own."""
+    template = replace(template, special=special_of(template.tokenizer, (*template.thought, *words)))
+    if not template.splits:
+        return template
+    writes = {name: partial(with_guarded, getattr(template, name), template.special) for name in ("render", "ask")}
+    return replace(template, **writes)
+
+
+def _no_template(tokenizer: Any) -> str:
+    name, to = nearest(tokenizer)
+    advice = f"`template: {name}` is the nearest for {to}" if name else "Set it to the model's"
+    return (
+        "`template` is not set, and the tokenizer has no chat template: nothing says how messages are written and "
+        f"where an answer ends. {advice}; `template: empty` joins them as they are"
+    )
+
+
+def template_of(data_args: Any, tokenizer: Any, *, for_training: bool = True, for_chat: bool = True) -> Template:
     """`get_template` of the arguments of a run.
 
     Args:
       data_args: with LLaMA-Factory's names (jtune.config.DataArguments).
-      for_training: see `get_template`.
+      for_training, for_chat: see `get_template`.
     """
     return get_template(
         data_args.template,
@@ -231,6 +281,7 @@ def template_of(data_args: Any, tokenizer: Any, *, for_training: bool = True) ->
         preserve_thinking=data_args.preserve_thinking,
         backend=data_args.tokenizer_backend,
         for_training=for_training,
+        for_chat=for_chat,
     )
 
 

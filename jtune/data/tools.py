@@ -8,16 +8,17 @@ these here, and whoever uses them is told of `tool_format: glm4_moe_whole` and s
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from functools import partial
 from typing import Any, NamedTuple
 
-from jtune.data.align import FaultyRow
+from jtune.data.messages import FaultyRow, read_call
 
 Call = tuple[str, Any]  # name, arguments
 
-load = json.loads
+# What stands between the text of an answer and its calls, where it is not "\n".
+BETWEEN = {"gemma4": "", "glm4": "<|assistant|>", "lfm2": "", "mistral": "", "qwen3_5": "\n\n"}
 
 # Formats whose calls are not as the model is told to write them -> those that are.
 WHOLE = {name: f"{name}_whole" for name in ("glm4_moe", "minimax2", "seed_oss")}
@@ -32,12 +33,7 @@ def describe(tool_format: str, text: str, today: date) -> str:
     Raises:
       FaultyRow: it is something else.
     """
-    try:
-        tools = load(text)
-    except ValueError as error:
-        raise FaultyRow("tools are not JSON") from error
-    if not isinstance(tools, list):
-        raise FaultyRow("tools are not a JSON list")
+    tools = load_tools(text)
     if tool_format == "phi4_mini":
         return f"<|tool|>{text}<|/tool|>"  # as it stands in the data
     if not tools:
@@ -46,6 +42,40 @@ def describe(tool_format: str, text: str, today: date) -> str:
         return FORMATS[tool_format].describe(tools, today)
     except (KeyError, TypeError, AttributeError) as error:
         raise FaultyRow(f"a tool is no function schema with name and parameters ({type(error).__name__})") from error
+
+
+def load_tools(text: str) -> list[Any]:
+    """The list of functions that `text` holds as JSON; one alone is a list of one.
+
+    Raises:
+      FaultyRow: it is something else.
+    """
+    try:
+        tools = json.loads(text)
+        tools = [tools] if isinstance(tools, Mapping) else tools
+        if not isinstance(tools, list):
+            raise FaultyRow("tools are not a JSON list")
+        return [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
+    except (ValueError, RecursionError) as error:
+        raise FaultyRow("tools are not JSON") from error
+
+
+def load_calls(text: str) -> list[dict[str, Any]]:
+    """The calls, `{name, arguments}`, that `text` holds as JSON: a list, or one.
+
+    Raises:
+      FaultyRow: it holds something else.
+    """
+    try:
+        calls = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FaultyRow("a function call is not JSON") from error
+    return [read_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+
+
+def between(tool_format: str, calls: str) -> str:
+    """What stands between the text of an answer and its calls, as they are written."""
+    return "" if calls.startswith("\n") else BETWEEN.get(tool_format, "\n")
 
 
 def call(tool_format: str, calls: Sequence[Call]) -> str:
@@ -75,12 +105,15 @@ def text_or_json(value: Any) -> str:
 
 def bare(tool: Any) -> Any:
     """`{"name": ...}`, without the wrapper."""
-    return tool["function"] if tool.get("type") == "function" else tool
+    if "function" in tool:
+        return tool["function"]
+    return {key: value for key, value in tool.items() if (key, value) != ("type", "function")}
 
 
 def wrapped(tool: Any) -> Any:
     """`{"type": "function", "function": {"name": ...}}`."""
-    return tool if tool.get("type") == "function" else {"type": "function", "function": tool}
+    is_wrapped = "function" in tool and tool.get("type") == "function"
+    return tool if is_wrapped else {"type": "function", "function": bare(tool)}
 
 
 def named(name: str, arguments: Any) -> str:
@@ -93,8 +126,8 @@ def named(name: str, arguments: Any) -> str:
 def _describe_default(tools: Sequence[Any], today: date) -> str:
     tools = [bare(tool) for tool in tools]
     described = "".join(
-        f"> Tool Name: {tool['name']}\nTool Description: {tool.get('description', '')}\nTool Args:\n"
-        + "".join(_argument(name, about, tool) for name, about in tool["parameters"]["properties"].items())
+        f"> Tool Name: {tool['name']}\nTool Description: {tool.get('description') or ''}\nTool Args:\n"
+        + "".join(_arguments(tool.get("parameters") or {}))
         + "\n"
         for tool in tools
     )
@@ -108,11 +141,15 @@ def _describe_default(tools: Sequence[Any], today: date) -> str:
     )
 
 
-def _argument(name: str, about: Any, tool: Any) -> str:
-    required = ", required" if name in tool["parameters"].get("required", []) else ""
-    choices = f", should be one of [{', '.join(about['enum'])}]" if about.get("enum") else ""
-    items = f", where each item should be {about['items'].get('type', '')}" if about.get("items") else ""
-    return f"  - {name} ({about.get('type', '')}{required}): {about.get('description', '')}{choices}{items}\n"
+def _arguments(parameters: Any) -> Iterator[str]:
+    needed = parameters.get("required") or []
+    for name, about in (parameters.get("properties") or {}).items():
+        about = about or {}
+        required = ", required" if name in needed else ""
+        choices = f", should be one of [{', '.join(map(str, about['enum']))}]" if about.get("enum") else ""
+        items = f", where each item should be {about['items'].get('type', '')}" if about.get("items") else ""
+        kind, meaning = about.get("type") or "", about.get("description") or ""
+        yield f"  - {name} ({kind}{required}): {meaning}{choices}{items}\n"
 
 
 def _call_default(calls: Sequence[Call]) -> str:
@@ -325,7 +362,7 @@ def _describe_gemma4(tools: Sequence[Any], today: date) -> str:
         return ",".join(parts)
 
     def declaration(tool: Mapping[str, Any]) -> str:
-        fields = [f"description:{quoted(tool.get('description', ''))}"]
+        fields = [f"description:{quoted(tool.get('description') or '')}"]
         if parameters := tool.get("parameters"):
             parts = []
             if properties := parameters.get("properties"):

@@ -74,7 +74,7 @@ class HarnessLM(TemplateLM):
 
     def __init__(self, loaded: Loaded, per_device_batch_size: int):
         super().__init__()
-        self.model, self.params, self.tokenizer, self.folder = loaded
+        self.model, self.params, self.tokenizer, self.folder, _ = loaded
         self.per_device_batch_size = per_device_batch_size
         self.ends = {self.eot_token_id, *end_ids(read_generation_config(self.folder))}
         source = hf.read_config(self.folder)

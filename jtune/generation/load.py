@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jtune import tuning
 from jtune.config import Config, ModelArguments
+from jtune.data import Template, template_of
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft, vocabulary
 from jtune.models import CausalLM, attention
@@ -26,15 +27,19 @@ class Loaded(NamedTuple):
     params: Any
     tokenizer: Any
     folder: Path  # of the model
+    template: Template | None = None
 
 
-def load(config: Config) -> Loaded:
+def load(config: Config, *, for_chat: bool = False) -> Loaded:
     """The model and its adapters, not merged, on the devices that are there, split as the arguments `mesh_*` say.
 
     Where no adapter is given, what the same arguments have trained is taken: see `trained`.
 
+    Args:
+      for_chat: the template is wanted, too; it is made before weights are read.
+
     Raises:
-      ConfigError: there are no weights yet.
+      ConfigError: there are no weights yet, or no template that is wanted.
       DataError: what is wrong with the files.
     """
     args = trained(config)
@@ -44,6 +49,7 @@ def load(config: Config) -> Loaded:
     source = hf.read_config(folder)
     settled = vocabulary.settle(replace(config, model=args), folder, decoder_config(source))
     decoder, tokenizer = settled.decoder, settled.tokenizer
+    template = template_of(config.data, tokenizer, for_training=False) if for_chat else None
     check_experts(mesh, decoder.num_experts)
     if args.infer_dtype == "auto":
         dtype = build.compute_dtype(config.training, config.finetuning.pure_bf16, hf.stored_dtype(source))
@@ -60,7 +66,7 @@ def load(config: Config) -> Loaded:
     params = jax.device_put(params, build.placement(params, decoder, mesh))
     device = mesh.local_devices[0]
     backend, _ = attention.choose(args.flash_attn, device.platform, decoder, dtype, device)
-    return Loaded(CausalLM(decoder, dtype=dtype, attention=backend, mesh=mesh), params, tokenizer, folder)
+    return Loaded(CausalLM(decoder, dtype=dtype, attention=backend, mesh=mesh), params, tokenizer, folder, template)
 
 
 def trained(config: Config) -> ModelArguments:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from jtune.config import Config
 from jtune.data import Template, chat_template
-from jtune.data.align import FaultyRow
 from jtune.data.chat_format import Pieces
 from jtune.data.encode import document_end
 from jtune.data.jinja import to_jinja
+from jtune.data.messages import FaultyRow
 from jtune.errors import DataError
 from jtune.interop.hf import GENERATION
 

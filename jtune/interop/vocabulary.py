@@ -69,7 +69,8 @@ def settle(config: Config, folder: Path, decoder: DecoderConfig) -> Vocabulary:
     if added and not args.resize_vocab:
         log.info("resize_vocab: tokens are added, so the model gets rows for them")
     if added or args.resize_vocab:
-        template_of(config.data, tokenizer, for_training=False)  # gives the tokenizer its stop words
+        # Gives the tokenizer its stop words.
+        template_of(config.data, tokenizer, for_training=False, for_chat=False)
         config = _trained(config, decoder)
     held = max((rows for adapter in adapters if (rows := stored_rows(adapter, decoder)) is not None), default=0)
     change = _change(decoder.vocab_size, held, tokenizer, had, bool(added or args.resize_vocab))

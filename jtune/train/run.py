@@ -375,9 +375,9 @@ def hub_cache(config: Config) -> Path:
 
 
 def data_template(config: Config, tokenizer: Any) -> Template:
-    """The template of the run; where only answers are asked for, it need give no loss mask."""
+    """The template of the run; where only answers are asked for, it need give no loss mask; stage pt needs none."""
     only_prompts = not config.training.do_train and config.training.predict_with_generate
-    return template_of(config.data, tokenizer, for_training=not only_prompts)
+    return template_of(config.data, tokenizer, for_training=not only_prompts, for_chat=config.finetuning.stage != "pt")
 
 
 def load_data(
