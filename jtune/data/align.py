@@ -8,8 +8,10 @@ counted and left out later, when the sets are mixed and split, as LLaMA-Factory 
 an error at once: more often than not the whole file is meant otherwise.
 """
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ from jtune.data.encoded import arrow_column
 from jtune.data.load import places
 from jtune.data.parts import ALONE, Team, in_parts
 from jtune.data.registry import Columns, Entry, Tags
+from jtune.data.rows import NESTED, value_of
 from jtune.errors import DataError
 
 QUESTION_ROLES = ("user", "observation")
@@ -41,6 +44,7 @@ ALIGNED = datasets.Features(
     }
 )
 
+TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 BATCH = 1000  # rows that are aligned together
 MISSING = "no "  # begins the fault of a row that lacks a column, or has null in it; the column's name follows
 
@@ -73,6 +77,7 @@ def align(
     """Bring `table` into the form `ALIGNED`, row by row.
 
     Args:
+      stage: as of the run, or "predict": a row needs no answer.
       rows: the place in the file of each row of `table`, where some were picked.
       index: what to write into the column `dataset`.
       team: the processes that share the folder where `table` is.
@@ -104,7 +109,7 @@ def align_stream(
         partial(_align_batch, rows=None, entry=entry, stage=stage, index=index),
         with_indices=True,
         batched=True,
-        remove_columns=list(names),
+        remove_columns=list(table.column_names or names),
         features=ALIGNED,
     )
 
@@ -147,8 +152,8 @@ def align_row(row: Mapping[Any, Any], entry: Entry, stage: str = "sft") -> Conve
     if entry.ranking:
         chosen, rejected = _answers(row, entry)
         return Conversation([*messages, chosen], system, tools, rejected)
-    desirable = row.get(columns.kto_tag) if columns.kto_tag else None
-    if columns.kto_tag and not isinstance(desirable, bool):
+    desirable = TRUTH.get(str(row.get(columns.kto_tag)).strip().lower()) if columns.kto_tag else None
+    if columns.kto_tag and desirable is None:
         raise FaultyRow(f"{columns.kto_tag} is neither true nor false")
     return Conversation(messages, system, tools, desirable=desirable)
 
@@ -178,7 +183,7 @@ def _align_batch(
     names, made = list(batch), []
     for values in zip(*batch.values()):
         try:
-            made.append((*align_row(dict(zip(names, values)), entry, stage), ""))
+            made.append((*align_row(dict(zip(names, map(value_of, values))), entry, stage), ""))
         except FaultyRow as error:
             made.append((*Conversation([]), str(error)))
     out: dict[str, list[Any]] = dict(zip((*Conversation._fields, "fault"), map(list, zip(*made))))
@@ -195,6 +200,10 @@ def _alpaca(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[dict
     messages = []
     history = row.get(columns.history) if columns.history else None
     is_turn = lambda turn: isinstance(turn, Sequence) and not isinstance(turn, str) and len(turn) == 2
+    if isinstance(history, str) and history.lstrip().startswith("["):  # CSV has no lists
+        history = _parsed(history)
+    if history == "":
+        history = None
     if history is not None and not (isinstance(history, list) and all(map(is_turn, history))):
         raise FaultyRow(f"{columns.history} is not a list of [question, answer]")
     for turn in history or []:
@@ -206,7 +215,9 @@ def _alpaca(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[dict
     messages.append({"role": "user", "content": "\n".join(filter(None, parts))})
     if stage == "pt" or entry.ranking:
         return messages, ""
-    answer = row.get(columns.response)
+    answer = row.get(columns.response) if columns.response else None
+    if answer is None and stage == "predict":
+        answer = ""  # nothing is learned from it, and it may be what is asked for
     if answer is None:
         raise FaultyRow(f"{MISSING}{columns.response}")
     return [*messages, _message("assistant", answer, columns.response)], ""
@@ -215,7 +226,9 @@ def _alpaca(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[dict
 def _alpaca_table(table: pa.Table, entry: Entry, stage: str) -> dict[str, Any] | None:
     """`align_row` of all rows of the usual form, texts without history, at once; None: they are not of this form."""
     columns = entry.columns
-    if entry.formatting != "alpaca" or entry.ranking or columns.kto_tag or columns.history in table.column_names:
+    if entry.formatting != "alpaca" or entry.ranking or columns.kto_tag:
+        return None
+    if columns.history in table.column_names and table[columns.history].null_count < len(table):
         return None
     names = [columns.prompt, columns.query, columns.response, columns.system, columns.tools]
     texts = [_texts(table, name) for name in names]
@@ -226,7 +239,9 @@ def _alpaca_table(table: pa.Table, entry: Entry, stage: str) -> dict[str, Any] |
     asked = [x for x, name in ((prompt, columns.prompt), (query, columns.query)) if name]
     lacking = [np.logical_and.reduce([_is_null(x) for x in asked])]
     reasons = [f"{MISSING}{columns.prompt or columns.query}"]
-    if stage != "pt":
+    if stage == "predict":
+        answer = call("coalesce", [answer, ""])
+    if stage not in ("pt", "predict"):
         lacking, reasons = [*lacking, _is_null(answer)], [*reasons, f"{MISSING}{columns.response}"]
     first, second = (call("coalesce", [x, ""]) for x in (prompt, query))
     both = call("and", [call("not_equal", [first, ""]), call("not_equal", [second, ""])])
@@ -261,7 +276,8 @@ def _texts(table: pa.Table, name: str | None) -> pa.Array | None:
         column.validate(full=True)  # that it is UTF-8
     except pa.ArrowInvalid:
         return None
-    return column.cast(pa.string())
+    nested = pc.call_function("any", [pc.starts_with(column.cast(pa.string()), NESTED)]).as_py()
+    return None if nested else column.cast(pa.string())
 
 
 def _is_null(texts: pa.Array) -> np.ndarray:
@@ -274,6 +290,8 @@ def _is_null(texts: pa.Array) -> np.ndarray:
 def _conversation(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[dict[str, str]], str]:
     tags, column = entry.tags, entry.columns.messages
     turns = row.get(column)
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # CSV has no lists
+        turns = _parsed(turns)
     if isinstance(turns, Mapping):  # a struct of lists, as older versions of `datasets` kept lists of structs
         turns = [dict(zip(turns, values)) for values in zip(*turns.values())]
     if turns is None:
@@ -291,6 +309,8 @@ def _conversation(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[lis
             raise FaultyRow(f"role out of turn ({message['role']} as {'an answer' if turn % 2 else 'a question'})")
     if entry.ranking and len(messages) % 2 == 0:
         raise FaultyRow("the conversation does not end with a question, which chosen and rejected answer")
+    if stage == "predict" and len(messages) % 2:
+        messages.append({"role": "assistant", "content": ""})
     if not entry.ranking and (len(messages) % 2 or not messages):
         raise FaultyRow("the conversation does not end with an answer")
     return messages, system
@@ -377,11 +397,27 @@ def _message(role: str, content: Any, what: str | None) -> dict[str, str]:
 
 
 def _text(value: Any, what: str | None) -> str:
+    """A text as it is, a number, a date or a truth value as it is written.
+
+    >>> _text(2, "x"), _text(True, "x"), _text(datetime.date(2031, 5, 9), "x")
+    ('2', 'true', '2031-05-09')
+    """
     if value is None:
         return ""
-    if not isinstance(value, str):
-        raise FaultyRow(f"{what} is not text but {type(value).__name__}")
-    return value
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float | Decimal | datetime.date | datetime.time):
+        return str(value)
+    raise FaultyRow(f"{what} is not text but {type(value).__name__}")
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _tools(value: Any) -> str:

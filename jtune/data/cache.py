@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import xxhash
 
-CODE = ("align", "chat_format", "chat_template", "encode", "ids", "template_table", "templates", "tools")
+CODE = ("align", "chat_format", "chat_template", "encode", "ids", "rows", "template_table", "templates", "tools")
 
 
 def fingerprint(table: datasets.Dataset, step: str, args: Any, rows: np.ndarray | None = None) -> str:

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from jtune.data.align import ALIGNED, align_stream, refuse_missing
 from jtune.data.encoded import Encoded, check_vocabulary
-from jtune.data.load import check_columns, check_stage, open_table, resolve_format, unreadable
+from jtune.data.load import check_columns, check_stage, open_table, resolve_format, say_unused, unreadable
 from jtune.data.mix import merge
 from jtune.data.registry import Entry, find_datasets
 from jtune.data.report import EXAMPLES, SetReport, add, report_of
@@ -96,6 +96,7 @@ def open_stream(
         entry = resolve_format(entry, names)
         check_stage(entry, stage)
         check_columns(entry, names, stage)
+        say_unused(entry, names, stage)
         if data_args.max_samples is not None:
             table = table.take(data_args.max_samples)
         entries.append(entry)
