@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 
 from jtune.data.registry import OPENAI_TAGS, Columns, Entry, Tags
-from jtune.data.rows import check_utf8, column_names, is_array, kind_of, open_bytes, reader
+from jtune.data.rows import check_utf8, column_names, is_array, kind_of, open_bytes, reader, value_of
 from jtune.errors import DataError
 
 # Otherwise `datasets` tells a counter on the internet of each reading, of local files, too.
@@ -24,10 +24,28 @@ log = logging.getLogger("jtune")
 READERS = {"json": "json", "jsonl": "json", "ndjson": "json", "csv": "csv", "tsv": "csv"}
 READERS |= {"parquet": "parquet", "arrow": "arrow", "txt": "text"}
 OURS = ("json", "csv")
-NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "requirements.txt", "LICENSE.txt")
+NO_DATA = (
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "requirements.txt",
+    "LICENSE.txt",
+)
 # Columns that are text for the model under these names.
 USUAL = ("instruction", "input", "output", "prompt", "query", "question", "completion", "response", "answer", "text")
-USUAL += ("content", "system", "history", "tools", "messages", "conversations", "chosen", "rejected", "label", "kto_tag")
+USUAL += (
+    "content",
+    "system",
+    "history",
+    "tools",
+    "messages",
+    "conversations",
+    "chosen",
+    "rejected",
+    "label",
+    "kto_tag",
+)
 KEYS = {"instruction": "prompt", "input": "query", "output": "response", "conversations": "messages"}
 KEYS |= {"question": "prompt", "completion": "response", "answer": "response", "label": "kto_tag"}
 
@@ -68,8 +86,8 @@ def load_table(
 
 def open_table(
     entry: Entry, *, cache_dir: str | None = None, token: str | None = None
-) -> tuple[datasets.IterableDataset, list[str]]:
-    """The rows of one dataset, unchanged, read as they are iterated over; and the names of its columns.
+) -> tuple[datasets.IterableDataset, list[str], Mapping[str, Any]]:
+    """The rows of one dataset, unchanged, read as they are iterated over; the names of its columns; its first row.
 
     Raises:
       DataError: as `load_table`, of the first rows.
@@ -92,7 +110,7 @@ def open_table(
         raise unreadable([entry], error) from error
     if first is None:
         raise _no_rows(entry)
-    return table, names or list(first)
+    return table, names or list(first), first
 
 
 def unreadable(entries: Sequence[Entry], error: Exception) -> DataError:
@@ -191,37 +209,49 @@ def _places(entry: Entry, rows: Sequence[int]) -> dict[int, str]:
     return found
 
 
-def resolve_format(entry: Entry, found: list[str]) -> Entry:
-    """For a dataset without an entry: tell its format from its columns.
+def resolve_format(
+    entry: Entry, found: Sequence[str], stage: str = "sft", first: Mapping[str, Any] | None = None
+) -> Entry:
+    """For a dataset without an entry: tell its format from its columns, and from the names in its first row.
 
-    `messages` is OpenAI's form, `conversations` ShareGPT's; a table of `text` (or `content`) alone is for stage pt; else
-    alpaca, with a question and an answer under one of their usual names. `system`, `tools`, `history`, `chosen`,
-    `rejected` and `kto_tag` are what they are called.
+    `messages` is OpenAI's form, `conversations` ShareGPT's, or the one whose names the messages have; a table of `text`
+    (or `content`) alone is for stage pt; else alpaca, with a question and an answer under one of their usual names.
+    `system`, `tools`, `history`, `chosen`, `rejected` and `kto_tag` are what they are called, the last three in the
+    stages that learn from them.
     """
     if entry.formatting is not None:
         return entry
     has = set(found)
     columns = Columns(system="system", tools="tools")
-    if {"chosen", "rejected"} <= has:
+    if stage in ("rm", "dpo") and {"chosen", "rejected"} <= has:
         entry = replace(entry, ranking=True)
         columns = replace(columns, chosen="chosen", rejected="rejected")
-    kto_tag = next((name for name in ("kto_tag", "label") if name in has), None)
-    columns = replace(columns, kto_tag=kto_tag)
+    if stage == "kto":
+        columns = replace(columns, kto_tag=next((name for name in ("kto_tag", "label") if name in has), None))
     for name in ("messages", "conversations"):
         if name in has:
-            roles = OPENAI_TAGS if name == "messages" else Tags()
-            formatting = "openai" if name == "messages" else "sharegpt"
-            return replace(entry, formatting=formatting, columns=replace(columns, messages=name), tags=roles)
-    first = lambda *names: next((name for name in names if name in has), names[0])
-    prompt = first("instruction", "prompt", "question", "query")
-    response = first("output", "response", "completion", "answer")
+            openai = _has_roles((first or {}).get(name), default=name == "messages")
+            tags, formatting = (OPENAI_TAGS, "openai") if openai else (Tags(), "sharegpt")
+            return replace(entry, formatting=formatting, columns=replace(columns, messages=name), tags=tags)
+    present = lambda *names: next((name for name in names if name in has), names[0])
+    prompt = present("instruction", "prompt", "question", "query")
+    response = present("output", "response", "completion", "answer")
     document = next((name for name in ("text", "content") if name in has), None)
-    if document and prompt not in has and not entry.ranking:
+    asked = "instruction" if stage == "pt" else prompt
+    if document and asked not in has and not entry.ranking:
         columns = Columns(prompt=document, query=None, response=None)
         return replace(entry, formatting="alpaca", columns=columns)
     query = "query" if "input" not in has and "query" in has and prompt != "query" else "input"
     columns = replace(columns, prompt=prompt, query=query, response=response, history="history")
     return replace(entry, formatting="alpaca", columns=columns)
+
+
+def _has_roles(turns: Any, default: bool) -> bool:
+    """Whether messages have OpenAI's names, `role` and `content`, rather than ShareGPT's."""
+    turn = turns[0] if isinstance(turns := value_of(turns), list) and turns else None
+    if not isinstance(turn, Mapping) or ("role" in turn) == ("from" in turn):
+        return default
+    return "role" in turn
 
 
 def say_unused(entry: Entry, found: Sequence[str], stage: str) -> None:
@@ -238,8 +268,8 @@ def say_unused(entry: Entry, found: Sequence[str], stage: str) -> None:
     if text and stage != "pt":
         key = KEYS.get(text[0], text[0])
         _note(
-            f"dataset {entry.name!r}: {', '.join(map(repr, text))} {'is' if len(text) == 1 else 'are'} usually text for "
-            f'the model, but not used. To use it, say what it is in dataset_info.json: "columns": {{"{key}": '
+            f"dataset {entry.name!r}: {', '.join(map(repr, text))} {'is' if len(text) == 1 else 'are'} usually text "
+            f'for the model, but not used. To use it, say what it is in dataset_info.json: "columns": {{"{key}": '
             f'"{text[0]}"}}',
             logging.WARNING,
         )

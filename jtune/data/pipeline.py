@@ -193,7 +193,7 @@ def load_aligned(
     """One set: its rows read, picked, and brought into one form. The entry comes back with its format resolved."""
     read = partial(load_table, entry, cache_dir=cache_dir, token=token, num_proc=num_proc)
     table = team.first(f"reading {entry.name}", read)
-    entry = resolve_format(entry, table.column_names)
+    entry = resolve_format(entry, table.column_names, stage, table[0])
     check_stage(entry, stage)
     check_columns(entry, table.column_names, stage)
     say_unused(entry, table.column_names, stage)

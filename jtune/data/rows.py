@@ -87,9 +87,7 @@ def reader(paths: Sequence[str], columns: Sequence[str], cache_dir: str | None) 
     """The builder of `datasets` that reads files into the cache, or streams them: columns of text, null where none."""
     features = datasets.Features({name: datasets.Value("string") for name in columns})
     code = xxhash.xxh64(Path(__file__).read_bytes()).hexdigest()
-    return TextRows(
-        cache_dir=cache_dir, dataset_name="rows", hash=code, data_files=list(paths), features=features
-    )
+    return TextRows(cache_dir=cache_dir, dataset_name="rows", hash=code, data_files=list(paths), features=features)
 
 
 @dataclass

@@ -92,8 +92,8 @@ def open_stream(
                 "set max_samples for the first so many rows, or streaming: false"
             )
         log.info("opening dataset %s", entry.name)
-        table, names = open_table(entry, cache_dir=cache_dir, token=token)
-        entry = resolve_format(entry, names)
+        table, names, first = open_table(entry, cache_dir=cache_dir, token=token)
+        entry = resolve_format(entry, names, stage, first)
         check_stage(entry, stage)
         check_columns(entry, names, stage)
         say_unused(entry, names, stage)
