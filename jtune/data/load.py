@@ -294,6 +294,11 @@ def check_columns(entry: Entry, found: list[str], stage: str) -> None:
     for key in sorted(needed):
         column = getattr(columns, key)
         if column is None or column not in found:
+            if key == "response" and column is None:
+                raise DataError(
+                    f"dataset {entry.name!r} ({entry.path}) has texts ({columns.prompt}) without answers: they are for "
+                    f"stage pt, not {stage}. Its columns are {', '.join(found)}"
+                )
             near = difflib.get_close_matches(column or key, found, n=1, cutoff=0.5)
             suggestion = near[0] if near else "the_column"
             raise DataError(

@@ -80,7 +80,12 @@ def column_names(paths: Sequence[str]) -> list[str]:
 
 def value_of(cell: Any) -> Any:
     """What a cell stands for: the list or the object that it holds, else itself."""
-    return json.loads(cell[len(NESTED) :]) if isinstance(cell, str) and cell.startswith(NESTED) else cell
+    if not isinstance(cell, str) or not cell.startswith(NESTED):
+        return cell
+    try:
+        return json.loads(cell[len(NESTED) :])
+    except ValueError:  # a text of someone else that begins so
+        return cell
 
 
 def reader(paths: Sequence[str], columns: Sequence[str], cache_dir: str | None) -> "TextRows":
