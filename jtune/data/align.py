@@ -109,7 +109,7 @@ def align_stream(
         partial(_align_batch, rows=None, entry=entry, stage=stage, index=index),
         with_indices=True,
         batched=True,
-        remove_columns=list(table.column_names or names),
+        remove_columns=list(names),
         features=ALIGNED,
     )
 
@@ -276,8 +276,9 @@ def _texts(table: pa.Table, name: str | None) -> pa.Array | None:
         column.validate(full=True)  # that it is UTF-8
     except pa.ArrowInvalid:
         return None
-    nested = pc.call_function("any", [pc.starts_with(column.cast(pa.string()), NESTED)]).as_py()
-    return None if nested else column.cast(pa.string())
+    texts = column.cast(pa.string())
+    begins = pc.call_function("starts_with", [texts], pc.MatchSubstringOptions(NESTED))
+    return None if pc.call_function("any", [begins]).as_py() else texts
 
 
 def _is_null(texts: pa.Array) -> np.ndarray:

@@ -101,7 +101,9 @@ def open_table(
             kind = _reader(files, entry)
             if kind in OURS:
                 names = column_names(files)
-                table = reader(files, _read_columns(names, entry), cache_dir).as_streaming_dataset(split=entry.split)
+                typed = not any(READERS[kind_of(file)] == "json" and is_array(file) for file in files)
+                builder = reader(files, _read_columns(names, entry), cache_dir, typed=typed)
+                table: Any = builder.as_streaming_dataset(split=entry.split)
             else:
                 how: dict[str, Any] = {"split": entry.split, "cache_dir": cache_dir}
                 table = datasets.load_dataset(kind, data_files=files, streaming=True, **how)

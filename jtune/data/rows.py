@@ -52,7 +52,8 @@ def open_bytes(path: str) -> IO[bytes]:
     Raises:
       DataError: it is UTF-16.
     """
-    file: Any = fsspec.open(path, "rb", compression="infer").open()
+    opened: Any = fsspec.open(path, "rb", compression="infer")
+    file = opened.open()
     start = file.read(3)
     if start[:2] in UTF16:
         raise DataError(f"{path}: UTF-16, expected UTF-8: iconv -f utf-16 -t utf-8 {path}")
@@ -88,23 +89,34 @@ def value_of(cell: Any) -> Any:
         return cell
 
 
-def reader(paths: Sequence[str], columns: Sequence[str], cache_dir: str | None) -> "TextRows":
-    """The builder of `datasets` that reads files into the cache, or streams them: columns of text, null where none."""
-    features = datasets.Features({name: datasets.Value("string") for name in columns})
+def reader(
+    paths: Sequence[str], columns: Sequence[str], cache_dir: str | None, *, typed: bool = True
+) -> datasets.ArrowBasedBuilder:
+    """The builder of `datasets` that reads files into the cache, or streams them: columns of text, null where none.
+
+    Args:
+      typed: `datasets` is told the columns before it reads. A stream's position depends on whether it was.
+    """
     code = xxhash.xxh64(Path(__file__).read_bytes()).hexdigest()
-    return TextRows(cache_dir=cache_dir, dataset_name="rows", hash=code, data_files=list(paths), features=features)
+    how: dict[str, Any] = {"columns": tuple(columns), "typed": typed}
+    return TextRows(cache_dir=cache_dir, dataset_name="rows", hash=code, data_files=list(paths), **how)
 
 
 @dataclass
 class TextConfig(datasets.BuilderConfig):
-    features: datasets.Features | None = None
+    columns: tuple[str, ...] = ()
+    typed: bool = True
 
 
 class TextRows(datasets.ArrowBasedBuilder):
     BUILDER_CONFIG_CLASS = TextConfig
+    config: Any
 
     def _info(self) -> datasets.DatasetInfo:
-        return datasets.DatasetInfo(features=self.config.features)
+        return datasets.DatasetInfo(features=self._features() if self.config.typed else None)
+
+    def _features(self) -> datasets.Features:
+        return datasets.Features({name: datasets.Value("string") for name in self.config.columns})
 
     def _split_generators(self, dl_manager: Any) -> list[Any]:
         files: Any = self.config.data_files
@@ -114,7 +126,7 @@ class TextRows(datasets.ArrowBasedBuilder):
         yield from files
 
     def _generate_tables(self, files: Sequence[str]) -> Iterator[tuple[Key, pa.Table]]:
-        schema = self.config.features.arrow_schema
+        schema = self._features().arrow_schema
         for shard, path in enumerate(files):
             tables = _csv_tables if kind_of(path) in DELIMITERS else _json_tables
             for number, table in enumerate(tables(path, schema)):
@@ -153,7 +165,7 @@ def _json_tables(path: str, schema: pa.Schema) -> Iterator[pa.Table]:
                     value = "true" if value else "false"
                 else:  # 1.10 stays 1.10
                     literals = literals or json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
-                    value = str(literals[name])
+                    value = str((literals or {})[name])
             cells[name].append(value)
         size, count = size + len(text), count + 1
         if "\\u" in text:

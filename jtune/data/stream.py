@@ -100,7 +100,7 @@ def open_stream(
         if data_args.max_samples is not None:
             table = table.take(data_args.max_samples)
         entries.append(entry)
-        parts.append(align_stream(table, names, entry, stage=stage, index=index))
+        parts.append(align_stream(table, list(first), entry, stage=stage, index=index))
     rows = merge(parts, data_args.mix_strategy, data_args.interleave_probs, seed)
     held = int(data_args.val_size)
     # A window is encoded beside the training loop, in its process, and kept nowhere.
