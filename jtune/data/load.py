@@ -101,7 +101,7 @@ def open_table(
             kind = _reader(files, entry)
             if kind in OURS:
                 names = column_names(files)
-                typed = not any(READERS[kind_of(file)] == "json" and is_array(file) for file in files)
+                typed = kind == "json" and not any(map(is_array, files))  # as positions in checkpoints were written
                 builder = reader(files, _read_columns(names, entry), cache_dir, typed=typed)
                 table: Any = builder.as_streaming_dataset(split=entry.split)
             else:
