@@ -120,7 +120,7 @@ def entry_of(
     if not isinstance(row, Mapping):
         raise DataError(f"{about}: expected an object with file_name or hf_hub_url, found {json.dumps(row)[:80]}")
     _check_keys(row, _KEYS, about)
-    row = {key: value for key, value in row.items() if value is not None}
+    row = {key: value for key, value in row.items() if value is not None or key in _SOURCE_KEYS}
     _check_types(row, about)
     if "file_sha1" in row:
         log.info("%s: file_sha1 is not looked at", about)
@@ -334,6 +334,8 @@ def _check_keys(given: Mapping[str, Any], known: Sequence[str], about: str) -> N
 
 def _check_types(row: Mapping[str, Any], about: str) -> None:
     for key, value in row.items():
+        if key in (*_SOURCE_KEYS, "folder"):
+            continue  # `_source` looks at them
         wanted, words = _TYPES.get(key, (str, "text"))
         if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
             raise DataError(f"{about}: {key} is {json.dumps(value)[:80]}, expected {words}")

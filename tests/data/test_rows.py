@@ -256,7 +256,7 @@ def test_an_array_is_read_in_parts(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"file_name": 7}, "file_name is 7, expected text"),
+        ({"file_name": 7}, "file_name must be text, found 7"),
         ({"file_name": "a.json", "ranking": "false"}, 'ranking is "false", expected true or false'),
         ({"file_name": "a.json", "columns": ["a"]}, 'columns is ["a"], expected an object'),
         ({"file_name": "a.json", "columns": {"prompt": 1}}, "columns: prompt is 1, expected text, or null"),
