@@ -9,8 +9,10 @@ mixed and split, as LLaMA-Factory does. Only a row that lacks a column is an err
 whole file is meant otherwise.
 """
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from jtune.data.load import places
 from jtune.data.messages import FaultyRow, Message, is_learned, message_of, observation_of, padded_columns, split_parts
 from jtune.data.parts import ALONE, Team, in_parts
 from jtune.data.registry import OPENAI_TAGS, Columns, Entry
+from jtune.data.rows import NESTED, value_of
 from jtune.errors import DataError
 
 QUESTION_ROLES = ("user", "observation")
@@ -45,6 +48,7 @@ ALIGNED = datasets.Features(
     }
 )
 
+TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 BATCH = 1000  # rows that are aligned together
 NOT_LEARNED = "the answer that is preferred, or not, is one that is not to be learned (weight, train, loss)"
 MISSING = "no "  # begins the fault of a row that lacks a column, or has null in it; the column's name follows
@@ -72,6 +76,7 @@ def align(
     """Bring `table` into the form `ALIGNED`, row by row.
 
     Args:
+      stage: as of the run, or "predict": a row needs no answer.
       rows: the place in the file of each row of `table`, where some were picked.
       index: what to write into the column `dataset`.
       team: the processes that share the folder where `table` is.
@@ -150,8 +155,8 @@ def align_row(row: Mapping[Any, Any], entry: Entry, stage: str = "sft") -> Conve
     if entry.ranking:
         chosen, rejected = _answers(row, entry)
         return Conversation([*messages, chosen], system, tools, rejected)
-    desirable = row.get(columns.kto_tag) if columns.kto_tag else None
-    if columns.kto_tag and not isinstance(desirable, bool):
+    desirable = TRUTH.get(str(row.get(columns.kto_tag)).strip().lower()) if columns.kto_tag else None
+    if columns.kto_tag and desirable is None:
         raise FaultyRow(f"{columns.kto_tag} is neither true nor false")
     if columns.kto_tag and messages[-1].get("learned") is False:
         raise FaultyRow(NOT_LEARNED)
@@ -187,7 +192,7 @@ def _align_batch(
     columns = (map(_present, batch[name]) if padded is None or name in padded else batch[name] for name in names)
     for values in zip(*columns):
         try:
-            made.append((*align_row(dict(zip(names, values)), entry, stage), ""))
+            made.append((*align_row(dict(zip(names, map(value_of, values))), entry, stage), ""))
         except FaultyRow as error:
             made.append((*Conversation([]), str(error)))
     out: dict[str, list[Any]] = dict(zip((*Conversation._fields, "fault"), map(list, zip(*made))))
@@ -204,6 +209,10 @@ def _alpaca(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[Mess
     messages = []
     history = row.get(columns.history) if columns.history else None
     is_turn = lambda turn: isinstance(turn, Sequence) and not isinstance(turn, str) and len(turn) == 2
+    if isinstance(history, str) and history.lstrip().startswith("["):  # CSV has no lists
+        history = _parsed(history)
+    if history == "":
+        history = None
     if history is not None and not (isinstance(history, list) and all(map(is_turn, history))):
         raise FaultyRow(f"{columns.history} is not a list of [question, answer]")
     for turn in history or []:
@@ -215,7 +224,9 @@ def _alpaca(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[Mess
     messages.append({"role": "user", "content": "\n".join(filter(None, parts))})
     if stage == "pt" or entry.ranking:
         return messages, ""
-    answer = row.get(columns.response)
+    answer = row.get(columns.response) if columns.response else None
+    if answer is None and stage == "predict":
+        answer = ""  # nothing is learned from it, and it may be what is asked for
     if answer is None:
         raise FaultyRow(f"{MISSING}{columns.response}")
     return [*messages, _message("assistant", answer, columns.response)], ""
@@ -224,7 +235,9 @@ def _alpaca(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[Mess
 def _alpaca_table(table: pa.Table, entry: Entry, stage: str) -> dict[str, Any] | None:
     """`align_row` of all rows of the usual form, texts without history, at once; None: they are not of this form."""
     columns = entry.columns
-    if entry.formatting != "alpaca" or entry.ranking or columns.kto_tag or columns.history in table.column_names:
+    if entry.formatting != "alpaca" or entry.ranking or columns.kto_tag:
+        return None
+    if columns.history in table.column_names and table[columns.history].null_count < len(table):
         return None
     names = [columns.prompt, columns.query, columns.response, columns.system, columns.tools]
     texts = [_texts(table, name) for name in names]
@@ -235,7 +248,9 @@ def _alpaca_table(table: pa.Table, entry: Entry, stage: str) -> dict[str, Any] |
     asked = [x for x, name in ((prompt, columns.prompt), (query, columns.query)) if name]
     lacking = [np.logical_and.reduce([_is_null(x) for x in asked])]
     reasons = [f"{MISSING}{columns.prompt or columns.query}"]
-    if stage != "pt":
+    if stage == "predict":
+        answer = call("coalesce", [answer, ""])
+    if stage not in ("pt", "predict"):
         lacking, reasons = [*lacking, _is_null(answer)], [*reasons, f"{MISSING}{columns.response}"]
     first, second = (call("coalesce", [x, ""]) for x in (prompt, query))
     both = call("and", [call("not_equal", [first, ""]), call("not_equal", [second, ""])])
@@ -272,7 +287,9 @@ def _texts(table: pa.Table, name: str | None) -> pa.Array | None:
         column.validate(full=True)  # that it is UTF-8
     except pa.ArrowInvalid:
         return None
-    return column.cast(pa.string())
+    texts = column.cast(pa.string())
+    begins = pc.call_function("starts_with", [texts], pc.MatchSubstringOptions(NESTED))
+    return None if pc.call_function("any", [begins]).as_py() else texts
 
 
 def _is_null(texts: pa.Array) -> np.ndarray:
@@ -301,6 +318,8 @@ def _conversation(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[lis
             raise FaultyRow(f"role out of turn ({message['role']} as {'an answer' if turn % 2 else 'a question'})")
     if entry.ranking and len(messages) % 2 == 0:
         raise FaultyRow("the conversation does not end with a question, which chosen and rejected answer")
+    if stage == "predict" and len(messages) % 2:
+        messages.append({"role": "assistant", "content": ""})
     if not entry.ranking and (len(messages) % 2 or not messages):
         raise FaultyRow("the conversation does not end with an answer")
     return messages, system
@@ -308,6 +327,8 @@ def _conversation(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[lis
 
 def _turns(row: Mapping[Any, Any], entry: Entry) -> Any:
     turns = row.get(entry.columns.messages)
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # CSV has no lists
+        turns = _parsed(turns)
     if isinstance(turns, Mapping):  # a struct of lists, as older versions of `datasets` kept lists of structs
         return [dict(zip(turns, values)) for values in zip(*turns.values())]
     return turns
@@ -423,11 +444,27 @@ def _message(role: str, content: Any, what: str | None) -> Message:
 
 
 def _text(value: Any, what: str | None) -> str:
+    """A text as it is, a number, a date or a truth value as it is written.
+
+    >>> _text(2, "x"), _text(True, "x"), _text(datetime.date(2031, 5, 9), "x")
+    ('2', 'true', '2031-05-09')
+    """
     if value is None:
         return ""
-    if not isinstance(value, str):
-        raise FaultyRow(f"{what} is not text but {type(value).__name__}")
-    return value
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float | Decimal | datetime.date | datetime.time):
+        return str(value)
+    raise FaultyRow(f"{what} is not text but {type(value).__name__}")
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _tools(value: Any) -> str:

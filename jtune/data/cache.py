@@ -13,8 +13,8 @@ import numpy as np
 import xxhash
 
 CODE = (
-    *("align", "chat_format", "chat_template", "encode", "ids", "messages", "notes", "special", "template_table"),
-    *("templates", "tools"),
+    *("align", "chat_format", "chat_template", "encode", "ids", "messages", "notes", "rows", "special"),
+    *("template_table", "templates", "tools"),
 )
 
 

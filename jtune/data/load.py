@@ -2,24 +2,53 @@
 
 import difflib
 import glob
-import json
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from jtune.data.registry import OPENAI_TAGS, Columns, Entry
+from jtune.data.registry import OPENAI_TAGS, Columns, Entry, Tags
+from jtune.data.rows import check_utf8, column_names, is_array, kind_of, open_bytes, reader, value_of
 from jtune.errors import DataError
 
 # Otherwise `datasets` tells a counter on the internet of each reading, of local files, too.
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
-# File extension -> the reader of `datasets`.
-READERS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow", "txt": "text"}
-SHOWN = 80  # characters of a faulty line
+log = logging.getLogger("jtune")
+
+# File extension -> the reader: our own (jtune.data.rows) of "json" and "csv", that of `datasets` of the others.
+READERS = {"json": "json", "jsonl": "json", "ndjson": "json", "csv": "csv", "tsv": "csv"}
+READERS |= {"parquet": "parquet", "arrow": "arrow", "txt": "text"}
+OURS = ("json", "csv")
+NO_DATA = (
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "requirements.txt",
+    "LICENSE.txt",
+)
+# Columns that are text for the model under these names.
+USUAL = ("instruction", "input", "output", "prompt", "query", "question", "completion", "response", "answer", "text")
+USUAL += (
+    "content",
+    "system",
+    "history",
+    "tools",
+    "messages",
+    "conversations",
+    "chosen",
+    "rejected",
+    "label",
+    "kto_tag",
+)
+KEYS = {"instruction": "prompt", "input": "query", "output": "response", "conversations": "messages"}
+KEYS |= {"question": "prompt", "completion": "response", "answer": "response", "label": "kto_tag"}
 
 
 def load_table(
@@ -30,14 +59,25 @@ def load_table(
     Raises:
       DataError: nothing is there, the file is damaged (with file and line), or it has no rows.
     """
-    reader, options = _reading(entry, cache_dir, token)
-    if entry.source == "hub":
-        options |= {"num_proc": num_proc}
-    else:  # datasets cannot split fewer files than processes, and says so each time
-        files = len(options["data_files"])
-        options |= {"num_proc": min(num_proc or 1, files) if files > 1 else None}
     try:
-        table = datasets.load_dataset(reader, **options)
+        if entry.source == "hub":
+            table = datasets.load_dataset(entry.path, **_hub(entry, cache_dir, token), num_proc=num_proc)
+        else:
+            files = data_files(entry)
+            # datasets cannot split fewer files than processes, and says so each time
+            processes = min(num_proc or 1, len(files)) if len(files) > 1 else None
+            kind = _reader(files, entry)
+            if kind in OURS:
+                names = column_names(files)
+                builder = reader(_literal(files, entry), _read_columns(names, entry), cache_dir)
+                builder.download_and_prepare(num_proc=processes)
+                table: Any = builder.as_dataset(split=entry.split)
+                others = set(table.column_names) - set(names)
+                columns = table.data.column
+                table = table.remove_columns(sorted(x for x in others if columns(x).null_count == len(columns(x))))
+            else:
+                how: dict[str, Any] = {"split": entry.split, "cache_dir": cache_dir}
+                table = datasets.load_dataset(kind, data_files=_literal(files, entry), num_proc=processes, **how)
     except Exception as error:
         raise unreadable([entry], error) from error
     if len(table) == 0:
@@ -47,27 +87,42 @@ def load_table(
 
 def open_table(
     entry: Entry, *, cache_dir: str | None = None, token: str | None = None
-) -> tuple[datasets.IterableDataset, list[str]]:
-    """The rows of one dataset, unchanged, read as they are iterated over; and the names of its columns.
+) -> tuple[datasets.IterableDataset, list[str], Mapping[str, Any]]:
+    """The rows of one dataset, unchanged, read as they are iterated over; the names of its columns; its first row.
 
     Raises:
       DataError: as `load_table`, of the first rows.
     """
-    reader, options = _reading(entry, cache_dir, token)
     try:
-        table = datasets.load_dataset(reader, streaming=True, **options)
+        names: list[str] = []
+        if entry.source == "hub":
+            table = datasets.load_dataset(entry.path, **_hub(entry, cache_dir, token), streaming=True)
+        else:
+            files = data_files(entry)
+            kind = _reader(files, entry)
+            if kind in OURS:
+                names = column_names(files)
+                typed = kind == "json" and not any(map(is_array, files))  # as positions in checkpoints were written
+                builder = reader(_literal(files, entry), _read_columns(names, entry), cache_dir, typed=typed)
+                table: Any = builder.as_streaming_dataset(split=entry.split)
+            else:
+                how: dict[str, Any] = {"split": entry.split, "cache_dir": cache_dir}
+                table = datasets.load_dataset(kind, data_files=_literal(files, entry), streaming=True, **how)
         first = next(iter(table), None)
     except Exception as error:
         raise unreadable([entry], error) from error
     if first is None:
         raise _no_rows(entry)
-    return table, list(first)
+    return table, names or list(first), first
 
 
 def unreadable(entries: Sequence[Entry], error: Exception) -> DataError:
     """What to say of an error that came up while rows of `entries` were read: file and line where they have one."""
-    if isinstance(error, DataError):
-        return error
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, DataError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
     [*_, entry] = entries
     if len(entries) == 1 and "corresponds to no data" in str(error):
         return _no_rows(entry)
@@ -81,20 +136,26 @@ def unreadable(entries: Sequence[Entry], error: Exception) -> DataError:
     return DataError(f"cannot read dataset {names}: {_deepest(error)}")
 
 
-def _reading(entry: Entry, cache_dir: str | None, token: str | None) -> tuple[str, dict[str, Any]]:
-    """The reader of `datasets` for an entry, and what it is told."""
-    options: dict[str, Any] = {"split": entry.split, "cache_dir": cache_dir}
-    if entry.source == "hub":
-        options |= {"name": entry.subset, "data_dir": entry.folder, "revision": entry.revision, "token": token}
-        return entry.path, options
-    files = data_files(entry)
-    # datasets takes a name for a pattern: with a "[" in it no file is found, or another one.
-    patterns = [glob.escape(file) for file in files] if entry.source == "file" else files
-    return _reader(files, entry), options | {"data_files": patterns}
+def _hub(entry: Entry, cache_dir: str | None, token: str | None) -> dict[str, Any]:
+    """What the reader of `datasets` is told of a set on the hub."""
+    where = {"name": entry.subset, "data_dir": entry.folder, "revision": entry.revision, "token": token}
+    return where | {"split": entry.split, "cache_dir": cache_dir}
+
+
+def _read_columns(names: Sequence[str], entry: Entry) -> list[str]:
+    """The columns that are read: those of the first rows, and those of use, which may first come later."""
+    known = [*filter(None, astuple(entry.columns)), *USUAL]
+    return list(dict.fromkeys([*names, *known]))
+
+
+def _literal(files: list[str], entry: Entry) -> list[str]:
+    """Names that `datasets` does not take for patterns: with a "[" in it no file is found, or another one."""
+    return [glob.escape(file) for file in files] if entry.source == "file" else files
 
 
 def _no_rows(entry: Entry) -> DataError:
-    return DataError(f"dataset {entry.name!r} ({entry.path}) has 0 rows")
+    empty = entry.source == "file" and all(os.path.getsize(file) == 0 for file in data_files(entry))
+    return DataError(f"dataset {entry.name!r} ({entry.path}) has 0 rows" + ": the file is empty" * empty)
 
 
 def data_files(entry: Entry) -> list[str]:
@@ -103,15 +164,26 @@ def data_files(entry: Entry) -> list[str]:
         return [entry.path]
     path = Path(entry.path)
     if path.is_dir():
-        files = sorted(str(f) for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
+        listed = sorted(f for f in path.iterdir() if not f.name.startswith("."))
+        files = [str(f) for f in listed if f.is_file() and kind_of(f.name) in READERS and f.name not in NO_DATA]
         if not files:
-            raise DataError(f"dataset {entry.name!r}: the folder {path} holds no files")
+            kinds = ", ".join(f".{kind}" for kind in READERS)
+            raise DataError(f"dataset {entry.name!r}: the folder {path} holds no files of data ({kinds})")
+        left = [f.name + "/" * f.is_dir() for f in listed if str(f) not in files]
+        if left:
+            _note(f"dataset {entry.name!r}: not read from {path}: {', '.join(left)}")
         return files
     if not path.is_file():
         siblings = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
         raise DataError(f"dataset {entry.name!r}: no file {path}." + (f" There is {near[0]!r}." if near else ""))
     return [str(path)]
+
+
+@cache
+def _note(text: str, level: int = logging.INFO) -> None:
+    """Say something once, though a run looks at its sets several times."""
+    log.log(level, "%s", text)
 
 
 def places(entries: Sequence[Entry] | Mapping[int, Entry], rows: datasets.Dataset) -> tuple[str, ...]:
@@ -131,9 +203,9 @@ def _places(entry: Entry, rows: Sequence[int]) -> dict[int, str]:
         return found
     left, first = sorted(set(rows), reverse=True), 0
     for path in data_files(entry):
-        if os.path.splitext(path)[1].lower() not in (".json", ".jsonl") or _is_array(path):
+        if READERS.get(kind_of(path)) != "json" or is_array(path):
             break  # how many rows it has is not told by its lines
-        with open(path, "rb") as file:
+        with open_bytes(path) as file:
             for number, line in enumerate(file, start=1):
                 if not left:
                     return found
@@ -145,26 +217,71 @@ def _places(entry: Entry, rows: Sequence[int]) -> dict[int, str]:
     return found
 
 
-def _is_array(path: str) -> bool:
-    """Whether a JSON file is one array of rows, and not a row a line."""
-    with open(path, "rb") as file:
-        return next((byte for line in file for byte in line.split()), b"")[:1] == b"["
+def resolve_format(
+    entry: Entry, found: Sequence[str], stage: str = "sft", first: Mapping[str, Any] | None = None
+) -> Entry:
+    """For a dataset without an entry: tell its format from its columns, and from the names in its first row.
 
-
-def resolve_format(entry: Entry, found: list[str]) -> Entry:
-    """For a dataset without an entry: tell its format from its columns.
-
-    `messages` is OpenAI's form, `conversations` ShareGPT's; a table of `text` alone is for stage pt; else alpaca.
+    `messages` is OpenAI's form, `conversations` ShareGPT's, or the one whose names the messages have; a table of `text`
+    (or `content`) alone is for stage pt; else alpaca, with a question and an answer under one of their usual names.
+    `system`, `tools`, `history`, `chosen`, `rejected` and `kto_tag` are what they are called, the last three in the
+    stages that learn from them.
     """
     if entry.formatting is not None:
         return entry
-    if "messages" in found:
-        return replace(entry, formatting="openai", columns=Columns(messages="messages"), tags=OPENAI_TAGS)
-    if "conversations" in found:
-        return replace(entry, formatting="sharegpt")
-    if "text" in found and "instruction" not in found:
-        return replace(entry, formatting="alpaca", columns=Columns(prompt="text", query=None, response=None))
-    return replace(entry, formatting="alpaca")
+    has = set(found)
+    columns = Columns(system="system", tools="tools")
+    if stage in ("rm", "dpo") and {"chosen", "rejected"} <= has:
+        entry = replace(entry, ranking=True)
+        columns = replace(columns, chosen="chosen", rejected="rejected")
+    if stage == "kto":
+        columns = replace(columns, kto_tag=next((name for name in ("kto_tag", "label") if name in has), None))
+    for name in ("messages", "conversations"):
+        if name in has:
+            openai = _has_roles((first or {}).get(name), default=name == "messages")
+            tags, formatting = (OPENAI_TAGS, "openai") if openai else (Tags(), "sharegpt")
+            return replace(entry, formatting=formatting, columns=replace(columns, messages=name), tags=tags)
+    present = lambda *names: next((name for name in names if name in has), names[0])
+    prompt = present("instruction", "prompt", "question", "query")
+    response = present("output", "response", "completion", "answer")
+    document = next((name for name in ("text", "content") if name in has), None)
+    asked = "instruction" if stage == "pt" else prompt
+    if document and asked not in has and not entry.ranking:
+        columns = Columns(prompt=document, query=None, response=None)
+        return replace(entry, formatting="alpaca", columns=columns)
+    query = "query" if "input" not in has and "query" in has and prompt != "query" else "input"
+    columns = replace(columns, prompt=prompt, query=query, response=response, history="history")
+    return replace(entry, formatting="alpaca", columns=columns)
+
+
+def _has_roles(turns: Any, default: bool) -> bool:
+    """Whether messages have OpenAI's names, `role` and `content`, rather than ShareGPT's."""
+    turn = turns[0] if isinstance(turns := value_of(turns), list) and turns else None
+    if not isinstance(turn, Mapping) or ("role" in turn) == ("from" in turn):
+        return default
+    return "role" in turn
+
+
+def say_unused(entry: Entry, found: Sequence[str], stage: str) -> None:
+    """Name the columns that are not read, once; those that are usually text for the model with a warning."""
+    unread = {"response", "system", "tools"} if stage == "pt" else set()
+    own = {"prompt", "query", "response", "history"}
+    unread |= {"messages"} if entry.formatting == "alpaca" else own
+    unread |= {"response"} if entry.ranking else {"chosen", "rejected"}
+    used = {getattr(entry.columns, field.name) for field in fields(Columns) if field.name not in unread}
+    unused = [name for name in found if name not in used]
+    if not unused:
+        return
+    text = [name for name in unused if name in USUAL]
+    if text and stage != "pt":
+        key = KEYS.get(text[0], text[0])
+        _note(
+            f"dataset {entry.name!r}: {', '.join(map(repr, text))} {'is' if len(text) == 1 else 'are'} usually text "
+            f'for the model, but not used. To use it, say what it is in dataset_info.json: "columns": {{"{key}": '
+            f'"{text[0]}"}}',
+            logging.WARNING,
+        )
+    _note(f"dataset {entry.name!r}: columns not used: {', '.join(unused)}")
 
 
 def check_columns(entry: Entry, found: list[str], stage: str) -> None:
@@ -174,10 +291,10 @@ def check_columns(entry: Entry, found: list[str], stage: str) -> None:
       DataError: with the columns that there are.
     """
     columns = entry.columns
-    needed = set(entry.listed)
+    needed = set(entry.listed) - ({"response"} if stage == "predict" else set())
     if entry.formatting == "alpaca":
         needed.add("prompt" if columns.prompt else "query")
-        needed |= {"response"} if stage != "pt" and not entry.ranking else set()
+        needed |= {"response"} if stage not in ("pt", "predict") and not entry.ranking else set()
     else:
         needed.add("messages")
     needed |= {"chosen", "rejected"} if entry.ranking else set()
@@ -185,6 +302,11 @@ def check_columns(entry: Entry, found: list[str], stage: str) -> None:
     for key in sorted(needed):
         column = getattr(columns, key)
         if column is None or column not in found:
+            if key == "response" and column is None:
+                raise DataError(
+                    f"dataset {entry.name!r} ({entry.path}) has texts ({columns.prompt}) without answers: they are for "
+                    f"stage pt, not {stage}. Its columns are {', '.join(found)}"
+                )
             near = difflib.get_close_matches(column or key, found, n=1, cutoff=0.5)
             suggestion = near[0] if near else "the_column"
             raise DataError(
@@ -195,7 +317,8 @@ def check_columns(entry: Entry, found: list[str], stage: str) -> None:
 
 
 def check_stage(entry: Entry, stage: str) -> None:
-    """Raise a DataError for sets that are not for `stage`."""
+    """Raise a DataError for sets that are not for `stage`; answers that are predicted are those of stage sft."""
+    stage = "sft" if stage == "predict" else stage
     kind = "ranking" if entry.ranking else "kto_tag" if entry.columns.kto_tag else ""
     if kind and not (stage == "pt" and kind == "kto_tag"):
         stages = ("rm", "dpo") if kind == "ranking" else ("kto",)
@@ -211,10 +334,10 @@ def check_stage(entry: Entry, stage: str) -> None:
 
 
 def _reader(files: list[str], entry: Entry) -> str:
-    kinds = {os.path.splitext(f)[1].lstrip(".").lower() for f in files}
+    kinds = {kind_of(f) for f in files}
     unknown = sorted(kinds - set(READERS))
     if unknown:
-        example = next(f for f in files if f.lower().endswith(unknown[0]))
+        example = next(f for f in files if kind_of(f) == unknown[0])
         raise DataError(f"dataset {entry.name!r}: {example} is none of {', '.join(READERS)}")
     readers = {READERS[kind] for kind in kinds}
     if len(readers) > 1:
@@ -241,7 +364,7 @@ def not_utf8(entry: Entry, error: UnicodeDecodeError) -> DataError:
     if entry.source == "file":
         try:
             for path in data_files(entry):
-                _check_utf8(path)
+                check_utf8(path)
         except DataError as found:
             return found
     return DataError(f"dataset {entry.name!r} ({entry.path}): not UTF-8: {error}")
@@ -252,64 +375,5 @@ def _diagnose(files: list[str], entry: Entry) -> None:
     if all(os.path.getsize(f) == 0 for f in files):
         raise DataError(f"dataset {entry.name!r} ({entry.path}) has 0 rows: the file is empty")
     for path in files:
-        kind = READERS[os.path.splitext(path)[1].lstrip(".").lower()]
-        if kind in ("json", "csv", "text"):
-            _check_utf8(path)
-        if kind == "json":
-            _check_types(path, _parsed(path))
-
-
-def _check_utf8(path: str) -> None:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line: {line[:SHOWN]!r}. "
-                    f"If it is Latin-1: iconv -f latin1 -t utf8 {path}"
-                ) from error
-
-
-def _parsed(path: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a JSON array or of JSON lines, each with its place. Raises DataError at the first that is none."""
-    with open(path, encoding="utf-8") as file:
-        if _is_array(path):
-            text = file.read()
-            try:
-                rows = json.loads(text)
-            except json.JSONDecodeError as error:
-                line = text.splitlines()[error.lineno - 1] if error.lineno <= text.count("\n") + 1 else ""
-                raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}: {line.strip()[:SHOWN]}") from error
-            yield from ((f"{path} row {i + 1}", row) for i, row in enumerate(rows))
-            return
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield f"{path}:{number}", json.loads(line.rstrip("\r\n"))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not JSON: {error.msg}: {line.strip()[:SHOWN]}") from error
-
-
-def _check_types(path: str, rows: Iterator[tuple[str, Any]]) -> None:
-    """Rows must be objects, and a column of one type."""
-    first: dict[str, tuple[str, str]] = {}
-    for place, row in rows:
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: expected an object, one row, found {_kind(row)}: {json.dumps(row)[:SHOWN]}")
-        for key, value in row.items():
-            if value is None:
-                continue
-            kind = _kind(value)
-            known, where = first.setdefault(key, (kind, place))
-            if kind != known:
-                raise DataError(
-                    f"{place}: {key!r} is {kind}, but {known} in {where}: a column has one type "
-                    "(jtune takes tools and function calls as JSON text, too)"
-                )
-
-
-def _kind(value: Any) -> str:
-    kinds = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds.get(type(value), type(value).__name__)
+        if READERS[kind_of(path)] in ("json", "csv", "text"):
+            check_utf8(path)

@@ -19,7 +19,7 @@ from datasets import config as datasets_config
 from jtune.data import saved
 from jtune.data.align import align
 from jtune.data.encoded import Encoded
-from jtune.data.load import check_columns, check_stage, load_table, not_utf8, resolve_format
+from jtune.data.load import check_columns, check_stage, load_table, not_utf8, resolve_format, say_unused
 from jtune.data.mix import hold_out, merge, pick_rows
 from jtune.data.parts import ALONE, Team, TeamOf, alone
 from jtune.data.registry import Entry, find_datasets
@@ -114,9 +114,10 @@ def load_datasets(
                 log.info("streaming: a first look at %d rows", first.report.read)
                 _tell(first.report)
             tables = {} if held_out is None or not evaluate else {"eval": (held_out, stream.entries)}
-            tables |= _aligned_sets(replace(data_args, dataset=()), stage, seed, False, evaluate, team=team, **load)
+            others = replace(data_args, dataset=())
+            tables |= _aligned_sets(others, stage, seed, False, evaluate, predict=predict, team=team, **load)
         else:
-            tables = _aligned_sets(data_args, stage, seed, train, evaluate, team=team, **load)
+            tables = _aligned_sets(data_args, stage, seed, train, evaluate, predict=predict, team=team, **load)
         to = saved.parts(folder) if folder else None
         for name, (table, entries) in tables.items():
             kind = stage if name == "train" else eval_stage
@@ -154,7 +155,7 @@ def _tell(report: SetReport) -> None:
 
 
 def _aligned_sets(
-    data_args: Any, stage: str, seed: int, train: bool, evaluate: bool, **load: Any
+    data_args: Any, stage: str, seed: int, train: bool, evaluate: bool, *, predict: bool, **load: Any
 ) -> dict[str, tuple[datasets.Dataset, list[Entry]]]:
     """The rows of each set, and the entries that they come from: "train", "eval", "eval_<name>"."""
     load |= {"stage": stage, "random": np.random.RandomState(seed)}  # one stream for all sets, training sets first
@@ -169,6 +170,7 @@ def _aligned_sets(
     elif train:
         raise DataError("nothing to train on: `dataset` names no set")
     if data_args.eval_dataset and evaluate:
+        load |= {"stage": "predict" if predict else stage}
         entries, tables = _load_all(data_args.eval_dataset, data_args, **load)
         if data_args.eval_on_each_dataset:
             sets |= {f"eval_{name}": (table, entries) for name, table in zip(data_args.eval_dataset, tables)}
@@ -193,9 +195,10 @@ def load_aligned(
     """One set: its rows read, picked, and brought into one form. The entry comes back with its format resolved."""
     read = partial(load_table, entry, cache_dir=cache_dir, token=token, num_proc=num_proc)
     table = team.first(f"reading {entry.name}", read)
-    entry = resolve_format(entry, table.column_names)
+    entry = resolve_format(entry, table.column_names, stage, table[0])
     check_stage(entry, stage)
     check_columns(entry, table.column_names, stage)
+    say_unused(entry, table.column_names, stage)
     rows = pick_rows(len(table), entry.num_samples, max_samples, random)
     if rows is not None:
         table = table.select(rows)

@@ -10,6 +10,7 @@ LLaMA-Factory's file, with three differences:
 
 import difflib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from jtune.errors import DataError
+
+log = logging.getLogger("jtune")
 
 INFO = "dataset_info.json"
 FORMATTINGS = ("alpaca", "sharegpt", "openai")
@@ -117,6 +120,10 @@ def entry_of(
     if not isinstance(row, Mapping):
         raise DataError(f"{about}: expected an object with file_name or hf_hub_url, found {json.dumps(row)[:80]}")
     _check_keys(row, _KEYS, about)
+    row = {key: value for key, value in row.items() if value is not None or key in _SOURCE_KEYS}
+    _check_types(row, about)
+    if "file_sha1" in row:
+        log.info("%s: file_sha1 is not looked at", about)
     source, path = _source(row, about, folder, allow_outside)
     formatting = row.get("formatting", "alpaca")
     if formatting not in FORMATTINGS:
@@ -128,7 +135,7 @@ def entry_of(
         source=source,
         path=path,
         formatting=formatting,
-        ranking=bool(row.get("ranking", False)),
+        ranking=row.get("ranking", False),
         subset=row.get("subset"),
         split=row.get("split", "train"),
         folder=row.get("folder"),
@@ -152,7 +159,14 @@ _KEYS = (
     "num_samples",
     "columns",
     "tags",
+    "file_sha1",
 )
+_TYPES: dict[str, tuple[type, str]] = {
+    "ranking": (bool, "true or false"),
+    "num_samples": (int, "a number"),
+    "columns": (Mapping, "an object"),
+    "tags": (Mapping, "an object"),
+}
 
 
 def _read_info(dataset_dir: str | Mapping[str, Any]) -> tuple[Mapping[str, Any], str, Path]:
@@ -174,11 +188,15 @@ def _read_info(dataset_dir: str | Mapping[str, Any]) -> tuple[Mapping[str, Any],
     if not path.is_file():
         return {}, str(path), folder
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError as error:
+        raise DataError(f"{path}: nested too deeply") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{path}: not JSON: {str(error).split(':')[0]}") from error
     if not isinstance(info, Mapping):
         raise DataError(f'{path}: expected an object, as in {{"my_data": {{"file_name": "my_data.json"}}}}')
     return info, str(path), folder
@@ -312,6 +330,18 @@ def _check_keys(given: Mapping[str, Any], known: Sequence[str], about: str) -> N
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             raise DataError(f"{about}: unknown key {key!r}; {hint}")
+
+
+def _check_types(row: Mapping[str, Any], about: str) -> None:
+    for key, value in row.items():
+        if key in (*_SOURCE_KEYS, "folder"):
+            continue  # `_source` looks at them
+        wanted, words = _TYPES.get(key, (str, "text"))
+        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            raise DataError(f"{about}: {key} is {json.dumps(value)[:80]}, expected {words}")
+        for name, item in value.items() if isinstance(value, Mapping) else ():
+            if item is not None and not isinstance(item, str):
+                raise DataError(f"{about}, {key}: {name} is {json.dumps(item)[:80]}, expected text, or null")
 
 
 def _columns(given: Mapping[str, str | None], about: str, default: Columns) -> Columns:

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from jtune.data.align import ALIGNED, align_stream, refuse_missing
 from jtune.data.encoded import Encoded, check_vocabulary
-from jtune.data.load import check_columns, check_stage, open_table, resolve_format, unreadable
+from jtune.data.load import check_columns, check_stage, open_table, resolve_format, say_unused, unreadable
 from jtune.data.mix import merge
 from jtune.data.registry import Entry, find_datasets
 from jtune.data.report import EXAMPLES, SetReport, add, report_of
@@ -92,14 +92,15 @@ def open_stream(
                 "set max_samples for the first so many rows, or streaming: false"
             )
         log.info("opening dataset %s", entry.name)
-        table, names = open_table(entry, cache_dir=cache_dir, token=token)
-        entry = resolve_format(entry, names)
+        table, names, first = open_table(entry, cache_dir=cache_dir, token=token)
+        entry = resolve_format(entry, names, stage, first)
         check_stage(entry, stage)
         check_columns(entry, names, stage)
+        say_unused(entry, names, stage)
         if data_args.max_samples is not None:
             table = table.take(data_args.max_samples)
         entries.append(entry)
-        parts.append(align_stream(table, names, entry, stage=stage, index=index))
+        parts.append(align_stream(table, list(first), entry, stage=stage, index=index))
     rows = merge(parts, data_args.mix_strategy, data_args.interleave_probs, seed)
     held = int(data_args.val_size)
     # A window is encoded beside the training loop, in its process, and kept nowhere.

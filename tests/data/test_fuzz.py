@@ -20,7 +20,7 @@ LOW = st.text("ab {}:[]\n<|>", max_size=12) | st.sampled_from(
     ["{{content}}", "<|im_end|>\n", "<|im_start|>assistant\n"]
 )
 HIGH = st.text("AB \n", min_size=1, max_size=12)
-JUNK = st.none() | st.integers() | st.booleans() | st.lists(st.integers(), max_size=2)
+JUNK = st.none() | st.integers() | st.lists(st.integers(), max_size=2)
 CALL = st.sampled_from(['{"name": "F", "arguments": {}}', '{"name": "F"}', "F(", "[]", '{"name": "F", "arguments": 3}'])
 SAID = {"human": LOW, "gpt": HIGH, "observation": LOW, "function_call": CALL, "system": LOW, "robot": LOW}
 
