@@ -184,8 +184,8 @@ def run_loop(
       ledger: where the time is booked. The rates of a log are those of updates: tokens over the time since the last
         log, without what went into compiling, evaluating and saving.
 
-    A log's loss is the mean over the finite updates since the last log, None if all were skipped; `skipped_updates`
-    counts the skipped ones, if there are any.
+    A log's loss is the mean over the finite updates since the last log, its grad_norm that of the last of them; it has
+    neither if all were skipped. `skipped_updates` counts the skipped ones, if there are any.
 
     Returns:
       The last state, and why the loop ended: "done", "stopped" (a subscriber or early stopping) or "preempted" (a
@@ -197,6 +197,7 @@ def run_loop(
     queue: deque[tuple[int, float, int, Metrics, bool]] = deque()
     ledger = ledger or Ledger()
     clock = [working(ledger), progress.tokens]
+    grad_norm: float | None = None  # of the last finite update
 
     def event(kind, record=None) -> set[Ask]:
         step = record["step"] if record else progress.step  # a log is of the update that it measured, one or more back
@@ -204,12 +205,14 @@ def run_loop(
 
     def read(entry) -> set[Ask]:
         """Take the metrics of a dispatched update to the host, and log if that was due."""
+        nonlocal grad_norm
         step, rate, tokens, on_device, log_due = entry
         metrics: Any = Metrics(*(x.item() for x in jax.device_get(on_device)))
         if metrics.finite:
             progress.bad_steps = 0
             progress.total_loss += metrics.loss
             progress.unlogged_loss += metrics.loss
+            grad_norm = metrics.grad_norm
         else:
             _count_bad(progress, step, metrics, hooks)
         progress.unlogged_steps += 1
@@ -217,13 +220,10 @@ def run_loop(
             return set()
         now = working(ledger)
         counted = progress.unlogged_steps - progress.unlogged_skipped
-        record = {
-            "loss": progress.unlogged_loss / counted if counted else None,
-            "grad_norm": finite_or_none(metrics.grad_norm),
-            "learning_rate": rate,
-            "epoch": hooks.epoch_at(step),
-            "step": step,
-        }
+        record: dict[str, Any] = {}
+        if counted:  # who reads the log looks for "loss", and takes what is there for a number
+            record = {"loss": progress.unlogged_loss / counted, "grad_norm": grad_norm}
+        record |= {"learning_rate": rate, "epoch": hooks.epoch_at(step), "step": step}
         if progress.unlogged_skipped:
             record["skipped_updates"] = progress.unlogged_skipped
         extra = hooks.rates((tokens - clock[1]) / max(1e-9, now - clock[0]))
