@@ -352,17 +352,18 @@ def _encode_conversations(batch: Aligned, *, template: Template, rules: Rules) -
         lists = [ids.values[bounds[k] : bounds[k + 1]].tolist() for k in own]
         may = wanted[own].tolist()
         parts = [label(list(zip(lists[::2], lists[1::2])), wanted=may)]
-        nothing = NOTHING_TO_LEARN if any(may[1::2]) else NOTHING_WANTED
+        nothing = NOTHING_TO_LEARN if any(may[-1:] if rules.mask_history else may[1::2]) else NOTHING_WANTED
         if parts[0][2] and rules.overlong == "drop":
             runs.append(_Run([i], fault=too_long(rules.cutoff_len)))
             continue
         if parts[0][2] and rules.overlong == "split":
             parts = [label(part, wanted=may) for part, may in _split(batch, i, template, rules, discard)]
-        for tokens, learned, cut in parts:
-            if _learns(learned):
-                runs.append(_Run([i], tokens, learned, [len(tokens)], cut=cut))
-            else:
-                runs.append(_Run([i], fault=nothing, cut=cut))
+        kept = [part for part in parts if _learns(part[1])]
+        lost = any(cut for _, learned, cut in parts if not _learns(learned))
+        for k, (tokens, learned, cut) in enumerate(kept):
+            runs.append(_Run([i], tokens, learned, [len(tokens)], cut=cut or (lost and k == 0)))
+        if not kept:  # a row is left out once, however many pieces it came in
+            runs.append(_Run([i], fault=nothing, cut=lost))
     rows = [row for run in runs for row in run.rows]
     joined = {"input_ids": Ids.join([run.ids for run in runs]), "labels": Ids.join([run.labels for run in runs])}
     sizes = np.array([size for run in runs for size in run.sizes], np.int64)

@@ -246,6 +246,24 @@ def test_a_masked_answer_stays_masked_where_a_row_is_cut_or_split(encoded):
             assert "⟦" in text
 
 
+def test_a_row_in_pieces_is_left_out_once_and_only_if_all_are(encoded):
+    chat = [ask("1"), say("One.", weight=0), ask("2"), say("Two."), ask("3"), say("Three.", weight=0)]
+    pieces, report = encoded(chat, cutoff_len=40, overlong="split")
+    assert "⟦Two.<|im_end|>" in pieces
+    assert (report.read, report.encoded, report.left_out) == (1, 1, 0)
+    nothing = [ask("1"), say("One.", weight=0), ask("2"), say("Two.", weight=0)]
+    _, report = encoded(chat, nothing, cutoff_len=40, overlong="split")
+    assert (report.read, report.encoded, report.left_out) == (2, 1, 1)
+
+
+def test_an_answer_that_is_not_wanted_is_the_reason_also_where_history_is_masked(encoded):
+    rows = [[ask("1"), say("One."), ask("2"), say("Two.", weight=weight)] for weight in (1, 0)]
+    _, report = encoded(*rows, mask_history=True)
+    assert [str(d) for d in report.dropped] == [
+        "1 nothing to learn (no answer is to be learned: weight, train, loss) (a.jsonl:2)"
+    ]
+
+
 @pytest.mark.parametrize("rules", [{}, {"overlong": "drop"}, {"mask_history": True}])
 @pytest.mark.parametrize(("masked", "learned"), [(0, "Two.\n<|im_end|>"), (1, "One.\n<|im_end|>"), (None, None)])
 def test_what_ends_a_masked_answer_is_not_learned_either(masked, learned, rules, trained, tmp_path):
