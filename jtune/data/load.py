@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from jtune.data.encoded import arrow_column
 from jtune.data.registry import OPENAI_TAGS, Columns, Entry, Tags
-from jtune.data.rows import check_utf8, column_names, is_array, kind_of, open_bytes, reader, value_of
+from jtune.data.rows import (
+    LATE,
+    check_utf8,
+    column_names,
+    is_array,
+    kind_of,
+    open_bytes,
+    reader,
+    say_late,
+    value_of,
+)
 from jtune.errors import DataError
 
 # Otherwise `datasets` tells a counter on the internet of each reading, of local files, too.
@@ -47,8 +62,9 @@ USUAL += (
     "label",
     "kto_tag",
 )
+PREFERENCES = ("chosen", "rejected", "label", "kto_tag")  # other stages learn from them
 KEYS = {"instruction": "prompt", "input": "query", "output": "response", "conversations": "messages"}
-KEYS |= {"question": "prompt", "completion": "response", "answer": "response", "label": "kto_tag"}
+KEYS |= {"question": "prompt", "completion": "response", "answer": "response"}
 
 
 def load_table(
@@ -69,12 +85,14 @@ def load_table(
             kind = _reader(files, entry)
             if kind in OURS:
                 names = column_names(files)
-                builder = reader(_literal(files, entry), _read_columns(names, entry), cache_dir)
+                builder = reader(_literal(files, entry), [*_read_columns(names, entry), LATE], cache_dir)
                 builder.download_and_prepare(num_proc=processes)
                 table: Any = builder.as_dataset(split=entry.split)
+                _say_late(entry, table)
                 others = set(table.column_names) - set(names)
                 columns = table.data.column
-                table = table.remove_columns(sorted(x for x in others if columns(x).null_count == len(columns(x))))
+                unread = (x for x in others if x == LATE or columns(x).null_count == len(columns(x)))
+                table = table.remove_columns(sorted(unread))
             else:
                 how: dict[str, Any] = {"split": entry.split, "cache_dir": cache_dir}
                 table = datasets.load_dataset(kind, data_files=_literal(files, entry), num_proc=processes, **how)
@@ -250,7 +268,8 @@ def resolve_format(
         columns = Columns(prompt=document, query=None, response=None)
         return replace(entry, formatting="alpaca", columns=columns)
     query = "query" if "input" not in has and "query" in has and prompt != "query" else "input"
-    columns = replace(columns, prompt=prompt, query=query, response=response, history="history")
+    history = None if stage == "pt" else "history"  # whose first question would be the text
+    columns = replace(columns, prompt=prompt, query=query, response=response, history=history)
     return replace(entry, formatting="alpaca", columns=columns)
 
 
@@ -269,10 +288,12 @@ def say_unused(entry: Entry, found: Sequence[str], stage: str) -> None:
     unread |= {"messages"} if entry.formatting == "alpaca" else own
     unread |= {"response"} if entry.ranking else {"chosen", "rejected"}
     used = {getattr(entry.columns, field.name) for field in fields(Columns) if field.name not in unread}
+    if stage == "pt" and (entry.formatting != "alpaca" or entry.columns.history in found):
+        _note(f"dataset {entry.name!r}: stage pt learns the first message of a row only", logging.WARNING)
     unused = [name for name in found if name not in used]
     if not unused:
         return
-    text = [name for name in unused if name in USUAL]
+    text = [name for name in unused if name in USUAL and name not in PREFERENCES]
     if text and stage != "pt":
         key = KEYS.get(text[0], text[0])
         _note(
@@ -282,6 +303,16 @@ def say_unused(entry: Entry, found: Sequence[str], stage: str) -> None:
             logging.WARNING,
         )
     _note(f"dataset {entry.name!r}: columns not used: {', '.join(unused)}")
+
+
+def _say_late(entry: Entry, table: datasets.Dataset) -> None:
+    """Name the columns that no row had when their names were looked up (see `rows.LATE`)."""
+    column = arrow_column(table, LATE)
+    rows = np.flatnonzero(pc.call_function("is_valid", [column]).to_numpy())
+    if len(rows):
+        cells, first = column.take(pa.array(rows)).to_pylist(), int(rows[0])
+        names = dict.fromkeys(name for cell in cells for name in json.loads(cell))
+        say_late(entry.name, _places(entry, [first])[first], tuple(names))
 
 
 def check_columns(entry: Entry, found: list[str], stage: str) -> None:

@@ -8,9 +8,11 @@ or a truth value becomes its literal. A list or an object is kept as JSON behind
 import codecs
 import csv
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -23,12 +25,16 @@ from datasets.builder import Key
 
 from jtune.errors import DataError
 
+log = logging.getLogger("jtune")
+
 NESTED = "\x00json\x00"  # begins a cell that holds a list or an object, as JSON
+LATE = "(late columns)"  # a column of the names of columns that are not read, as a JSON list where they first come up
 BLOCK = 4 << 20  # characters of a block of rows, about
 BLOCK_ROWS = 10_000
 CELLS = 1000  # rows whose columns are looked at before all are read
 CHUNK = 1 << 20  # characters of a JSON array that are read at once
 SHOWN = 80  # characters of a faulty line
+MOST_NAMES = 8  # columns that are named in a line
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 COMPRESSED: tuple[str, ...] = ("gz", "bz2", "xz", "zst")
 Compression = Literal["gzip", "bz2", "xz", "zstd"] | None
@@ -149,9 +155,9 @@ def json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _json_tables(path: str, schema: pa.Schema) -> Iterator[pa.Table]:
-    names, size = schema.names, 0
-    cells: dict[str, list[str | None]] = {name: [] for name in names}
-    count = 0
+    cells: dict[str, list[str | None]] = {name: [] for name in schema.names}
+    names, known = [name for name in schema.names if name != LATE], set(schema.names)
+    count = size = 0
     for place, row, text in _json_values(path):
         if not isinstance(row, dict):
             raise DataError(f"{place}: expected an object, one row, found {kind(row)}: {text[:SHOWN]}")
@@ -167,14 +173,29 @@ def _json_tables(path: str, schema: pa.Schema) -> Iterator[pa.Table]:
                     literals = literals or json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
                     value = str((literals or {})[name])
             cells[name].append(value)
+        late = None
+        if not row.keys() <= known:
+            late = [name for name in row if name not in known]
+            known.update(late)
+            if LATE not in cells:
+                say_late(path, place, tuple(late))
+        if LATE in cells:
+            cells[LATE].append(late and json.dumps(late))
         size, count = size + len(text), count + 1
         if "\\u" in text:
             _check_surrogates(row, place)
         if size > BLOCK or count == BLOCK_ROWS:
             yield _table(cells, schema, path)
-            cells, size, count = {name: [] for name in names}, 0, 0
+            cells, size, count = {name: [] for name in schema.names}, 0, 0
     if count:
         yield _table(cells, schema, path)
+
+
+@cache
+def say_late(dataset: str, place: str, names: Sequence[str]) -> None:
+    """Name, once, columns that come up in a later row and are not read."""
+    shown = ", ".join(names[:MOST_NAMES]) + f" and {len(names) - MOST_NAMES} more" * (len(names) > MOST_NAMES)
+    log.info("dataset %r: columns not used: %s (first: %s)", os.path.basename(dataset), shown, os.path.basename(place))
 
 
 def _check_surrogates(row: Mapping[str, Any], place: str) -> None:

@@ -17,7 +17,7 @@ from jtune.data import load_datasets
 from jtune.data.align import align, align_row
 from jtune.data.load import load_table, resolve_format
 from jtune.data.registry import Columns, Entry, entry_of, find_datasets
-from jtune.data.rows import CHUNK, json_rows
+from jtune.data.rows import CELLS, CHUNK, json_rows
 from jtune.data.stream import open_stream
 from jtune.errors import DataError
 
@@ -42,6 +42,7 @@ TEXTS += ["2031-05-09 10:00:00", "123456789012345678901234567890", "-0", "a\nb",
 @pytest.fixture(autouse=True)
 def said_anew():
     loading._note.cache_clear()
+    loading.say_late.cache_clear()
 
 
 def answers(table):
@@ -191,6 +192,48 @@ def test_columns_that_are_not_used_are_named_once(template, tmp_path, caplog):
             'dataset_info.json: "columns": {"system": "system"}',
         ),
         ("INFO", "dataset 'a': columns not used: system, id, score"),
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "jsonl.gz"])
+def test_a_column_that_comes_late_and_is_not_used_is_named_once(suffix, template, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "jtune")
+    rows = [{"instruction": "?", "output": "a"}] * CELLS + [{"instruction": "?", "output": "a", "notes": 1, "mood": 2}]
+    path = write(tmp_path / f"a.{suffix.removesuffix('.gz')}", rows * 2)
+    if suffix.endswith(".gz"):
+        zipped = path.with_name(f"a.{suffix}")
+        zipped.write_bytes(gzip.compress(path.read_bytes()))
+        path = zipped
+    for _ in range(2):
+        assert "notes" not in load_table(Entry("a", "file", str(path)), cache_dir=str(tmp_path)).column_names
+    place = f"{path.name} row {CELLS + 1}" if suffix == "json" else f"{path.name}:{CELLS + 1}"
+    said = [r.getMessage() for r in caplog.records if "not used" in r.getMessage()]
+    assert said == [f"dataset 'a': columns not used: notes, mood (first: {place})"]
+    caplog.clear()
+    for _ in range(2):
+        streamed(path, template)
+    said = [r.getMessage() for r in caplog.records if "not used" in r.getMessage()]
+    assert said == [f"dataset '{path.name}': columns not used: notes, mood (first: {place})"]
+
+
+def test_preferences_are_no_text_in_other_stages(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "jtune")
+    entry = resolve_format(Entry("a", "file", "a", formatting=None), ["instruction", "output", "label", "chosen"])
+    loading.say_unused(entry, ["instruction", "output", "label", "chosen"], "sft")
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("INFO", "dataset 'a': columns not used: label, chosen")
+    ]
+
+
+def test_what_stage_pt_leaves_of_a_conversation_is_said(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", [{"instruction": "text", "output": "a", "history": [["q", "a"]]}])
+    assert read(path, stage="pt")["messages"][0][0]["content"] == "text"
+    chat = Entry("a", "file", "a", formatting="openai", columns=Columns(messages="messages"))
+    history = Entry("b", "file", "b", columns=Columns(history="history"))
+    for entry, found in ((chat, ["messages"]), (history, ["instruction", "history"]), (history, ["instruction"])):
+        loading.say_unused(entry, found, "pt")
+    assert [r.getMessage() for r in caplog.records] == [
+        f"dataset '{name}': stage pt learns the first message of a row only" for name in ("a", "b")
     ]
 
 
