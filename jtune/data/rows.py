@@ -180,7 +180,7 @@ def _json_tables(path: str, schema: pa.Schema) -> Iterator[pa.Table]:
             if LATE not in cells:
                 say_late(path, place, tuple(late))
         if LATE in cells:
-            cells[LATE].append(late and json.dumps(late))
+            cells[LATE].append(json.dumps(late) if late else None)
         size, count = size + len(text), count + 1
         if "\\u" in text:
             _check_surrogates(row, place)
