@@ -163,7 +163,26 @@ def load_adapter(
     if left:
         shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
         raise DataError(f"{adapter.folder / WEIGHTS}: {shown} have no place in this model ({config.family})")
-    return loaded, (*(adapter.options.get("modules_to_save") or ()), *_token_modules(adapter.options))
+    return loaded, trained_whole(adapter.options, params, config)
+
+
+def trained_whole(options: Mapping[str, Any], params: PyTree, config: DecoderConfig) -> tuple[str, ...]:
+    """The modules of `params` that an adapter_config.json says were trained whole, or rows of them.
+
+    PEFT's names are the ends of a module's name in transformers' model ("wte", "model.embed_tokens").
+    """
+    there = dict.fromkeys((keys[:-1], layers.start if layers else None) for keys, _, layers in located(params))
+    names: dict[str, None] = {}
+    for name in (*(options.get("modules_to_save") or ()), *_token_modules(options)):
+        meant = [
+            ".".join(keys)
+            for keys, layer in there
+            for their in (file_names(config), module_names(config))
+            if "experts" not in keys and module_name(keys, their, layer=layer).endswith(name)
+        ]
+        known = any(".".join(keys[:i]).endswith(name) for keys, _ in there for i in range(1, len(keys) + 1))
+        names |= dict.fromkeys([name] if known or not meant else meant)
+    return tuple(names)
 
 
 def _borders(adapter: Adapter, params: PyTree, config: DecoderConfig) -> set[int]:

@@ -185,7 +185,11 @@ def test_a_head_that_has_not_moved_is_a_table_of_its_own(checkpoint, tmp_path):
 
 def test_a_tied_table_that_was_trained_as_one_acts_as_in_peft(checkpoint, tmp_path):
     expected = theirs(tmp_path, "qwen2", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
-    np.testing.assert_allclose(logits(*load_model(str(checkpoint("qwen2")), str(tmp_path))), expected, atol=1e-4)
+    model, base = load_model(str(checkpoint("qwen2")))
+    params, trained = load_adapter(base, model.config, str(tmp_path))
+    np.testing.assert_allclose(logits(model, params), expected, atol=1e-4)
+    assert trained == ("embed_tokens",)  # PEFT also says "model.embed_tokens"
+    assert whole_modules(params, adapter_mask(params), trained)["embed_tokens"]["embedding"] is True
 
 
 def test_an_adapter_of_the_head_acts_the_same_in_peft_and_when_read_again(checkpoint, tmp_path):
