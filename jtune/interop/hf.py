@@ -176,6 +176,27 @@ def load_params(
     return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
 
 
+def has_own_head(folder: Path, config: DecoderConfig) -> bool:
+    """Whether a checkpoint holds a head that is not its embedding, though its config.json says that they are one.
+
+    transformers then computes with both. Files that are not there or not whole are told of when they are read.
+    """
+    if not config.tie_word_embeddings:
+        return False
+    try:
+        stored = open_weights(folder)
+    except DataError:
+        return False
+    [part] = tensors(("embed_tokens", "embedding"), config, range(0))
+    head = head_name(config)
+    return head in stored and part.name in stored and not same(stored, head, part.name)
+
+
+def head_name(config: DecoderConfig) -> str:
+    """What a checkpoint calls the kernel of the head."""
+    return f"{file_names(config).words.get('lm_head', 'lm_head')}.weight"
+
+
 def _check_tensors(folder: Path, stored: Mapping[str, Stored], wanted: list[Any], config: DecoderConfig) -> None:
     """Compare names and shapes of all tensors before any of them is read; say everything that is wrong.
 
@@ -192,11 +213,10 @@ def _check_tensors(folder: Path, stored: Mapping[str, Stored], wanted: list[Any]
                 faults.setdefault(fault, []).append(part.name)
             known |= {part.name, *(part.name + suffix for suffix in SCALES)}
     if config.tie_word_embeddings:
-        head = f"{file_names(config).words.get('lm_head', 'lm_head')}.weight"
-        known.add(head)  # some writers repeat the embedding
-        [part] = tensors(("embed_tokens", "embedding"), config, range(0))
-        if head in stored and part.name in stored and not same(stored, head, part.name):
-            faults["is not the embedding, as tie_word_embeddings says: if the head is meant, set it to false"] = [head]
+        known.add(head_name(config))  # some writers repeat the embedding
+        if has_own_head(folder, config):
+            meant = "is not the embedding, as tie_word_embeddings says: if the head is meant, set it to false"
+            faults[meant] = [head_name(config)]
     nowhere = f"has no place in this model (model_type {config.family})"
     for name in sorted(stored.keys() - known):
         if not name.endswith(UNUSED):

@@ -28,7 +28,7 @@ def load_model(path: str, adapter: str | None = None, dtype: str = "float32") ->
       DataError: what is wrong with the files.
     """
     folder = hf.fetch(path)
-    config = decoder_config(hf.read_config(folder))
+    config, _ = vocabulary.untied(decoder_config(hf.read_config(folder)), folder, ())
     params = hf.load_params(folder, config, dtype=jnp.dtype(dtype))
     if adapter is not None:
         config, params = vocabulary.as_adapter(params, config, hf.fetch(adapter))

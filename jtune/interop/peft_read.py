@@ -126,6 +126,10 @@ def load_adapter(
     adapter = _open(hf.fetch(path, **hub) / (subfolder or ""))
     note_base(adapter.options, adapter.folder, base)
     _check_tied(adapter, config)
+    if on_embedding := next((name for name in adapter.stored if ".lora_embedding_" in name), None):
+        raise DataError(
+            f"{adapter.folder / WEIGHTS}: {on_embedding}: jtune has no LoRA on embeddings; merge the adapter with PEFT"
+        )
     if selective(adapter.options):
         params = cut_layers(params, [*_borders(adapter, params, config)])
 
@@ -156,15 +160,29 @@ def load_adapter(
     structure = jax.tree.structure(params, is_leaf=is_node)
     loaded = jax.tree.unflatten(structure, [place(*leaf) for leaf in located(params)])
     left = sorted(adapter.stored.keys() - adapter.used)
-    if any(".lora_embedding_" in name for name in left):
-        raise DataError(
-            f"{adapter.folder / WEIGHTS}: {next(name for name in left if '.lora_embedding_' in name)}: jtune has no "
-            "LoRA on embeddings; merge the adapter with PEFT"
-        )
     if left:
         shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
         raise DataError(f"{adapter.folder / WEIGHTS}: {shown} have no place in this model ({config.family})")
-    return loaded, (*(adapter.options.get("modules_to_save") or ()), *_token_modules(adapter.options))
+    return loaded, trained_whole(adapter.options, params, config)
+
+
+def trained_whole(options: Mapping[str, Any], params: PyTree, config: DecoderConfig) -> tuple[str, ...]:
+    """The modules of `params` that an adapter_config.json says were trained whole, or rows of them.
+
+    PEFT's names are the ends of a module's name in transformers' model ("wte", "model.embed_tokens").
+    """
+    there = dict.fromkeys((keys[:-1], layers.start if layers else None) for keys, _, layers in located(params))
+    names: dict[str, None] = {}
+    for name in (*(options.get("modules_to_save") or ()), *_token_modules(options)):
+        meant = [
+            ".".join(keys)
+            for keys, layer in there
+            for their in (file_names(config), module_names(config))
+            if "experts" not in keys and module_name(keys, their, layer=layer).endswith(name)
+        ]
+        known = any(".".join(keys[:i]).endswith(name) for keys, _ in there for i in range(1, len(keys) + 1))
+        names |= dict.fromkeys([name] if known or not meant else meant)
+    return tuple(names)
 
 
 def _borders(adapter: Adapter, params: PyTree, config: DecoderConfig) -> set[int]:
@@ -215,26 +233,43 @@ def _open(folder: Path) -> Adapter:
     return Adapter(folder, options, stored, set(), start_of(options, folder / CONFIG))
 
 
-def _check_tied(adapter: Adapter, config: DecoderConfig) -> None:
-    """Refuse what makes two tables of the one that a tied model has: PEFT then computes with two."""
+def has_own_head(folder: Path, config: DecoderConfig) -> bool:
+    """Whether an adapter makes two tables of the one that a tied model has: PEFT then computes with two.
+
+    So it is if one of the two is in `modules_to_save`, or only some of its rows are trained, or the head has an
+    adapter; unless the file holds the same for both. What is wrong with the files is told when they are read.
+    """
     if not config.tie_word_embeddings:
-        return
+        return False
     [part] = tensors(("embed_tokens", "embedding"), config, range(0))
-    stem, head = part.name.removesuffix(".weight"), file_names(config).words.get("lm_head", "lm_head")
-    mine, heads = (adapter.stored.get(f"{x}.weight") for x in (stem, head))
-    trained = {name.rpartition(".")[2] for name in adapter.options.get("modules_to_save") or ()}
+    stem, head = part.name.removesuffix(".weight"), hf.head_name(config).removesuffix(".weight")
+    try:
+        options = read_options(folder)
+        with safe_open(folder / WEIGHTS, "np") as file:
+            names = {name.removeprefix(PREFIX): name for name in file.keys()}  # noqa: SIM118
+            tables = ("weight", "token_adapter.trainable_tokens_delta")
+            held = {name: file.get_tensor(names[name]) for x in (stem, head) for end in tables
+                    if (name := f"{x}.{end}") in names}  # fmt: skip
+    except (DataError, SafetensorError, OSError):
+        return False
+    mine, heads = (held.get(f"{x}.weight") for x in (stem, head))
+    trained = {name.rpartition(".")[2] for name in options.get("modules_to_save") or ()}
     apart = heads is not None and (mine is None or not np.array_equal(mine, heads))
     apart |= heads is None and mine is not None and stem.rpartition(".")[2] in trained
-    mine, heads = (adapter.stored.get(f"{x}.token_adapter.trainable_tokens_delta") for x in (stem, head))
-    tokens = _token_modules(adapter.options)
+    apart |= head.rpartition(".")[2] in trained and not options.get("ensure_weight_tying")
+    mine, heads = (held.get(f"{x}.token_adapter.trainable_tokens_delta") for x in (stem, head))
+    tokens = _token_modules(options)
     ids = [next((list(t) for name, t in tokens.items() if x.endswith(name)), None) for x in (stem, head)]
     apart |= heads is not None and (mine is None or ids[1] not in (None, ids[0]) or not np.array_equal(mine, heads))
-    adapted = [name for name in adapter.stored if name.startswith((f"{head}.lora_", f"{stem}.lora_"))]
-    if apart or adapted:
-        what = adapted[0] if adapted else f"{head} and {stem} are not the same table with it"
+    return apart or any(name.startswith(f"{head}.lora_") for name in names)
+
+
+def _check_tied(adapter: Adapter, config: DecoderConfig) -> None:
+    """Refuse an adapter with a head of its own on one table: its reader has not untied the two."""
+    if has_own_head(adapter.folder, config):
         raise DataError(
-            f"{adapter.folder / WEIGHTS}: {what}: this model's head is its embedding (tie_word_embeddings), and the "
-            "adapter makes two of them: merge it with PEFT (of modules_to_save: or train it with ensure_weight_tying)"
+            f"{adapter.folder / WEIGHTS}: this model's head is its embedding (tie_word_embeddings), and the adapter "
+            "has a head of its own: read both with jtune.load_model"
         )
 
 

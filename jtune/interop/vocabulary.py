@@ -17,6 +17,7 @@ from jtune.data.tokenizer import add_model_tokens, ids_of
 from jtune.errors import ConfigError, DataError
 from jtune.interop import hf, peft
 from jtune.models import DecoderConfig, abstract_params
+from jtune.models.families import decoder_config
 from jtune.models.names import tensors
 from jtune.sharding import tree_shardings
 from jtune.tuning.axes import prepared_axes
@@ -39,7 +40,9 @@ class Vocabulary(NamedTuple):
 
     def source(self, source: Mapping[str, Any]) -> dict[str, Any]:
         """The config.json of the model that is trained."""
-        return {**source, "vocab_size": self.decoder.vocab_size} if self.change else dict(source)
+        rows = {"vocab_size": self.decoder.vocab_size} if self.change else {}
+        tied = decoder_config(source).tie_word_embeddings and not self.decoder.tie_word_embeddings
+        return {**source, **rows, **({"tie_word_embeddings": False} if tied else {})}
 
 
 def settle(config: Config, folder: Path, decoder: DecoderConfig) -> Vocabulary:
@@ -58,8 +61,8 @@ def settle(config: Config, folder: Path, decoder: DecoderConfig) -> Vocabulary:
       DataError: a tokenizer or an adapter cannot be read.
     """
     args = config.model
-    adapters = [hf.fetch(path, weights=False, **args.hub) / (args.adapter_folder or "") for path in
-                args.adapter_name_or_path]  # fmt: skip
+    adapters = [hf.fetch(path, **args.hub) / (args.adapter_folder or "") for path in args.adapter_name_or_path]
+    decoder, unties = untied(decoder, folder, adapters)
     tokenizer = load_tokenizer(str(folder), split_special_tokens=args.split_special_tokens)
     chat = config.data.template is None and config.finetuning.stage != "pt"
     for adapter in adapters:
@@ -75,7 +78,9 @@ def settle(config: Config, folder: Path, decoder: DecoderConfig) -> Vocabulary:
     held = max((rows for adapter in adapters if (rows := stored_rows(adapter, decoder)) is not None), default=0)
     change = _change(decoder.vocab_size, held, tokenizer, had, bool(added or args.resize_vocab))
     if change is None:
-        return Vocabulary(tokenizer, decoder, config, None, bool(held))
+        change = Change(decoder.vocab_size, decoder.vocab_size, unties=True) if unties else None
+        return Vocabulary(tokenizer, decoder, config, change, bool(held))
+    change = change._replace(unties=unties)
     new = {i for i in ids_of(tokenizer) if i not in had}
     described = {
         tokenizer.convert_tokens_to_ids(token): tuple(
@@ -92,6 +97,37 @@ def settle(config: Config, folder: Path, decoder: DecoderConfig) -> Vocabulary:
     shown = f" for {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}" if names else ""
     log.info("vocabulary: %d rows%s (the model has %d)", change.rows, shown, change.stored)
     return Vocabulary(tokenizer, replace(decoder, vocab_size=change.rows), config, change, resized=True)
+
+
+def untied(decoder: DecoderConfig, folder: Path, adapters: Sequence[Path]) -> tuple[DecoderConfig, bool]:
+    """The decoder, with a head of its own where the files hold one though config.json says that it is the embedding.
+
+    transformers and PEFT compute with both tables then.
+
+    Args:
+      folder: of the model; `adapters`: folders of those that are read onto it.
+
+    Returns:
+      The decoder, and whether it is an adapter that unties the two: the model's files have one table.
+
+    Raises:
+      DataError: an adapter has rows for the one table, and another makes two of it.
+    """
+    of_base = hf.has_own_head(folder, decoder)
+    of_adapters = [str(adapter) for adapter in adapters if not of_base and peft.has_own_head(adapter, decoder)]
+    if not of_base and not of_adapters:
+        return decoder, False
+    for adapter in adapters if of_adapters else ():
+        if str(adapter) not in of_adapters and peft.read_options(adapter).get("trainable_token_indices"):
+            raise DataError(
+                f"{adapter}: it trained rows of the table that is embedding and head, and {of_adapters[0]} has a head "
+                "of its own: merge the first with `jtune export`, and read the second onto what it writes"
+            )
+    log.info(
+        "%s holds a head that is not the embedding: the model has both (tie_word_embeddings: false)",
+        ", ".join(of_adapters) or folder,
+    )
+    return replace(decoder, tie_word_embeddings=False), bool(of_adapters)
 
 
 def is_changed(args: ModelArguments) -> bool:
@@ -112,9 +148,12 @@ def load_params(
     """`jtune.interop.hf.load_params` on a mesh, then the rows that `change` adds.
 
     Args:
-      decoder: of the run, its rows those of `change`.
+      decoder: of the run, its rows and tables those of `change`.
     """
-    stored = decoder if change is None else replace(decoder, vocab_size=change.stored)
+    stored = decoder
+    if change is not None:
+        tied = change.unties or decoder.tie_word_embeddings
+        stored = replace(decoder, vocab_size=change.stored, tie_word_embeddings=tied)
 
     def lie(config: DecoderConfig) -> Any:
         like = jax.eval_shape(partial(apply, form=form), abstract_params(config))
@@ -125,11 +164,14 @@ def load_params(
 
 
 def as_adapter(params: Any, decoder: DecoderConfig, adapter: Path) -> tuple[DecoderConfig, Any]:
-    """The decoder and its parameters with as many rows as an adapter holds, ready for `peft.load_adapter`."""
-    rows = stored_rows(adapter, decoder) or 0
-    if rows <= decoder.vocab_size:
+    """The decoder and its parameters with the rows and tables that an adapter holds, ready for `peft.load_adapter`."""
+    unties = peft.has_own_head(adapter, decoder)
+    decoder = replace(decoder, tie_word_embeddings=decoder.tie_word_embeddings and not unties)
+    rows = max(stored_rows(adapter, decoder) or 0, decoder.vocab_size)
+    if rows == decoder.vocab_size and not unties:
         return decoder, params
-    change = Change(decoder.vocab_size, rows)  # the adapter's own take the place of those that are drawn
+    # The adapter's own take the place of rows that are drawn.
+    change = Change(decoder.vocab_size, rows, unties=unties)
     return replace(decoder, vocab_size=rows), resize(params, change, jax.random.key(0))
 
 

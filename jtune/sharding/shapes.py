@@ -113,7 +113,7 @@ def adapter_shapes(params: Any, decoder: DecoderConfig, path: str, config: Confi
     form = "dora" if options.get("use_dora") else "pissa" if start else "lora"
     names = file_names(decoder)
     add = partial(tuning.lora.add, rank=rank, alpha=alpha, dropout=dropout, form=form, names=names)
-    whole = tuple(options.get("modules_to_save") or ())
+    whole = peft.trained_whole(options, params, decoder)
     if not peft.selective(options):
         return add(params, targets), whole
     layers: dict[frozenset[int], list[Path]] = defaultdict(list)

@@ -163,6 +163,8 @@ def _no_such_target(unmatched: Sequence[str], found: Sequence[Path], their: Name
         hint = f"; did you mean {near[0]!r}?" if near else ""
         if target.split(".")[-1] == "embed_tokens":
             hint = "; an embedding has no kernel: train it whole with additional_target: embed_tokens"
+        if target.split(".")[-1] == "lm_head":
+            hint = "; its head is its embedding: train that whole with additional_target: embed_tokens"
         lines.append(f"lora_target: {target!r} matches no module of this model{hint}")
     return "\n".join(lines) + f"\nThere are: all, {', '.join(names)}"
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from jtune.sharding import spread
 
@@ -31,13 +32,14 @@ TABLES = {("embed_tokens", "embedding"): 0, ("lm_head", "kernel"): 1, ("lm_head"
 
 
 class Change(NamedTuple):
-    """What becomes of the rows of a vocabulary."""
+    """What becomes of the rows of a vocabulary, and of the tables that hold them."""
 
     stored: int  # rows that there are
     rows: int  # rows that there will be
     new: tuple[int, ...] = ()  # ids below `stored` that had no token: their rows are drawn like those of the others
     described: Mapping[int, tuple[int, ...]] = {}  # id -> the tokens of the text that says what it means
     noise: Literal["all", "described", "none"] = "all"  # on which of the drawn rows
+    unties: bool = False  # the head, which was the embedding, becomes a table of its own with the same rows
 
     @property
     def drawn(self) -> tuple[int, ...]:
@@ -70,6 +72,9 @@ def resize(params: PyTree, change: Change, key: jax.Array, shardings: PyTree = N
     Returns:
       The same tree, its tables in their dtype.
     """
+    if change.unties:
+        like = None if shardings is None else shardings["lm_head"]["kernel"]
+        params = {**params, "lm_head": {"kernel": untied(params["embed_tokens"]["embedding"], like)}}
     if not change.drawn:
         return params
     place = {row: n for n, row in enumerate(change.drawn)}
@@ -94,6 +99,16 @@ def resize(params: PyTree, change: Change, key: jax.Array, shardings: PyTree = N
         mine = jax.random.fold_in(key, zlib.crc32(f"{module}.{leaf}".encode()))
         found[module] = {**found[module], leaf: grow(x, mean, mine)}
     return found
+
+
+def untied(embedding: jax.Array, sharding: Any = None) -> jax.Array:
+    """The kernel `[D, rows]` of a head that is an embedding `[rows, D]`.
+
+    Args:
+      sharding: that of the kernel; default: the first device.
+    """
+    own = SingleDeviceSharding(jax.devices()[0]) if sharding is None else sharding
+    return jax.jit(jnp.transpose, out_shardings=own)(embedding)
 
 
 def _grown(

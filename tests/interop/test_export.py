@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import small
 import yaml
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jtune.cli.main import main
 from jtune.interop import hf, peft
@@ -45,6 +46,25 @@ def export(tmp_path, base, adapters=(), **options):
         asked["adapter_name_or_path"] = ",".join(map(str, adapters))
     (tmp_path / "case.yaml").write_text(yaml.safe_dump(asked | options))
     return main(["export", str(tmp_path / "case.yaml")])
+
+
+def test_a_head_of_its_own_is_read_as_transformers_does_and_written(base, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    own = tmp_path / "own"
+    shutil.copytree(base, own)
+    tensors = load_file(own / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][::-1].copy()
+    save_file(tensors, own / "model.safetensors", {"format": "pt"})
+    ids = np.arange(8)[None]
+    ask = lambda folder: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
+        torch.tensor(ids)
+    )
+    model, params = load_model(str(own))
+    expected = model.apply({"params": params}, ids)
+    np.testing.assert_allclose(expected, ask(own).logits.detach(), atol=1e-4)
+    assert export(tmp_path, own, infer_dtype="float32") == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    np.testing.assert_allclose(expected, ask(tmp_path / "out").logits.detach(), atol=1e-4)
 
 
 def told(capsys):

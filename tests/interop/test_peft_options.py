@@ -148,20 +148,48 @@ def test_what_has_no_effect_is_noted(checkpoint, plain, tmp_path, caplog):
         {"modules_to_save": ["lm_head"]},
         {"modules_to_save": ["embed_tokens", "lm_head"]},
         {"trainable_token_indices": {"lm_head": [3, 5]}},
+        {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [3, 6]}},
         {"target_modules": ["q_proj", "lm_head"]},
-        {"target_modules": ["embed_tokens"]},
     ],
     ids=str,
 )
-def test_an_adapter_that_makes_two_tables_of_a_tied_one_is_refused(options, checkpoint, tmp_path):
-    theirs(tmp_path, "qwen2", **options)
-    with pytest.raises(DataError, match="this model's head is its embedding"):
+def test_an_adapter_that_makes_two_tables_of_a_tied_one_acts_as_in_peft_and_when_written_again(
+    options, checkpoint, tmp_path
+):
+    expected = theirs(tmp_path / "theirs", "qwen2", **options)
+    model, params = load_model(str(checkpoint("qwen2")), adapter=str(tmp_path / "theirs"))
+    assert not model.config.tie_word_embeddings
+    np.testing.assert_allclose(logits(model, params), expected, atol=1e-4)
+    if "trainable_token_indices" in options:  # of which whole tables are trained here
+        options = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    mask = whole_modules(params, adapter_mask(params), options.get("modules_to_save", ()))
+    params = moved(params, mask)
+    save_adapter(params, mask, model.config, tmp_path / "again", base="base")
+    np.testing.assert_allclose(in_peft(tmp_path / "again", "qwen2"), logits(model, params), atol=1e-4)
+    again = load_model(str(checkpoint("qwen2")), str(tmp_path / "again"))
+    np.testing.assert_allclose(logits(*again), logits(model, params), atol=1e-5)
+
+
+def test_an_adapter_of_the_embedding_is_refused(checkpoint, tmp_path):
+    theirs(tmp_path, "qwen2", target_modules=["embed_tokens"])
+    with pytest.raises(DataError, match="jtune has no LoRA on embeddings; merge the adapter with PEFT"):
         load_model(str(checkpoint("qwen2")), adapter=str(tmp_path))
+
+
+def test_a_head_that_has_not_moved_is_a_table_of_its_own(checkpoint, tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    peft.get_peft_model(make_model("qwen2"), config).save_pretrained(tmp_path)
+    _, params = load_model(str(checkpoint("qwen2")), str(tmp_path))
+    np.testing.assert_array_equal(params["lm_head"]["kernel"], params["embed_tokens"]["embedding"].T)
 
 
 def test_a_tied_table_that_was_trained_as_one_acts_as_in_peft(checkpoint, tmp_path):
     expected = theirs(tmp_path, "qwen2", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
-    np.testing.assert_allclose(logits(*load_model(str(checkpoint("qwen2")), str(tmp_path))), expected, atol=1e-4)
+    model, base = load_model(str(checkpoint("qwen2")))
+    params, trained = load_adapter(base, model.config, str(tmp_path))
+    np.testing.assert_allclose(logits(model, params), expected, atol=1e-4)
+    assert trained == ("embed_tokens",)  # PEFT also says "model.embed_tokens"
+    assert whole_modules(params, adapter_mask(params), trained)["embed_tokens"]["embedding"] is True
 
 
 def test_an_adapter_of_the_head_acts_the_same_in_peft_and_when_read_again(checkpoint, tmp_path):
