@@ -84,6 +84,22 @@ def test_code_that_is_not_needed_does_not_run(with_code, parts):
     assert not ran.exists()
 
 
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "T5Tokenizer", "GPT2Tokenizer"])
+def test_a_tokenizer_whose_files_are_missing_is_refused(kind, parts, tmp_path):
+    model = shutil.copytree(parts[0], tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    with pytest.raises(DataError, match=f": {kind} has no vocabulary: its files are missing"):
+        load_tokenizer(str(model))
+
+
+def test_a_tokenizer_that_cannot_encode_is_refused(parts, tmp_path):
+    model = shutil.copytree(parts[0], tmp_path / "model")
+    change(model / "tokenizer_config.json", model_max_length="long")
+    with pytest.raises(DataError, match="cannot read the tokenizer of"):
+        load_tokenizer(str(model))
+
+
 def test_commands_read_no_stdin(monkeypatch):
     own = io.StringIO("y\n")
     monkeypatch.setattr("sys.stdin", own)
