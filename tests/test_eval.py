@@ -1,6 +1,7 @@
 """The lm-evaluation-harness on a model: its figures are those that transformers' model would get."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,8 @@ from jtune.config import load_config
 from jtune.errors import ConfigError
 
 pytest.importorskip("lm_eval")
+
+CODE = "from pathlib import Path\nPath({ran!r}).touch()\nfrom transformers import PreTrainedTokenizerFast as Own\n"
 
 TASK = """
 task: dates
@@ -89,6 +92,72 @@ def test_answers_end_where_the_task_says(lm):
     assert (cut, again) == (whole.split(stop)[0], whole)
     with pytest.raises(ConfigError, match="no_repeat_ngram_size"):
         lm.generate_until(asked(("a", {"no_repeat_ngram_size": 2})))
+
+
+@pytest.fixture
+def code(parts, tmp_path, monkeypatch):
+    """A model and a metric that are code, in the working directory; and the file that the code would make."""
+    monkeypatch.chdir(tmp_path)
+    ran = tmp_path / "ran"
+    model = shutil.copytree(parts[0], tmp_path / "model")
+    (model / "own.py").write_text(CODE.format(ran=str(ran)))
+    settings = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "code_eval").mkdir()
+    (tmp_path / "code_eval" / "code_eval.py").write_text(CODE.format(ran=str(ran)))
+    return model, ran
+
+
+@pytest.mark.parametrize("way", ["tokenizer", "metric", "hub", "name"])
+def test_code_of_models_and_metrics_does_not_run_in_a_task(way, code):
+    """The harness's own tasks trust the folder of the model that they are asked about, and what the hub has."""
+    import evaluate
+    from lm_eval.api.registry import get_metric
+    from lm_eval.tasks.ruler.common_utils import get_tokenizer
+
+    from jtune.generation.harness import Refused, refuse_code
+
+    model, ran = code
+    calls = {
+        "tokenizer": lambda: get_tokenizer(pretrained=str(model)),
+        "metric": lambda: get_metric(str(ran.parent / "code_eval")),
+        "hub": lambda: get_metric("someone/metric"),
+        "name": lambda: evaluate.load("code_eval"),
+    }
+    with refuse_code(), pytest.raises(Refused):
+        calls[way]()
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("metric", "more", "expected"),
+    [
+        (
+            "code_eval",
+            "",
+            "the harness would run code from elsewhere (code_eval): jtune runs none. Export the model, and",
+        ),
+        ("acc", "unsafe_code: true", "what the model writes would run as code: jtune runs none. Export"),
+        ("acc", "dataset_path: code_eval", "Dataset scripts are no longer supported, but found code_eval.py"),
+    ],
+)
+def test_a_task_that_needs_code_is_refused_by_name(metric, more, expected, parts, lm, code, monkeypatch, caplog):
+    from jtune.generation import harness
+
+    folder = code[1].parent
+    (folder / "dates.jsonl").write_text(json.dumps({"question": "a", "choices": ["b", "c"], "label": 0}) + "\n")
+    text = TASK.format(file=folder / "dates.jsonl").replace("metric: acc", f"metric: {metric}")
+    (folder / "dates.yaml").write_text(f"{text}{more}\n")
+    monkeypatch.setattr(harness, "load", lambda config: None)
+    monkeypatch.setattr(harness, "HarnessLM", lambda *args: lm)
+    monkeypatch.setattr(harness.log, "propagate", True)
+    caplog.set_level("INFO", "jtune")
+    config = load_config([str(case(folder, *parts, mesh_fsdp=-1))], command="eval")
+    with pytest.raises(ConfigError) as found:
+        harness.run(config, ["dates"], include_path=str(folder))
+    assert str(found.value).startswith(f"--tasks dates: {expected}")
+    assert not code[1].exists()
+    assert f"--include_path {folder}: its tasks may run code" in caplog.text
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ from small import case, write_data, write_model
 import jtune
 from jtune.cli.main import COMMANDS, Command, main
 from jtune.data import load_tokenizer
+from jtune.data.chat_template import rendered
+from jtune.data.messages import FaultyRow
 from jtune.errors import DataError
 
 CODE = "from pathlib import Path\nPath({ran!r}).touch()\nfrom transformers import PreTrainedTokenizerFast as Own\n"
@@ -84,6 +86,22 @@ def test_code_that_is_not_needed_does_not_run(with_code, parts):
     assert not ran.exists()
 
 
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "T5Tokenizer", "GPT2Tokenizer"])
+def test_a_tokenizer_whose_files_are_missing_is_refused(kind, parts, tmp_path):
+    model = shutil.copytree(parts[0], tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    with pytest.raises(DataError, match=f": {kind} has no vocabulary: its files are missing"):
+        load_tokenizer(str(model))
+
+
+def test_a_tokenizer_that_cannot_encode_is_refused(parts, tmp_path):
+    model = shutil.copytree(parts[0], tmp_path / "model")
+    change(model / "tokenizer_config.json", model_max_length="long")
+    with pytest.raises(DataError, match="cannot read the tokenizer of"):
+        load_tokenizer(str(model))
+
+
 def test_commands_read_no_stdin(monkeypatch):
     own = io.StringIO("y\n")
     monkeypatch.setattr("sys.stdin", own)
@@ -97,6 +115,32 @@ def test_commands_read_no_stdin(monkeypatch):
     monkeypatch.setitem(COMMANDS, "chat", ask)
     main(["chat"])
     assert heard[-1] == "y\n"
+
+
+def test_chat_says_that_stdin_is_closed(parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["chat", str(case(tmp_path, *parts))]) == 2
+    assert "jtune chat: stdin is closed: questions come from the terminal or through a pipe" in capsys.readouterr().err
+    monkeypatch.setitem(COMMANDS, "data", Command(lambda argv: len(sys.stdin.read()), ""))
+    assert main(["data"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe."),
+        ("{{ lipsum.__globals__['os'] }}", "access to attribute '__globals__' of 'function' object is unsafe."),
+        ("{% for i in range(10**9) %}x{% endfor %}", "Range too big. The sandbox blocks ranges larger than"),
+        ("{% include '/etc/hosts' %}", "no loader for this environment specified"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+        ("{{ 'a' * 10**15 }}", "MemoryError"),
+    ],
+)
+def test_a_chat_template_has_no_way_out_of_its_sandbox(text, said, parts):
+    tokenizer = load_tokenizer(str(parts[0]))
+    with pytest.raises(FaultyRow) as found:
+        rendered(tokenizer, [{"role": "user", "content": "a"}], text, open_answer=True)
+    assert str(found.value).startswith(f"the chat template refuses it: {said}")
 
 
 def test_every_call_that_could_run_others_code_says_that_it_may_not():

@@ -11,7 +11,7 @@ from typing import NamedTuple, TextIO
 
 from jtune.config import Config
 from jtune.data import check_id
-from jtune.errors import DataError
+from jtune.errors import ConfigError, DataError
 from jtune.generation import stream
 from jtune.generation.load import load
 from jtune.generation.settings import describe, most_tokens, read_generation_config, sampling_of
@@ -44,6 +44,8 @@ def run(config: Config) -> None:
     Raises:
       JtuneError: what is wrong with the arguments or the files; through a pipe, a conversation that is too long.
     """
+    if sys.stdin is None:
+        raise ConfigError("stdin is closed: questions come from the terminal or through a pipe")
     typed = sys.stdin.isatty()
     if not typed:
         for handler in log.handlers:

@@ -124,7 +124,9 @@ def rendered(
                 raise
             return apply([{**message, "content": message["content"] or ""} for message in chat])
     except Exception as error:  # Jinja, and whatever the template raises
-        raise FaultyRow(f"the chat template refuses it: {(str(error).splitlines() or [''])[0][:120]}") from error
+        raise FaultyRow(
+            f"the chat template refuses it: {(str(error).splitlines() or [type(error).__name__])[0][:120]}"
+        ) from error
 
 
 def check(tokenizer: Any, own: Callable[..., list[Turn]]) -> None:

@@ -4,7 +4,9 @@ import difflib
 import glob
 import json
 import logging
+import lzma
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, fields, replace
 from functools import cache
@@ -150,6 +152,8 @@ def unreadable(entries: Sequence[Entry], error: Exception) -> DataError:
                 _diagnose(data_files(entry), entry)
             except DataError as found:
                 return found
+            except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error):  # damaged compression
+                continue
     names = ", ".join(f"{entry.name!r} ({entry.path})" for entry in entries)
     return DataError(f"cannot read dataset {names}: {_deepest(error)}")
 
@@ -181,7 +185,7 @@ def data_files(entry: Entry) -> list[str]:
     if entry.source == "url":
         return [entry.path]
     path = Path(entry.path)
-    if path.is_dir():
+    if os.path.isdir(path):
         listed = sorted(f for f in path.iterdir() if not f.name.startswith("."))
         files = [str(f) for f in listed if f.is_file() and kind_of(f.name) in READERS and f.name not in NO_DATA]
         if not files:
@@ -191,7 +195,7 @@ def data_files(entry: Entry) -> list[str]:
         if left:
             _note(f"dataset {entry.name!r}: not read from {path}: {', '.join(left)}")
         return files
-    if not path.is_file():
+    if not os.path.isfile(path):
         siblings = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
         raise DataError(f"dataset {entry.name!r}: no file {path}." + (f" There is {near[0]!r}." if near else ""))

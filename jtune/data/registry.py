@@ -206,7 +206,7 @@ def _find(name: str, info: Mapping[str, Any], where: str, folder: Path, allow_ou
     if name in info:
         return entry_of(name, info, where=where, folder=folder, allow_outside=allow_outside)
     for path in (folder / name, Path(name)):
-        if path.exists():
+        if os.path.exists(path):  # False where the name is none for the system
             # A path that leads out by its words is the user's own; where a link inside leads, its maker chose.
             if path == folder / name and not _leads_out(name) and not allow_outside:
                 _check_links(path, folder, f"dataset {name!r}")
@@ -297,10 +297,10 @@ def _check_links(path: Path, folder: Path, about: str) -> None:
     root = folder.resolve()
     if root.parent.name == "snapshots" and (root.parents[1] / "blobs").is_dir():
         root = root.parents[1]
-    for file in (path, *(sorted(path.iterdir()) if path.is_dir() else ())):
+    for file in (path, *(sorted(path.iterdir()) if os.path.isdir(path) else ())):
         try:
             target = file.resolve()
-        except (OSError, RuntimeError) as error:  # a loop of links
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a name that is none for the system
             raise DataError(f"{about}: {file} cannot be followed: {error}") from error
         if not target.is_relative_to(root):
             raise DataError(f"{about}: the link {file} leads to {target}, outside {folder}. {_WAY_OUT}")

@@ -39,9 +39,14 @@ def load_tokenizer(
         whole = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub)
         kind = PreTrainedTokenizerFast if whole is not None else AutoTokenizer
         # transformers asks on stdin whether to run a repository's code, unless it is told.
-        return kind.from_pretrained(
+        tokenizer = kind.from_pretrained(
             path, split_special_tokens=split_special_tokens, padding_side="right", trust_remote_code=False, **hub
         )
+        ids = set(tokenizer.encode("a date", add_special_tokens=False))
+        # Of a class by its name transformers makes one without its files, too, to which every text is empty or unknown.
+        if whole is None and ids <= {tokenizer.unk_token_id, *tokenizer.convert_tokens_to_ids(["▁"])}:
+            raise ValueError(f"{type(tokenizer).__name__} has no vocabulary: its files are missing (tokenizer.json)")
+        return tokenizer
     except Exception as error:
         code = [] if whole is not None else _code(path, hub, "trust_remote_code" in str(error))
         if code:

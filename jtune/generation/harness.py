@@ -3,11 +3,14 @@
 Tokens, limits and ends of texts are those of the harness's own model for transformers (`lm_eval.models.huggingface`).
 """
 
+import importlib.util
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -42,24 +45,34 @@ def run(config: Config, tasks: Sequence[str], *, include_path: str | None = None
     """Evaluate the model of `config` on tasks of the harness, print its table, and write `eval_tasks.json` into
     `output_dir` where one is given.
 
+    Nothing from the hub, and nothing in the folder of a model or a metric, runs as code (`refuse_code`).
+
     Args:
-      include_path: a folder with more tasks, as YAML files of the harness.
+      include_path: a folder with more tasks, as YAML files of the harness. These may run code.
       limit: the first so many documents of each task; below 1 a share of them.
 
     Returns:
       The figures of each task.
 
     Raises:
-      ConfigError: there is no such task.
+      ConfigError: there is no such task, or it cannot be had, or not without code from elsewhere.
       JtuneError: what is wrong with the model.
     """
+    if include_path is not None:
+        log.info("--include_path %s: its tasks may run code: Python that they name, and their templates", include_path)
     manager = TaskManager(include_path=include_path)
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise ConfigError(f"--tasks: the harness has no {', '.join(unknown)}: `lm_eval ls tasks` lists what there is")
     lm = HarnessLM(load(config), config.training.per_device_eval_batch_size)
     evaluate: Any = simple_evaluate  # its decorator hides its arguments from type checkers
-    found = evaluate(lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False)
+    try:
+        with refuse_code():
+            found = evaluate(lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False)
+    except (Refused, ImportError, OSError, RuntimeError, ValueError) as error:
+        if (fault := _explained(tasks, error)) is None:
+            raise
+        raise fault from error
     print(utils.make_table(found))
     if "output_dir" in config.origins:
         path = Path(config.training.output_dir) / "eval_tasks.json"
@@ -67,6 +80,48 @@ def run(config: Config, tasks: Sequence[str], *, include_path: str | None = None
         path.write_text(json.dumps(found["results"], indent=2, ensure_ascii=False, default=str) + "\n")
         log.info("wrote %s", path)
     return found["results"]
+
+
+class Refused(BaseException):
+    """Code from elsewhere would run. No Exception: the harness drops those of a metric, and goes on without it."""
+
+
+# What every way to code from elsewhere goes through: a repository's own classes, and any metric of `evaluate`.
+# Scripts of data sets are not among them: `datasets` runs none since 4.0.
+_ENTRANCES = (("transformers.dynamic_module_utils", "get_cached_module_file"),)
+_ENTRANCES += (("evaluate.loading", "evaluation_module_factory"),)
+
+
+@contextmanager
+def refuse_code() -> Iterator[None]:
+    """In here the libraries run no code of a hub's repository or of a folder, even if they are told to trust it.
+
+    Raises:
+      Refused: they would.
+    """
+
+    def refuse(name: Any, *args: Any, **options: Any) -> NoReturn:
+        raise Refused(str(name))
+
+    with ExitStack() as stack:
+        for module, name in _ENTRANCES:
+            if importlib.util.find_spec(module.partition(".")[0]) is not None:
+                stack.enter_context(mock.patch.object(importlib.import_module(module), name, refuse))
+        yield
+
+
+def _explained(tasks: Sequence[str], error: BaseException) -> ConfigError | None:
+    """What to say of tasks that cannot be had; None of other errors."""
+    about, said = f"--tasks {','.join(tasks)}", str(error)
+    away = "jtune runs none. Export the model, and run lm_eval on it"
+    if isinstance(error, Refused):
+        return ConfigError(f"{about}: the harness would run code from elsewhere ({said}): {away}")
+    if isinstance(error, ValueError) and "confirm_run_unsafe_code" in said:
+        return ConfigError(f"{about}: what the model writes would run as code: {away} with --confirm_run_unsafe_code")
+    scripts = type(error) is RuntimeError and "scripts are no longer supported" in said
+    if isinstance(error, ImportError | OSError) or scripts:
+        return ConfigError(f"{about}: {(said.splitlines() or [type(error).__name__])[0]}")
+    return None
 
 
 class HarnessLM(TemplateLM):

@@ -1,9 +1,12 @@
 """A dataset_info.json reads from its folder and from the hub, not from elsewhere on this machine."""
 
+import gzip
 import json
+import lzma
 
 import pytest
 
+from jtune.data.load import load_table, open_table
 from jtune.data.registry import find_datasets
 from jtune.errors import DataError
 
@@ -134,6 +137,24 @@ def test_a_link_that_leads_out_is_refused(folders, kind):
     with pytest.raises(DataError, match="leads to"):  # without an entry, too
         find_datasets([given], str(data))
     assert find_datasets([given], str(data), allow_outside=True)[0].path == str(data / given)
+
+
+@pytest.mark.parametrize("given", ["rows.jsonl\0", "x" * 300])
+def test_a_name_that_is_none_for_the_system_is_a_fault_of_the_data(given, folders):
+    (folders[0] / "dataset_info.json").write_text(json.dumps({"a": {"file_name": given}}))
+    with pytest.raises(DataError):
+        load_table(find_datasets(["a"], str(folders[0]))[0])
+    with pytest.raises(DataError, match="is neither in"):
+        find_datasets([given], str(folders[0]))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.jsonl.xz", "rows.csv.bz2", "short.jsonl.gz", "short.jsonl.xz"])
+@pytest.mark.parametrize("read", [load_table, open_table])
+def test_a_compressed_file_that_is_damaged_is_a_fault_of_the_data(name, read, folders):
+    whole = (gzip if name.endswith("gz") else lzma).compress(ROW.encode() * 50)
+    (folders[0] / name).write_bytes(whole[:-9] if name.startswith("short") else ROW.encode())
+    with pytest.raises(DataError, match=f"cannot read dataset '{name}'"):
+        read(find_datasets([name], str(folders[0]))[0])
 
 
 def test_links_that_stay_inside_and_the_users_own_paths_are_read(folders):
