@@ -94,6 +94,8 @@ def insisting() -> Iterator[None]:
     finally:
         over.set()
         signal.signal(signal.SIGINT, before)
+    if asked.is_set():
+        raise KeyboardInterrupt  # it has not come through yet
 
 
 _LESS_MEMORY = (
@@ -212,12 +214,14 @@ def _train(argv: list[str]) -> int:
         from jtune.cli import simulate
 
         return simulate.run(layout, argv)
-    from jtune.sharding import hosts, leaving
+    with insisting():
+        from jtune.sharding import hosts, leaving
 
-    # First of all, so that what is wrong on one host only, be it the YAML, ends the others too.
-    shown, left_out = words_to_show([*argv, *simulated()])
-    hosts.connect(command=shlex.join(["jtune", "train", *shown]), without=left_out)
+        # First of all, so that what is wrong on one host only, be it the YAML, ends the others too.
+        shown, left_out = words_to_show([*argv, *simulated()])
+        hosts.connect(command=shlex.join(["jtune", "train", *shown]), without=left_out)
     leaving.quiet(logging.getLogger("jtune"))
+    # `insisting` is the inner one: what leads out of `together` must not be interrupted.
     with leaving.together(partial(explain, "train")), insisting():
         config = _load(argv, "train")
         if _on_cpu(config.training.use_cpu):
