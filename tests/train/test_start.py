@@ -208,6 +208,48 @@ def test_another_run_and_one_that_has_finished_are_overwritten(change, folder):
     assert checkpoints(folder.out) == []
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"identity": {', "[" * 10**5, '{"identity": [], "arguments": {}, "finished": false}', "newer"],
+)
+def test_an_unfinished_run_goes_on_though_its_record_is_damaged(content, folder):
+    folder.add("whole", 2, 4)
+    folder.record(OVER)
+    record = folder.out / "run.json"
+    record.write_text(
+        content if content != "newer" else record.read_text().replace("{", '{"of a later version": 1,', 1)
+    )
+    assert folder.start(OVER) == "checkpoint-4"
+    (folder.out / "checkpoint-4" / "resume.json").write_text("{")
+    assert folder.start(OVER) == "checkpoint-4"  # the one before it is read, and then found to be the newest
+    for name in ("trainer_state.json", "all_results.json"):
+        (folder.out / name).write_text("{}")
+    if content != "newer":
+        assert folder.start(OVER) is None  # it has finished
+        assert checkpoints(folder.out) == []
+
+
+@pytest.mark.parametrize("name", ["run.json", "trainer_log.jsonl", "all_results.json", "adapter_model.safetensors"])
+def test_what_is_in_the_place_of_a_file_is_refused_before_anything_is_removed(name, folder):
+    folder.add("whole", 2)
+    folder.record(OVER, finished=True)
+    (folder.out / name).unlink(missing_ok=True)
+    (folder.out / name).mkdir()
+    with pytest.raises(ConfigError, match=f"{name} is not a file"):
+        folder.start(OVER)
+    assert checkpoints(folder.out) == ["checkpoint-2"]
+
+
+def test_a_link_to_a_checkpoint_is_removed_and_what_it_leads_to_is_not(folder):
+    folder.add("whole", 2)
+    (folder.out / "checkpoint-2").rename(folder.path / "elsewhere")
+    (folder.out / "checkpoint-2").symlink_to(folder.path / "elsewhere")
+    folder.record(OVER, finished=True)
+    assert folder.start(OVER) is None
+    assert checkpoints(folder.out) == []
+    assert (folder.path / "elsewhere" / "resume.json").is_file()
+
+
 def test_a_launcher_goes_on_with_what_it_has_begun(folder, monkeypatch):
     folder.add("whole", 2, 4)
     folder.record(OVER, FRESH)
