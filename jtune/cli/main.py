@@ -39,6 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _command(argv[0]).run(argv[1:])
     except (Exception, KeyboardInterrupt) as error:
         return explain(argv[0], error)
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Write out what was printed. If it cannot be, Python's own attempt at its end must not change the exit status."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -139,6 +149,7 @@ def _set_up_logging() -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    logging.raiseExceptions = False  # a line that a full disk does not take is no reason for a traceback
     for library in ("absl", "asyncio"):  # what fails in their background is raised as well
         logging.getLogger(library).setLevel(logging.CRITICAL)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -226,9 +237,11 @@ def _train(argv: list[str]) -> int:
         config = _load(argv, "train")
         if _on_cpu(config.training.use_cpu):
             _keep_memory()
+        from jtune.train.files import full_disk_explained
         from jtune.train.run import run
 
-        run(config)
+        with full_disk_explained():
+            run(config)
     return 0
 
 
