@@ -35,10 +35,16 @@ quote() {
   printf '%s\n' "$out"
 }
 
-# What is printed, without secrets: values of arguments such as hf_hub_token, and users in URLs.
+# What is printed, without secrets: values of arguments and variables such as hf_hub_token and WANDB_API_KEY, tokens of
+# the hub, users and keys in URLs. (sed of BSD has no flag for upper and lower case.)
 hide() {
-  local name='[A-Za-z_.-]*([Tt]oken|[Ss]ecret|[Pp]assw[a-z]*|[Aa]pi_?[Kk]ey|[Cc]redentials?|[Ww]ebhook)([_-][A-Za-z_-]*)?'
-  sed -E -e "s#($name=)[^ '\"]+#\1***#g" -e "s#(--$name +)[^- '\"][^ '\"]*#\1***#g" -e "s#://[^/@ '\"]+@#://***@#g"
+  local any='[Tt][Oo][Kk][Ee][Nn]|[Ss][Ee][Cc][Rr][Ee][Tt]|[Pp][Aa][Ss][Ss][Ww][A-Za-z]*|[Aa][Pp][Ii][_-]?[Kk][Ee][Yy]'
+  local word='[Kk][Ee][Yy]|[Pp][Ww][Dd]|[Aa][Uu][Tt][Hh]'
+  any="$any|[Cc][Rr][Ee][Dd][Ee][Nn][Tt][Ii][Aa][Ll][Ss]?|[Ww][Ee][Bb][Hh][Oo][Oo][Kk]"
+  local name="([A-Za-z0-9_.-]*($any)([_.-][A-Za-z_-]*)?|([A-Za-z0-9_.-]*[_.-])?($word))"
+  sed -E -e "s#'($name=)[^']*'#'\1***'#g" -e "s#(^|[ ?\&])($name=)[^ '\"&]+#\1\2***#g" \
+    -e "s#(--$name +)('[^']*'|[^- '\"][^ '\"]*)#\1***#g" \
+    -e "s#://[^/@ '\"]+@#://***@#g" -e "s#hf_[A-Za-z0-9]{16,}#***#g"
 }
 
 # The command with the settings it is run under, as a line that can be pasted.

@@ -512,6 +512,18 @@ with open(out / "trainer_log.jsonl", "a") as file:
             measure([sys.executable, "-c", f"raise SystemExit({code})"], dict(os.environ), tmp_path / str(code))
 
 
+def test_commands_are_shown_without_secrets():
+    words = ["env", "HF_TOKEN=s3c1", "WANDB_API_KEY=s3c2", "hf_hub_token=s3c3", "--hf_hub_token", "s3c4",
+             "wandb_key=s3c5", "--swanlab-api-key", "s3c6", "auth=s3c7", "hf_hub_token=s3c8 s3c9",
+             "https://me:s3ca@h/x", "hf_" + "s3cb" * 5,
+             "https://h/x?token=s3cc&b=1", "max_new_tokens=5", "tokenizer_backend=x", "add_tokens=a"]  # fmt: skip
+    script = f'source "{SCRIPTS}/restart.sh"; quote "$@" | hide'
+    said = subprocess.run(["bash", "-c", script, "bash", *words], capture_output=True, text=True, check=True).stdout
+    assert "s3c" not in said
+    assert said.count("***") == 11
+    assert said.endswith("'https://h/x?token=***&b=1' max_new_tokens=5 tokenizer_backend=x add_tokens=a\n")
+
+
 @pytest.mark.parametrize(
     ("shape", "full", "lora"),
     [("Qwen2.5-0.5B", 3.49, 2.56), ("Llama-3.2-1B", 8.22, 5.80), ("Llama-3.1-8B", 48.25, 33.44)],

@@ -39,6 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _command(argv[0]).run(argv[1:])
     except (Exception, KeyboardInterrupt) as error:
         return explain(argv[0], error)
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Write out what was printed. If it cannot be, Python's own attempt at its end must not change the exit status."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -94,6 +104,8 @@ def insisting() -> Iterator[None]:
     finally:
         over.set()
         signal.signal(signal.SIGINT, before)
+    if asked.is_set():
+        raise KeyboardInterrupt  # it has not come through yet
 
 
 _LESS_MEMORY = (
@@ -137,6 +149,7 @@ def _set_up_logging() -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    logging.raiseExceptions = False  # a line that a full disk does not take is no reason for a traceback
     for library in ("absl", "asyncio"):  # what fails in their background is raised as well
         logging.getLogger(library).setLevel(logging.CRITICAL)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -212,19 +225,23 @@ def _train(argv: list[str]) -> int:
         from jtune.cli import simulate
 
         return simulate.run(layout, argv)
-    from jtune.sharding import hosts, leaving
+    with insisting():
+        from jtune.sharding import hosts, leaving
 
-    # First of all, so that what is wrong on one host only, be it the YAML, ends the others too.
-    shown, left_out = words_to_show([*argv, *simulated()])
-    hosts.connect(command=shlex.join(["jtune", "train", *shown]), without=left_out)
+        # First of all, so that what is wrong on one host only, be it the YAML, ends the others too.
+        shown, left_out = words_to_show([*argv, *simulated()])
+        hosts.connect(command=shlex.join(["jtune", "train", *shown]), without=left_out)
     leaving.quiet(logging.getLogger("jtune"))
+    # `insisting` is the inner one: what leads out of `together` must not be interrupted.
     with leaving.together(partial(explain, "train")), insisting():
         config = _load(argv, "train")
         if _on_cpu(config.training.use_cpu):
             _keep_memory()
+        from jtune.train.files import full_disk_explained
         from jtune.train.run import run
 
-        run(config)
+        with full_disk_explained():
+            run(config)
     return 0
 
 

@@ -116,6 +116,8 @@ def last_work(error: BaseException, work: Callable[[], None]) -> None:
 
 
 def _status(error: BaseException) -> int:
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
     return getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
 
 

@@ -6,10 +6,13 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from etils import epath
+
+from jtune.errors import CheckpointError
 
 log = logging.getLogger("jtune")
 
@@ -17,6 +20,7 @@ UNFINISHED = ".tmp"  # being written
 _REPLACED = ".replaced"  # the former holder of a name, while another takes it
 _REMOVED = ".removed"  # being deleted
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _Path: Any = type(epath.Path("folder"))
 
 
@@ -93,6 +97,24 @@ def describe_room(folder: Path) -> str:
         return f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there)"
     except OSError:
         return ""
+
+
+@contextmanager
+def full_disk_explained() -> Iterator[None]:
+    """What a full disk or quota breaks off, wherever it is met.
+
+    Raises:
+      CheckpointError: in the place of the system's error, which names no cause that a person could act on.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        where = f": {error.filename}{describe_room(Path(error.filename).parent)}" if error.filename else ""
+        raise CheckpointError(
+            f"{error.strerror}{where}\nWhat is saved is whole: make room, and start the same command again."
+        ) from error
 
 
 # ---------------------------------------------------------------------- named and removed

@@ -82,11 +82,12 @@ def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     found = []
     for line in path.read_bytes().split(b"\n") if path.is_file() else ():
         try:
-            record = json.loads(line)
+            text = line.decode()
+            record = json.loads(text)
         except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
-            found.append((line.decode(), record))
+            found.append((text, record))
     return found
 
 

@@ -76,7 +76,7 @@ class Progress:
     best_metric: float | None = None
     best_step: int | None = None
     evaluations_without_gain: int = 0
-    bad_steps: int = 0  # consecutive non-finite updates, just now
+    bad_steps: int = 0  # consecutive non-finite updates, just now; without those that lower the loss scale
     skipped_steps: int = 0  # non-finite updates in all
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -193,6 +193,7 @@ def run_loop(
 
     Raises:
       NonFiniteError: loss or gradients were not finite `MAX_BAD_STEPS` times in a row; those updates were skipped.
+        Skipped updates that only lower float16's loss scale do not count.
     """
     queue: deque[tuple[int, float, int, Metrics, bool]] = deque()
     ledger = ledger or Ledger()
@@ -214,7 +215,7 @@ def run_loop(
             progress.unlogged_loss += metrics.loss
             grad_norm = metrics.grad_norm
         else:
-            _count_bad(progress, step, metrics, hooks)
+            _skip(progress, step, metrics, hooks)
         progress.unlogged_steps += 1
         if not log_due:
             return set()
@@ -308,10 +309,16 @@ def finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _count_bad(progress: Progress, step: int, metrics: Metrics, hooks: Hooks) -> None:
-    progress.bad_steps += 1
+def _skip(progress: Progress, step: int, metrics: Any, hooks: Hooks) -> None:
     progress.skipped_steps += 1
     progress.unlogged_skipped += 1
+    if math.isfinite(metrics.loss) and metrics.loss_scale > 1:
+        # float16 finds its loss scale by overflowing: it begins at 2**16, and a healthy run may need many halvings, as
+        # with torch's GradScaler. If the gradients are at fault, the scale comes to 1, and updates count from there.
+        what = "update %d: the gradients overflow at loss scale %g: skipped, the scale is halved"
+        log.info(what, step, metrics.loss_scale)
+        return
+    progress.bad_steps += 1
     log.warning("update %d: loss %s, gradient norm %s: skipped", step, metrics.loss, metrics.grad_norm)
     if progress.bad_steps >= MAX_BAD_STEPS:
         raise NonFiniteError(

@@ -8,7 +8,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -237,28 +238,48 @@ def _set_aside(path: Path) -> None:
 def _replace(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say which file
 
 
 def samples_file(path: Path, start_step: int) -> Subscriber:
     """Append each sampled answer to `eval_samples.jsonl`: step, and prompt, predict and label as of predictions."""
     _cut(path, "step", start_step)
+    append = _appender(path)
 
     def subscriber(event: Event) -> None:
         if event.kind == "samples":
-            with path.open("a", encoding="utf-8") as file:
-                for line in event.record["samples"]:
-                    file.write(json.dumps({"step": event.step, **line}, ensure_ascii=False) + "\n")
+            append({"step": event.step, **line} for line in event.record["samples"])
 
     return subscriber
+
+
+def _appender(path: Path) -> Callable[[Iterable[Mapping[str, Any]]], None]:
+    """`append(records)` to a file of JSON lines. On a full disk they are lost, which is said once: what cannot be saved
+    of the run says so itself.
+    """
+    failed: list[OSError] = []
+
+    def append(records: Iterable[Mapping[str, Any]]) -> None:
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        except OSError as error:
+            if not failed:
+                log.warning("%s cannot be written: %s", path, error.strerror)
+            failed.append(error)
+
+    return append
 
 
 def log_file(path: Path, start_step: int) -> Subscriber:
     """Append each logged record to `trainer_log.jsonl`, with LLaMA-Factory's field names."""
     clock = Clock(start_step)
-    failed: list[OSError] = []
     _cut(path, "current_steps", start_step)
+    append = _appender(path)
 
     def subscriber(event: Event) -> None:
         if event.kind not in ("log", "evaluate", "train_end"):
@@ -281,13 +302,7 @@ def log_file(path: Path, start_step: int) -> Subscriber:
             "mfu": record.get("mfu"),
             "seconds": {kind: round(value, 2) for kind, value in record.get("seconds", {}).items()} or None,
         }
-        try:
-            with path.open("a") as file:
-                file.write(json.dumps({k: v for k, v in line.items() if finite_or_none(v) is not None}) + "\n")
-        except OSError as error:  # a full disk: what is lost is a line, and what cannot be saved says so itself
-            if not failed:
-                log.warning("%s cannot be written: %s", path, error.strerror)
-            failed.append(error)
+        append([{k: v for k, v in line.items() if finite_or_none(v) is not None}])
 
     return subscriber
 
@@ -332,18 +347,20 @@ def progress_lines(start_step: int, out=None) -> Subscriber:
     clock = Clock(start_step)
     out = out or sys.stdout
 
+    def show(line: str) -> None:
+        with suppress(OSError):  # the file that takes the output is on a full disk, or nobody reads the pipe any more
+            print(line, file=out, flush=True)
+
     def subscriber(event: Event) -> None:
         if event.kind in ("log", "evaluate"):
             width = len(str(event.max_steps))
             left = _hms(clock.remaining(event.step, event.max_steps))
-            print(
+            show(
                 f"step {event.step:>{width}}/{event.max_steps}  epoch {event.epoch:.2f}  "
-                f"{_describe(event.record)}  left {left}",
-                file=out,
-                flush=True,
+                f"{_describe(event.record)}  left {left}"
             )
         for line in event.record.get("samples", ()):
-            print(describe_sample(line), file=out, flush=True)
+            show(describe_sample(line))
 
     return subscriber
 

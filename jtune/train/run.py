@@ -52,6 +52,7 @@ from jtune.train.checkpoint import (
     restore_newest,
     writing_model,
 )
+from jtune.train.files import full_disk_explained
 from jtune.train.flops import flops_per_token
 from jtune.train.identity import Run, adapters_of, arguments_of, model_of
 from jtune.train.ledger import Ledger, describe, goodput, lost
@@ -324,8 +325,9 @@ def run(config: Config) -> dict[str, Any]:
     subscribers = report.subscribers(training, output_dir, progress.step, plan.max_steps)
     ledger.rest("startup")
     try:
-        state, outcome = run_loop(state, progress, cadence, schedule, hooks, subscribers, improvement, ledger)
-        saver.close()
+        with full_disk_explained():  # in here, as what other processes are told of is the explanation
+            state, outcome = run_loop(state, progress, cadence, schedule, hooks, subscribers, improvement, ledger)
+            saver.close()
     except BaseException as error:
         leaving.last_work(error, saver.wait)  # a checkpoint may be nearly written
         raise

@@ -8,8 +8,8 @@ same command goes on with it, also with `overwrite_output_dir: true`, and also w
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from jtune.config import TrainingArguments
 from jtune.errors import CheckpointError, ConfigError
 from jtune.sharding import hosts
-from jtune.train.checkpoint import find_checkpoints, is_ours, read_meta, saved_by_others, saved_by_us
+from jtune.train import files
+from jtune.train.checkpoint import Damaged, find_checkpoints, is_ours, read_meta, saved_by_others, saved_by_us
 from jtune.train.identity import Run, changed_arguments, describe_course, differences
 from jtune.train.loop import Progress
 from jtune.train.report import write_json
@@ -28,6 +29,16 @@ log = logging.getLogger("jtune")
 _FINISHED = ("trainer_state.json", "adapter_config.json", "config.json", "all_results.json")
 _FRESH = "to start from the beginning: overwrite_output_dir=true resume_from_checkpoint=false"
 RECORD = "run.json"
+# Files of a run besides its model.
+_OF_A_RUN = (
+    RECORD,
+    "trainer_log.jsonl",
+    "trainer_state.json",
+    "eval_samples.jsonl",
+    "generated_predictions.jsonl",
+    *(f"{kind}_results.json" for kind in ("all", "train", "eval", "predict")),
+)
+_OF_A_MODEL = ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json")
 # Arguments without which the best evaluation so far cannot be compared with those to come.
 _BEST = ("metric_for_best_model", "greater_is_better", "eval_dataset", "eval_on_each_dataset")
 
@@ -38,7 +49,7 @@ class Record(NamedTuple):
     identity: Mapping[str, Any]
     arguments: Mapping[str, Any]
     finished: bool
-    resume_from_checkpoint: str | bool | None  # as the run was begun with
+    resume_from_checkpoint: str | bool | None = None  # as the run was begun with
     jtune: str = ""
 
 
@@ -63,7 +74,7 @@ def look(output_dir: Path) -> Found:
         [path.name for path in saved_by_us(output_dir) if path not in resumable],
         [path.name for path in saved_by_others(output_dir)],
         [name for name in _FINISHED if (output_dir / name).exists()],
-        _read_record(output_dir),
+        _read_record(output_dir, resumable),
     )
 
 
@@ -81,6 +92,9 @@ def check_start(output_dir: Path, training: TrainingArguments, arguments: Mappin
         raise ConfigError(f"output_dir: {output_dir} cannot be made: {error.strerror}") from error
     if not os.access(output_dir, os.W_OK):
         raise ConfigError(f"output_dir: {output_dir} cannot be written")
+    for path in (output_dir / name for name in _OF_A_RUN + _OF_A_MODEL):
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"output_dir: {path} is not a file: the run would write one of this name. Move it away.")
     if not training.do_train:
         return
     found, resume_from = look(output_dir), training.resume_from_checkpoint
@@ -220,15 +234,10 @@ def _clear(output_dir: Path, *, checkpoints: bool) -> None:
     if ours:
         log.info("overwrite_output_dir: removing %d checkpoints of an earlier run in %s", len(ours), output_dir)
     for path in ours:
-        shutil.rmtree(path)
-    for name in (
-        RECORD,
-        "trainer_log.jsonl",
-        "trainer_state.json",
-        "eval_samples.jsonl",
-        "generated_predictions.jsonl",
-        *(f"{kind}_results.json" for kind in ("all", "train", "eval", "predict")),
-    ):
+        files.remove(path)
+        if os.path.lexists(path):
+            raise ConfigError(f"output_dir: {path} cannot be removed, and must not be taken for this run's")
+    for name in _OF_A_RUN:
         (output_dir / name).unlink(missing_ok=True)
 
 
@@ -298,11 +307,25 @@ def _write(output_dir: Path, record: Record) -> None:
     write_json(output_dir / RECORD, record._replace(jtune=version("jtune"))._asdict())
 
 
-def _read_record(output_dir: Path) -> Record | None:
-    """None: a run of older code, or the file is damaged."""
-    try:
-        record = Record(**json.loads((output_dir / RECORD).read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):
+def _read_record(output_dir: Path, resumable: list[Path]) -> Record | None:
+    """The record; None if there is none, as of a run of older code.
+
+    In the place of one that is damaged, what the newest checkpoint says: an unfinished run must not be taken for one
+    that may be overwritten.
+    """
+    path = output_dir / RECORD
+    if not os.path.lexists(path):
         return None
-    whole = isinstance(record.identity, dict) and isinstance(record.arguments, dict)
-    return record if whole and isinstance(record.finished, bool) else None
+    try:
+        fields = json.loads(path.read_bytes())
+        record = Record(**{name: fields[name] for name in Record._fields if name in fields})
+        whole = isinstance(record.identity, dict) and isinstance(record.arguments, dict)
+        if whole and isinstance(record.finished, bool):
+            return record
+    except (OSError, ValueError, TypeError, RecursionError):
+        pass
+    finished = all((output_dir / name).exists() for name in ("trainer_state.json", "all_results.json"))
+    for checkpoint in reversed(resumable):
+        with suppress(Damaged):
+            return Record(*saved_run(read_meta(checkpoint)), finished)
+    return None

@@ -41,6 +41,7 @@ class Metrics(NamedTuple):
     grad_norm: jax.Array  # global norm of the trainable gradients, before clipping
     tokens: jax.Array  # tokens that count
     finite: jax.Array  # bool; False: the update was skipped
+    loss_scale: jax.Array  # float32, what the loss was multiplied by; 1 unless float16
 
 
 LossSum = Callable[..., Any]
@@ -159,6 +160,7 @@ def make_train_step(
 
         direction, opt_state = tx.update(grads, state.opt_state, state.trainable)
         key = None if rounding_key is None else jax.random.fold_in(rounding_key, state.step)
+        loss_scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
         trainable = moved(state.trainable, direction, learning_rate, key)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         state = TrainState(
@@ -167,7 +169,7 @@ def make_train_step(
             keep(opt_state, state.opt_state),
             _next_scale(state.loss_scale, finite),
         )
-        return state, Metrics(loss, grad_norm, tokens, finite)
+        return state, Metrics(loss, grad_norm, tokens, finite, loss_scale)
 
     return train_step
 

@@ -1,6 +1,7 @@
 """A save that fails is dropped, and any damage to a checkpoint means the one before it."""
 
 import errno
+import io
 import json
 import os
 import threading
@@ -13,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jtune.errors import CheckpointError
-from jtune.train import files, notes
+from jtune.train import events, files, notes, report
 from jtune.train.checkpoint import Checkpointer, Damaged, find_checkpoints, read_meta, restore, restore_newest
 from jtune.train.ledger import lost
 from jtune.train.loop import Progress
@@ -367,3 +368,30 @@ def test_garbled_results_are_set_aside(tmp_path):
         (tmp_path / "all_results.json").write_bytes(content)
         assert read_results(tmp_path) == {}
         assert (tmp_path / "all_results.json.damaged").read_bytes() == content
+
+
+def test_a_full_disk_is_explained_wherever_it_is_met_and_its_file_is_named(tmp_path, monkeypatch):
+    def fail(*args, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(CheckpointError) as found, files.full_disk_explained():
+        report.write_json(tmp_path / "run.json", {})
+    assert str(found.value).startswith(f"No space left on device: {tmp_path / 'run.json'} (")
+    assert str(found.value).endswith("\nWhat is saved is whole: make room, and start the same command again.")
+    with pytest.raises(FileNotFoundError), files.full_disk_explained():
+        (tmp_path / "none").read_bytes()
+
+
+def test_lines_that_a_full_disk_does_not_take_are_lost_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report.log, "propagate", True)
+    subscribers = [report.samples_file(tmp_path / "samples.jsonl", 0), report.progress_lines(0, out=Full())]
+    monkeypatch.setattr(Path, "open", lambda *args, **more: Full())
+    sample = {"prompt": "a", "predict": "b", "label": "c"}
+    for kind in ("samples", "log", "samples"):
+        events.tell(subscribers, events.Event(kind, 1, 2, 0.5, {"samples": [sample], "loss": 1.0}))
+    assert caplog.messages == [f"{tmp_path / 'samples.jsonl'} cannot be written: No space left on device"]

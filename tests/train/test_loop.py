@@ -15,8 +15,13 @@ from jtune.train.loop import Cadence, Hooks, Improvement, Progress, run_loop
 from jtune.train.step import Metrics
 
 
-def run(cadence, *, progress=None, subscribers=(), losses=None, evaluations=None, improvement=None, on_update=None):
-    """A run whose update k has loss `losses[k]` (default k); returns (progress, events, outcome)."""
+def run(
+    cadence, *, progress=None, subscribers=(), losses=None, norms=None, scales=None, evaluations=None,
+    improvement=None, on_update=None,
+):  # fmt: skip
+    """A run whose update k has loss `losses[k]` (default k), gradient norm `norms[k]` (1), loss scale `scales[k]` (1);
+    returns (progress, events, outcome).
+    """
     progress = progress or Progress()
     events = []
     scores = iter(evaluations or [])
@@ -25,8 +30,9 @@ def run(cadence, *, progress=None, subscribers=(), losses=None, evaluations=None
         if on_update:
             on_update(batch)
         loss = batch if losses is None else losses[batch]
-        values = (jnp.float32(loss), jnp.float32(1.0), jnp.float32(10), jnp.bool_(math.isfinite(loss)))
-        return state + 1, Metrics(*values)
+        norm, scale = norms[batch] if norms else 1.0, scales[batch] if scales else 1.0
+        finite = jnp.bool_(math.isfinite(loss) and math.isfinite(norm))
+        return state + 1, Metrics(*map(jnp.float32, (loss, norm, 10)), finite, jnp.float32(scale))
 
     def watch(event):
         events.append((event.kind, event.step))
@@ -120,6 +126,19 @@ def test_non_finite_updates_are_counted_and_three_in_a_row_stop_the_run_naming_r
     assert (progress.skipped_steps, progress.total_loss) == (3, 3.0)
     with pytest.raises(NonFiniteError, match="rows of 3"):
         run(Cadence(6, 100, save_strategy="no"), losses=[1.0, nan, nan, nan, 1.0, 1.0])
+
+
+def test_updates_that_only_lower_the_loss_scale_of_float16_do_not_stop_the_run():
+    inf, cadence = math.inf, Cadence(6, 100, logging_steps=6, save_strategy="no")
+    scales = [2.0**16, 2.0**15, 2.0**14, 2.0**13, 2.0**12, 2.0**12]
+    progress, _, outcome = run(cadence, norms=[inf, inf, inf, inf, 1.0, 1.0], scales=scales)
+    assert (outcome, progress.skipped_steps, progress.bad_steps) == ("done", 4, 0)
+    assert progress.log_history[0]["loss"] == 4.5
+    # Neither a loss that is not finite at any scale, nor gradients at scale 1, are mended by a smaller scale.
+    with pytest.raises(NonFiniteError, match="rows of 2"):
+        run(cadence, losses=[math.nan] * 6, scales=scales)
+    with pytest.raises(NonFiniteError, match="rows of 4"):
+        run(cadence, norms=[inf] * 6, scales=[4.0, 2.0, 1.0, 0.5, 0.25, 0.125])
 
 
 def test_a_log_is_the_mean_of_finite_updates_and_counts_the_skipped_ones_beside():

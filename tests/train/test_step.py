@@ -324,6 +324,7 @@ def test_float16_overflow_skips_the_update_and_halves_the_scale():
     wild = state._replace(loss_scale=LossScale(jnp.float32(2.0**40), jnp.int32(5)))
     after, metrics = jax.jit(step)(wild, frozen, batch, RATE)
     assert not bool(metrics.finite)
+    assert (bool(jnp.isfinite(metrics.loss)), float(metrics.loss_scale)) == (True, 2.0**40)
     assert float(after.loss_scale.scale) == 2.0**39
     assert int(after.loss_scale.good_steps) == 0
     unchanged = jax.tree.map(lambda a, b: bool((a == b).all()), wild.trainable, after.trainable)
