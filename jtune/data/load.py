@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets import config as datasets_config
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -34,7 +35,7 @@ from jtune.data.rows import (
 from jtune.errors import DataError
 
 # Otherwise `datasets` tells a counter on the internet of each reading, of local files, too.
-datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+datasets_config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 log = logging.getLogger("jtune")
 

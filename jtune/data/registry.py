@@ -116,8 +116,8 @@ def entry_of(
     'q'
     """
     about = f"{where}, entry {name!r}"
-    row = info[name]
-    if not isinstance(row, Mapping):
+    row: Any = info[name]
+    if not isinstance(row, dict):
         raise DataError(f"{about}: expected an object with file_name or hf_hub_url, found {json.dumps(row)[:80]}")
     _check_keys(row, _KEYS, about)
     row = {key: value for key, value in row.items() if value is not None or key in _SOURCE_KEYS}
