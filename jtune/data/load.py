@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import config as datasets_config
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets import config as datasets_config
 
 from jtune.data.encoded import arrow_column
 from jtune.data.registry import OPENAI_TAGS, Columns, Entry, Tags
