@@ -15,7 +15,7 @@ import yaml
 
 from jtune.cli.main import main
 from jtune.config import load_config
-from jtune.interop import hf
+from jtune.interop import hf, weights
 from jtune.models import DecoderConfig
 from jtune.models.config import Delta, Layer
 from jtune.models.families import decoder_config
@@ -84,7 +84,8 @@ def test_a_config_json_is_enough(only_config, tmp_path):
 def test_planning_neither_reads_weights_nor_makes_arrays(made, tmp_path, monkeypatch):
     model, data = made
     monkeypatch.setattr(hf, "load_params", lambda *_, **__: pytest.fail("weights are read"))
-    monkeypatch.setattr(hf, "open_weights", lambda *_, **__: pytest.fail("weights are read"))
+    monkeypatch.setattr(weights, "map_files", lambda *_, **__: pytest.fail("weights are read"))
+    monkeypatch.setattr(hf, "map_files", lambda *_, **__: pytest.fail("weights are read"))
     before = sum(x.nbytes for x in jax.live_arrays())
     plan.plan(load_config([str(small.case(tmp_path, model, data, mesh_fsdp=-1))], command="plan"))
     assert sum(x.nbytes for x in jax.live_arrays()) - before < 1024

@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,20 +157,26 @@ class Checkpointer:
 
     def poll(self) -> None:
         """Between updates: make the checkpoint visible if its data is on disk; raise if writing it has failed."""
+        pending = self._pending
+        if pending is None:
+            return
         with self._dropped_if_it_fails(background=True):
             self._orbax.check_for_errors()
         # Orbax renames its folder when it is done, so the name appears at once and whole.
-        pending = self._pending
-        if pending is None or not (pending.temporary / "state").is_dir():
+        if not (pending.temporary / "state").is_dir():
             return
         if pending.on_disk is None or pending.on_disk.done():
             self.wait()
 
     def wait(self) -> None:
         """Until the checkpoint being written is complete and visible; raises what went wrong in the background."""
+        if self._pending is None:  # what Orbax may still say is of one that was dropped
+            with suppress(Exception):
+                self._orbax.wait_until_finished()
+            return
         with self._dropped_if_it_fails(background=True):
             self._orbax.wait_until_finished()
-            if self._pending is not None and hosts.is_first():
+            if hosts.is_first():
                 self._publish(self._pending)
         self._pending = None
 
@@ -210,6 +216,9 @@ class Checkpointer:
             yield
         except BaseException as error:
             pending, self._pending = self._pending, None
+            if isinstance(error, Exception) and hosts.count() == 1:  # with others, Orbax would wait for them
+                with suppress(Exception):
+                    self._orbax.wait_until_finished()  # else what it still writes makes the folder anew
             if pending is not None and hosts.is_first():
                 shutil.rmtree(pending.temporary, ignore_errors=True)
             if isinstance(error, Exception) and (background or files.is_storage(error)):
