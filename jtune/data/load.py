@@ -142,7 +142,7 @@ def unreadable(entries: Sequence[Entry], error: Exception) -> DataError:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, DataError):
-            return cause
+            return DataError(str(cause))  # another one: it is raised from `error`, of which this is a cause
         cause = cause.__cause__ or cause.__context__
     [*_, entry] = entries
     if len(entries) == 1 and "corresponds to no data" in str(error):

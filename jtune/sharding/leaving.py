@@ -161,7 +161,9 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _is_loss(error: BaseException | None) -> bool:
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # an error raised from one that it has caused is a circle
+        seen.add(id(error))
         if not isinstance(error, KeyboardInterrupt | MemoryError) and _LOSS.search(f"{type(error).__name__} {error}"):
             return True
         error = error.__cause__ or error.__context__

@@ -334,3 +334,14 @@ def test_rows_without_an_answer_can_be_predicted_but_not_learned(template, tmp_p
     )
     how = {"train": False, "evaluate": True, "predict": True}
     assert len(load_datasets(arguments, "sft", 0, template.tokenizer, template, **how).eval[""]) == 2
+
+
+def test_an_error_is_no_cause_of_itself(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"instruction": "Say \xe9.", "output": "x"}\n')
+    with pytest.raises(DataError, match="not UTF-8") as found:
+        load_table(Entry("rows", "file", str(path)), cache_dir=str(tmp_path / "cache"))
+    error, length = found.value, 0
+    while error is not None and length < 100:  # who looks for what an error follows from would look for ever
+        error, length = error.__cause__ or error.__context__, length + 1
+    assert length < 100
