@@ -563,7 +563,7 @@ def test_two_processes_encode_each_its_share_once_and_train_on_the_rows_of_one(p
 
 
 @pytest.mark.slow
-def test_a_row_of_the_second_process_that_cannot_be_read_ends_both_and_is_named(parts, tmp_path):
+def test_a_row_that_cannot_be_read_ends_both_processes_and_is_named(parts, tmp_path):
     lines = [json.dumps({"instruction": f"Say {n}.", "output": "x"}).encode() for n in range(2500)]
     lines[2100] = b'{"instruction": "Say \xe9.", "output": "x"}'
     (tmp_path / "latin.jsonl").write_bytes(b"\n".join(lines))
@@ -573,7 +573,7 @@ def test_a_row_of_the_second_process_that_cannot_be_read_ends_both_and_is_named(
     assert "exit statuses of the processes: 3, 3" in done.stderr
     said = [line for line in done.stderr.splitlines() if "latin.jsonl:2101: not UTF-8 at byte 22 of the line" in line]
     assert [line.startswith("[process 1]") for line in sorted(said)] == [True, False]
-    assert "process 1 stopped: " in next(line for line in said if line[0] != "[")
+    assert "process 0 stopped: " in next(line for line in said if line[0] == "[")  # the first reads for both
     assert "Traceback" not in done.stderr
 
 
