@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jtune.data import get_template, load_tokenizer
     from jtune.generation import Sampling, generate
-    from jtune.inspect import show, tensor
-    from jtune.interop.load import load_model
+    from jtune.loading.checkpoint import load_model
     from jtune.tuning import lora, trainable_mask
+    from jtune.tuning.show import show, tensor
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,11 +35,11 @@ _HOME = {
     "Sampling": "jtune.generation",
     "generate": "jtune.generation",
     "get_template": "jtune.data",
-    "load_model": "jtune.interop.load",
+    "load_model": "jtune.loading.checkpoint",
     "load_tokenizer": "jtune.data",
     "lora": "jtune.tuning",
-    "show": "jtune.inspect",
-    "tensor": "jtune.inspect",
+    "show": "jtune.tuning.show",
+    "tensor": "jtune.tuning.show",
     "trainable_mask": "jtune.tuning",
 }
 

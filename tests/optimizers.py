@@ -11,7 +11,7 @@ import numpy as np
 from jtune.config import FinetuningArguments, TrainingArguments
 from jtune.models import abstract_params
 from jtune.models.families import decoder_config
-from jtune.train.optimizer import init_optimizer, moved, optimizer_of
+from jtune.train.optimizer import apply_update, init_optimizer, optimizer_of
 from jtune.tuning import lora
 from jtune.tuning.masks import adapter_mask, partition
 
@@ -103,7 +103,7 @@ def ours(tree: str = "full", *, steps: int = STEPS, place: Callable[[Any], Any] 
     @jax.jit
     def update(params: Any, state: Any, grads: Any, rate: jax.Array) -> Any:
         direction, state = tx.update(grads, state, params)
-        return moved(params, direction, rate, None), state
+        return apply_update(params, direction, rate, None), state
 
     state = init_optimizer(tx, params)
     for step in range(steps):

@@ -14,8 +14,8 @@ from small import case, write_data, write_model
 import jtune
 from jtune.cli.main import COMMANDS, Command, main
 from jtune.data import load_tokenizer
-from jtune.data.chat_template import rendered
-from jtune.data.messages import FaultyRow
+from jtune.data.formats.messages import FaultyRow
+from jtune.data.templates.chat_template import rendered
 from jtune.errors import DataError
 
 CODE = "from pathlib import Path\nPath({ran!r}).touch()\nfrom transformers import PreTrainedTokenizerFast as Own\n"

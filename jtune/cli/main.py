@@ -222,23 +222,23 @@ def simulated() -> list[str]:
 def _train(argv: list[str]) -> int:
     layout = _option(argv, "--simulate")
     if layout is not None:
-        from jtune.cli import simulate
+        from jtune.commands import simulate
 
-        return simulate.run(layout, argv)
+        return simulate.simulate(layout, argv)
     with insisting():
-        from jtune.sharding import hosts, leaving
+        from jtune.distributed import connect, shutdown
 
         # First of all, so that what is wrong on one host only, be it the YAML, ends the others too.
         shown, left_out = words_to_show([*argv, *simulated()])
-        hosts.connect(command=shlex.join(["jtune", "train", *shown]), without=left_out)
-    leaving.quiet(logging.getLogger("jtune"))
+        connect.connect(command=shlex.join(["jtune", "train", *shown]), without=left_out)
+    connect.quiet(logging.getLogger("jtune"))
     # `insisting` is the inner one: what leads out of `together` must not be interrupted.
-    with leaving.together(partial(explain, "train")), insisting():
+    with shutdown.together(partial(explain, "train")), insisting():
         config = _load(argv, "train")
         if _on_cpu(config.training.use_cpu):
             _keep_memory()
+        from jtune.commands.train import train as run
         from jtune.train.files import full_disk_explained
-        from jtune.train.run import run
 
         with full_disk_explained():
             run(config)
@@ -252,9 +252,9 @@ def _data(argv: list[str]) -> int:
     if rows is None or not rows.isdecimal():
         raise ConfigError(f"--rows takes a whole number, not {rows!r}")
     config = _load(argv, "data")
-    from jtune.data import preview
+    from jtune.commands import data
 
-    return preview.check(config) if check else preview.run(config, rows=int(rows), as_json=as_json, html=html)
+    return data.check(config) if check else data.show_data(config, rows=int(rows), as_json=as_json, html=html)
 
 
 def _plan(argv: list[str]) -> int:
@@ -263,12 +263,12 @@ def _plan(argv: list[str]) -> int:
     if as_json:  # nothing else on stdout
         logging.getLogger("jtune").handlers[0].stream = sys.stderr  # type: ignore[attr-defined]
     if topology is not None:
-        from jtune.sharding.topology import compile_here_for
+        from jtune.planning.topology import compile_here_for
 
         compile_here_for(topology)
     config = _load(argv, "plan")
-    from jtune.sharding.plan import plan
-    from jtune.sharding.show import show
+    from jtune.planning.plan import plan
+    from jtune.planning.show import show
 
     result = plan(config, topology=topology, fit=fit)
     if as_json:
@@ -280,7 +280,7 @@ def _plan(argv: list[str]) -> int:
 
 def _export(argv: list[str]) -> int:
     config = _load(argv, "export")
-    from jtune.interop.export import run
+    from jtune.commands.export import export as run
 
     run(config)
     return 0
@@ -288,7 +288,7 @@ def _export(argv: list[str]) -> int:
 
 def _chat(argv: list[str]) -> int:
     config = _load(argv, "chat")
-    from jtune.cli.chat import run
+    from jtune.commands.chat import chat as run
 
     run(config)
     return 0
@@ -306,7 +306,7 @@ def _eval(argv: list[str]) -> int:
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("the lm-evaluation-harness is not installed: pip install 'jtune[eval]'")
     config = _load(argv, "eval")
-    from jtune.generation.harness import run
+    from jtune.evaluation.harness import run_tasks as run
 
     run(config, tasks.split(","), include_path=include_path, limit=most)
     return 0
@@ -314,14 +314,14 @@ def _eval(argv: list[str]) -> int:
 
 def _inspect(argv: list[str]) -> int:
     config = _load(argv, "inspect")
-    from jtune.train.run import inspect
+    from jtune.commands.inspect import inspect_model as inspect
 
     inspect(config)
     return 0
 
 
 def _quickstart(argv: list[str]) -> int:
-    from jtune.quickstart.run import run
+    from jtune.commands.quickstart import quickstart as run
 
     return run(argv)
 

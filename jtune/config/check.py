@@ -8,7 +8,7 @@ from typing import Any
 from jtune.config import optimizers
 from jtune.config.arguments import FIELDS
 from jtune.config.foreign import FOREIGN, TRAINING, is_inert, verdict
-from jtune.config.kinds import Mismatch, coerce, describe
+from jtune.config.kinds import Mismatch, coerce, describe_kind
 from jtune.config.parse import Fault, Given, Origin
 
 Rule = tuple[tuple[str, ...], str]  # names involved, the first being the one to point at; what is wrong
@@ -120,7 +120,7 @@ def _checked(name: str, value: Any) -> Any:
     try:
         found = coerce(field.type, value)
     except Mismatch as mismatch:
-        choices = describe(field.type).removeprefix("one of ").split(", ")
+        choices = describe_kind(field.type).removeprefix("one of ").split(", ")
         close = difflib.get_close_matches(str(value), choices, n=1) if len(choices) > 1 else []
         near = f". Did you mean {close[0]}?" if close else ""
         raise Mismatch(f"{name} must be {mismatch}{shown}{near}") from None

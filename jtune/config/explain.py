@@ -6,7 +6,7 @@ from typing import Any
 from jtune.config.arguments import FIELDS, SECTIONS
 from jtune.config.check import unknown
 from jtune.config.foreign import FOREIGN
-from jtune.config.kinds import describe
+from jtune.config.kinds import describe_kind
 
 
 def explain(name: str) -> str:
@@ -35,7 +35,7 @@ def _section(title: str, section: type) -> str:
 
 def _line(field: dataclasses.Field) -> str:
     within = field.metadata["within"]
-    kind = describe(field.type) + (f", {within.text}" if within else "")
+    kind = describe_kind(field.type) + (f", {within.text}" if within else "")
     derived = field.default is None and "default:" in field.metadata["doc"]
     default = "" if derived else f"; default: {_show(field.default)}"
     return f"{field.name}: {field.metadata['doc']} ({kind}{default})"

@@ -39,7 +39,7 @@ def takes_list(kind: Any) -> bool:
     return get_origin(kind) is tuple
 
 
-def describe(kind: Any) -> str:
+def describe_kind(kind: Any) -> str:
     """The kind in words: "a whole number", "one of no, steps, epoch", ..."""
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     if get_origin(kind) is Literal:
@@ -62,7 +62,7 @@ def coerce(kind: Any, value: Any) -> Any:
     if value is None:
         if takes_none(kind):
             return None
-        raise Mismatch(f"{describe(kind)}; for the default, leave it out")
+        raise Mismatch(f"{describe_kind(kind)}; for the default, leave it out")
     if get_origin(kind) is Literal:
         return _choice(kind, value)
     if takes_list(kind):
@@ -74,7 +74,7 @@ def coerce(kind: Any, value: Any) -> Any:
             continue
     if takes_text(kind) and isinstance(value, bool | float):
         raise Mismatch("text in quotes")
-    raise Mismatch(describe(kind))
+    raise Mismatch(describe_kind(kind))
 
 
 def _choice(kind: Any, value: Any) -> str:
@@ -82,7 +82,7 @@ def _choice(kind: Any, value: Any) -> str:
     if isinstance(value, bool):  # YAML reads `no` as false
         value = "all" if value and "all" in choices else "no" if not value and "no" in choices else value
     if value not in choices:
-        raise Mismatch(describe(kind))
+        raise Mismatch(describe_kind(kind))
     return value
 
 
@@ -92,7 +92,7 @@ def _list(kind: Any, value: Any) -> tuple:
     try:
         return tuple(read(item) for item in (items if isinstance(items, list) else [items]))
     except (ValueError, TypeError):
-        raise Mismatch(describe(kind)) from None
+        raise Mismatch(describe_kind(kind)) from None
 
 
 def _bool(value: Any) -> bool:

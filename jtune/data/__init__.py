@@ -5,15 +5,15 @@
 `load_datasets` goes the way from names to encoded sets; each step can be called alone (see pipeline.py).
 """
 
-from jtune.data.batches import EvalBatch, EvalPlan, eval_batches, packing_windows
-from jtune.data.encoded import Encoded, check_id, check_vocabulary
+from jtune.data.batching.batches import EvalBatch, EvalPlan, eval_batches, packing_windows
+from jtune.data.batching.stream import StreamPlan
+from jtune.data.batching.updates import Plan, order_seed, plan_updates, rows_are_packed
+from jtune.data.encode.encoded import Encoded, check_id, check_vocabulary
 from jtune.data.pipeline import Splits, load_datasets
 from jtune.data.report import Report
 from jtune.data.stream import Stream
-from jtune.data.stream_plan import StreamPlan
-from jtune.data.templates import Template, get_template, template_of
-from jtune.data.tokenizer import load_tokenizer
-from jtune.data.updates import Plan, order_seed, plan_updates, rows_are_packed
+from jtune.data.templates.template import Template, get_template, template_of
+from jtune.data.tokens.tokenizer import load_tokenizer
 
 __all__ = [
     "Encoded",

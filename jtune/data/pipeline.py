@@ -16,17 +16,17 @@ import datasets
 import numpy as np
 from datasets import config as datasets_config
 
-from jtune.data import saved
-from jtune.data.align import align
-from jtune.data.encoded import Encoded
-from jtune.data.load import check_columns, check_stage, load_table, not_utf8, resolve_format, say_unused
-from jtune.data.mix import hold_out, merge, pick_rows
-from jtune.data.parts import ALONE, Team, TeamOf, alone
-from jtune.data.registry import Entry, find_datasets
+from jtune.data.cache.shards import ALONE, Team, TeamOf, alone
+from jtune.data.encode import saved
+from jtune.data.encode.encoded import Encoded
+from jtune.data.encode.sets import check_report, encode_set
+from jtune.data.formats.align import align
 from jtune.data.report import EXAMPLES, Report, SetReport
-from jtune.data.sets import check_report, encode_set
+from jtune.data.sources.load import check_columns, check_stage, load_table, not_utf8, resolve_format, say_unused
+from jtune.data.sources.mix import hold_out, merge, pick_rows
+from jtune.data.sources.registry import Entry, find_datasets
 from jtune.data.stream import Stream, open_stream, windows
-from jtune.data.templates import Template
+from jtune.data.templates.template import Template
 from jtune.errors import ConfigError, DataError
 
 log = logging.getLogger("jtune")

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import datasets
 import pyarrow as pa
 
-from jtune.data.align import ALIGNED, align_stream, refuse_missing
-from jtune.data.encoded import Encoded, check_vocabulary
-from jtune.data.load import check_columns, check_stage, open_table, resolve_format, say_unused, unreadable
-from jtune.data.mix import merge
-from jtune.data.registry import Entry, find_datasets
+from jtune.data.encode.encoded import Encoded, check_vocabulary
+from jtune.data.encode.sets import check_report, encode_set
+from jtune.data.formats.align import ALIGNED, align_stream, refuse_missing
 from jtune.data.report import EXAMPLES, SetReport, add, report_of
-from jtune.data.sets import check_report, encode_set
-from jtune.data.templates import Template
+from jtune.data.sources.load import check_columns, check_stage, open_table, resolve_format, say_unused, unreadable
+from jtune.data.sources.mix import merge
+from jtune.data.sources.registry import Entry, find_datasets
+from jtune.data.templates.template import Template
 from jtune.errors import DataError
 
 log = logging.getLogger("jtune")

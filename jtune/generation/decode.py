@@ -18,7 +18,7 @@ from jtune.generation.forward import read_prompt, read_token
 from jtune.generation.sampling import Sampling, penalised, pick, seen_in
 from jtune.models import CausalLM
 from jtune.models.decoder import Cache
-from jtune.sharding import batch_shards, spread
+from jtune.sharding import arrays, batch_shards
 
 BUCKET = 64  # prompts and answers are given room in steps of it, so that few shapes are compiled
 
@@ -75,7 +75,7 @@ def generate(
         # The last batch is filled up with its first prompt, so that it has the shape of the others.
         filled = rows + rows[:1] * (batch_size - len(rows))
         input_ids, mask = pad([prompts[i] for i in filled])
-        found = np.asarray(spread.whole(answer(model, s, params, input_ids, mask, keys[np.asarray(filled)])))
+        found = np.asarray(arrays.whole(answer(model, s, params, input_ids, mask, keys[np.asarray(filled)])))
         answers |= {i: [int(t) for t in row if t >= 0] for i, row in zip(rows, found)}
     return [answers[i] for i in range(len(prompts))]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jtune.models.attention import MASKED
+from jtune.models.attention.reference import MASKED
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def most_tokens(args: GeneratingArguments, sampling: Sampling, prompt: int, posi
     return min([sampling.max_new_tokens, *(limit - prompt for limit in total)])
 
 
-def describe(s: Sampling) -> str:
+def describe_sampling(s: Sampling) -> str:
     """How answers are chosen, in a few words.
 
     >>> describe(Sampling(do_sample=True, temperature=0.95, top_p=0.7, top_k=50))

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jtune.config import Config
-from jtune.data import Template, chat_template
-from jtune.data.chat_format import Pieces
-from jtune.data.encode import document_end
-from jtune.data.jinja import to_jinja
-from jtune.data.messages import FaultyRow
+from jtune.data import Template
+from jtune.data.encode.rows import document_end
+from jtune.data.formats.messages import FaultyRow
+from jtune.data.templates import chat_template
+from jtune.data.templates.chat_format import Pieces
+from jtune.data.templates.jinja import to_jinja
 from jtune.errors import DataError
 from jtune.interop.hf import GENERATION
 
@@ -35,7 +36,9 @@ class Endings(NamedTuple):
     eos: tuple[int, ...]  # what ends an answer, first what the model learns to end it with
 
 
-def settle(config: Config, template: Template | None, tokenizer: Any, source: Mapping[str, Any], base: Path) -> Endings:
+def resolve_endings(
+    config: Config, template: Template | None, tokenizer: Any, source: Mapping[str, Any], base: Path
+) -> Endings:
     """What is written, and in `tokenizer` the chat template that is written with it.
 
     A template by name is written as Jinja, unless the tokenizer's own chat template asks in the same way: that one
@@ -200,7 +203,7 @@ def _probes(template: Template, how: Mapping[str, bool]) -> Iterator[Probe]:
 
 
 def _rendered_as(config: Config, template: Template) -> dict[str, bool]:
-    """How the conversations are rendered that the stage learns from (see `jtune.data.encode`)."""
+    """How the conversations are rendered that the stage learns from (see `jtune.data.encode.rows`)."""
     discard = not template.preserve_thinking
     if config.finetuning.stage in ("rm", "dpo", "kto"):
         return {"discard_history": discard, "last_only": True}

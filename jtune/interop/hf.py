@@ -1,7 +1,6 @@
 """Hugging Face checkpoints: config.json and safetensors files, read straight to where they belong, and written back."""
 
 import json
-import logging
 import math
 import shutil
 from collections import deque
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jtune.distributed import exchange, processes
 from jtune.errors import ConfigError, DataError
 from jtune.interop.weights import (
     BLOCK,
@@ -34,11 +34,9 @@ from jtune.interop.weights import (
 from jtune.models import DecoderConfig, abstract_params
 from jtune.models.families import file_names
 from jtune.models.names import Tensor, located, tensors
-from jtune.sharding import hosts, spread
+from jtune.sharding import arrays
 from jtune.tuning.nodes import is_node
 from jtune.tuning.quantize import Form, apply, chosen, quantize
-
-log = logging.getLogger("jtune")
 
 GENERATION = "generation_config.json"
 # What a decoder of ours does not use, though some files hold it: buffers that follow from the config.
@@ -162,18 +160,18 @@ def load_params(
     damaged: set[str] = set()
     wanted = [(list(tensors(keys, config, layers)), leaf.shape) for keys, leaf, layers in leaves]
     _check_tensors(folder, stored, wanted, config)
-    arrays = []
+    read = []
     for (parts, shape), (keys, *_), sharding in zip(
         wanted, leaves, jax.tree.leaves(shardings, is_leaf=is_node), strict=True
     ):
         if form is not None and chosen(keys):
-            arrays.append(_read_quantized(stored, parts, shape, sharding, dtype, form, damaged))
+            read.append(_read_quantized(stored, parts, shape, sharding, dtype, form, damaged))
         else:
-            arrays.append(_read_leaf(stored, parts, shape, sharding, dtype, damaged))
-    damaged.update(*(x.split("\n") for x in hosts.exchange("weights that are not finite", "\n".join(damaged))))
+            read.append(_read_leaf(stored, parts, shape, sharding, dtype, damaged))
+    damaged.update(*(x.split("\n") for x in exchange.all_gather("weights that are not finite", "\n".join(damaged))))
     if damaged := damaged - {""}:
         raise DataError(f"{folder}: not finite (NaN or infinity): {', '.join(grouped(sorted(damaged)))}")
-    return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+    return jax.tree.unflatten(jax.tree.structure(abstract), read)
 
 
 def has_own_head(folder: Path, config: DecoderConfig) -> bool:
@@ -371,14 +369,14 @@ def save_model(
     """
     dtype = stored_dtype(source) if dtype is None else jnp.dtype(dtype)
     shapes, found = _layout(params, config)
-    pieces = (jax.tree.map(lambda x, i=part.index: spread.whole(x, i), leaf) for leaf, part in found)
-    if not hosts.is_first():
+    pieces = (jax.tree.map(lambda x, i=part.index: arrays.whole(x, i), leaf) for leaf, part in found)
+    if not processes.is_first():
         deque(pieces, maxlen=0)  # their parts are sent
         return
-    arrays = (_in_file(piece, part.transposed) for piece, (_, part) in zip(pieces, found))
+    stored = (_in_file(piece, part.transposed) for piece, (_, part) in zip(pieces, found))
     config_json = {key: value for key, value in source.items() if key not in ("_name_or_path", "torch_dtype")}
     with whole_or_absent(Path(folder)) as partial_folder:
-        write_weights(partial_folder, shapes, dtype, arrays, max_shard_bytes)
+        write_weights(partial_folder, shapes, dtype, stored, max_shard_bytes)
         text = json.dumps(config_json | {"dtype": dtype.name}, indent=2) + "\n"
         (partial_folder / "config.json").write_text(text)
 

@@ -18,21 +18,12 @@ from safetensors import SafetensorError, safe_open
 
 from jtune.errors import DataError
 from jtune.interop import hf
-from jtune.interop.peft_options import (
-    CONFIG,
-    EMBEDDINGS,
-    PREFIX,
-    WEIGHTS,
-    note_base,
-    read_options,
-    selective,
-    start_of,
-)
+from jtune.interop.peft_options import CONFIG, EMBEDDINGS, PREFIX, WEIGHTS, note_base, read_options, selective, start_of
 from jtune.interop.weights import grouped, is_finite
 from jtune.models import DecoderConfig
 from jtune.models.families import file_names, module_names
 from jtune.models.names import located, module_name, tensors
-from jtune.sharding import replicated, spread
+from jtune.sharding import arrays, replicated
 from jtune.tuning import is_node
 from jtune.tuning.freeze import cut_layers
 from jtune.tuning.lora import DoRA, LoRA, PiSSA, taken_out
@@ -210,7 +201,7 @@ def _beside(leaf: jax.Array, x: np.ndarray) -> jax.Array:
         return jnp.asarray(x)
     sharding: Any = leaf.sharding
     everywhere = replicated(sharding.mesh)
-    return spread.put(x, everywhere)
+    return arrays.put(x, everywhere)
 
 
 def _open(folder: Path) -> Adapter:
@@ -315,7 +306,7 @@ def _read_whole(adapter: Adapter, keys: Keys, leaf: jax.Array, config: DecoderCo
         out[part.index] = x
     if keys[0] == "embed_tokens" and config.tie_word_embeddings:
         adapter.used.add("lm_head.weight")  # the same, repeated
-    return spread.put(out, leaf.sharding)
+    return arrays.put(out, leaf.sharding)
 
 
 def _token_modules(options: Mapping[str, Any]) -> dict[str, Sequence[int]]:

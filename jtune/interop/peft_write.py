@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from jtune.distributed import processes
 from jtune.errors import ConfigError, JtuneError, NonFiniteError
 from jtune.interop.peft_options import CONFIG, EMBEDDINGS, PREFIX, WEIGHTS
 from jtune.interop.peft_read import Pair
@@ -20,7 +21,7 @@ from jtune.models.decoder import numbered
 from jtune.models.families import module_names
 from jtune.models.families.base import Names
 from jtune.models.names import located, module_name, tensors
-from jtune.sharding import hosts, spread
+from jtune.sharding import arrays
 from jtune.tuning import is_node
 from jtune.tuning.lora import DoRA, LoRA, PiSSA
 from jtune.tuning.nodes import in_float32, is_adapter, map_fields
@@ -55,7 +56,7 @@ def save_adapter(
     """
     folder = Path(folder)
     params = _at_hand(params, mask, EMBEDDINGS if resized else ())
-    if not hosts.is_first():
+    if not processes.is_first():
         return
     found, options = contents(params, mask, config, base=base, use_rslora=use_rslora, resized=resized)
     found = {name: np.ascontiguousarray(x) for name, x in found.items()}
@@ -215,8 +216,8 @@ def _at_hand(params: PyTree, mask: PyTree, kept: Sequence[str]) -> PyTree:
     def fetch(path: Any, leaf: Any, trains: Any) -> Any:
         keep = path[0].key in kept
         if is_adapter(leaf):  # what it keeps of its start, too
-            return map_fields(lambda name, x: x if name == "base" and not keep else jax.tree.map(spread.whole, x), leaf)
-        return jax.tree.map(lambda x, its: spread.whole(x) if its or keep else x, leaf, trains)
+            return map_fields(lambda name, x: x if name == "base" and not keep else jax.tree.map(arrays.whole, x), leaf)
+        return jax.tree.map(lambda x, its: arrays.whole(x) if its or keep else x, leaf, trains)
 
     return jax.tree_util.tree_map_with_path(fetch, params, mask, is_leaf=is_node)
 

@@ -16,7 +16,7 @@ from jtune.models.config import DecoderConfig, Layer
 Entry = dict[str, jax.Array]  # [R, B, S, ...] each; of a linear layer [R, B, ...]
 
 
-class Remembered(NamedTuple):
+class LayerCache(NamedTuple):
     """The cache of a stack of layers, and which of them this is."""
 
     entry: Entry

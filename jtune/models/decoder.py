@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jtune.models import cache as caches
-from jtune.models.attention import RESIDUALS as ATTENTION_RESIDUALS
-from jtune.models.cache import Remembered
+from jtune.models.attention.reference import RESIDUALS as ATTENTION_RESIDUALS
+from jtune.models.cache import LayerCache
 from jtune.models.config import DecoderConfig
 from jtune.models.kernels import Linear, matmul, parameter
 from jtune.models.layer import LAYER_INPUT, DecoderLayer, Shared
@@ -68,7 +68,7 @@ class CausalLM(nn.Module):
       remat: what the backward pass computes again: "none"; "dots", all but the products with parameters, adapters' thin
         ones not among them; "attention", all but what attention gives; "full", all but the input of each layer;
         "offload", the same, and those inputs wait in the memory of the host.
-      attention: the backend of `jtune.models.attention.attend`.
+      attention: the backend of `jtune.models.attention.dispatch.attend`.
       mesh: where activations are said to lie (`jtune.sharding.RULES`); None: nothing is said, as suits one device.
       unrolled: compile the layers one after the other instead of a loop over them. The code then grows with depth, but
         nothing is copied into and out of stacks of what the backward pass needs, which takes a fifth of a step.
@@ -171,7 +171,7 @@ class CausalLM(nn.Module):
                 number = loop.first + index * period + i
                 layer = DecoderLayer(c, c.layers[loop.first + i], self.attention, self.mesh, parent=None)
                 rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
-                remembered = None if entries is None else Remembered(entries[i], index)
+                remembered = None if entries is None else LayerCache(entries[i], index)
                 given: Any = layer.apply({"params": params[i]}, x, shared, remembered, rngs=rngs)
                 x, entry, its_load = given
                 if entries is not None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jtune.models.cache import Entry, Remembered
+from jtune.models.cache import Entry, LayerCache
 from jtune.models.config import DecoderConfig
 from jtune.models.config import Delta as DeltaConfig
 from jtune.models.kernels import Linear, parameter
@@ -38,7 +38,7 @@ class GatedDelta(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, segment_ids_BT: jax.Array, remembered: Remembered | None = None
+        self, x_BTD: jax.Array, segment_ids_BT: jax.Array, remembered: LayerCache | None = None
     ) -> tuple[jax.Array, Entry | None]:
         """What the rule gives, `[batch, seq, embed]`, and the cache with the new tokens in it."""
         c, d = self.config, delta_config(self.config)

@@ -13,8 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from jtune.models import cache as caches
-from jtune.models.attention import alibi_bias, attend, attend_cached
-from jtune.models.cache import Remembered
+from jtune.models.attention.cached import attend_cached
+from jtune.models.attention.dispatch import attend
+from jtune.models.attention.reference import alibi_bias
+from jtune.models.cache import LayerCache
 from jtune.models.config import DecoderConfig, Layer
 from jtune.models.delta import GatedDelta
 from jtune.models.kernels import Linear, parameter
@@ -45,7 +47,7 @@ class Attention(nn.Module):
     mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, shared: Shared, remembered: Remembered | None = None):
+    def __call__(self, x_BTD: jax.Array, shared: Shared, remembered: LayerCache | None = None):
         """What attention gives, `[batch, seq, embed]`, and the cache with the new tokens in it."""
         c = self.config
         q_BTHD, new, gate = (self._latent if c.latent else self._plain)(x_BTD, shared)
@@ -168,7 +170,7 @@ class DecoderLayer(nn.Module):
     mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, shared: Shared, remembered: Remembered | None = None):
+    def __call__(self, x_BTD: jax.Array, shared: Shared, remembered: LayerCache | None = None):
         """The next hidden state, the cache with the new tokens in it, and the load of the experts (`jtune.models.moe`);
         None for what there is not."""
         c = self.config

@@ -1,6 +1,6 @@
 """Where arrays live: the device mesh and the table from logical axes to mesh axes."""
 
-from jtune.sharding import hosts, spread
+from jtune.sharding import arrays
 from jtune.sharding.mesh import batch_shards, check_experts, check_row_length, make_mesh
 from jtune.sharding.rules import (
     RULES,
@@ -19,6 +19,7 @@ from jtune.sharding.rules import (
 
 __all__ = [
     "RULES",
+    "arrays",
     "batch_sharding",
     "batch_shards",
     "check_experts",
@@ -27,13 +28,11 @@ __all__ = [
     "describe_unsplit",
     "divides",
     "gather",
-    "hosts",
     "make_mesh",
     "named",
     "only",
     "replicated",
     "spec",
-    "spread",
     "tree_shardings",
     "unsplit",
 ]

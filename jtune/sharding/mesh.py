@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
+from jtune.config import TrainingArguments
 from jtune.errors import ConfigError
 
 # Neighbours in the last axis are neighbours in hardware: what is waited for most often comes last.
@@ -76,3 +77,8 @@ def check_row_length(mesh: Mesh, seq: int) -> None:
             f"rows of {seq} tokens cannot be split over mesh_context={size}: with packing, and in stage pt, set "
             f"cutoff_len to a multiple of it (rows are {-(-seq // size) * size} then); other rows are multiples of 64"
         )
+
+
+def mesh_of(training: TrainingArguments, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh that the arguments `mesh_*` ask for, over `devices` (default: all that are here)."""
+    return make_mesh(devices=devices, **{axis: getattr(training, f"mesh_{axis}") for axis in AXES})

@@ -1,1 +1,1 @@
-"""Training: from a run's arguments to what it writes. Read `jtune.train.run` first."""
+"""Training: from a run's arguments to what it writes. Read `jtune.commands.train` first."""

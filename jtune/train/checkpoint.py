@@ -25,9 +25,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from jtune.data.stream import Stream, check_position
+from jtune.distributed import exchange, processes
 from jtune.errors import CheckpointError, ConfigError
-from jtune.sharding import hosts
-from jtune.train import files, notes
+from jtune.train import files, resume_json
 from jtune.train.digest import digests, named_leaves
 
 log = logging.getLogger("jtune")
@@ -113,7 +113,7 @@ class Checkpointer:
     def __init__(self, output_dir: Path, *, keep: int | None = None):
         self.output_dir, self.keep = output_dir, keep
         self.best: Path | None = None  # never deleted
-        if hosts.is_first():
+        if processes.is_first():
             files.clean(output_dir)
         self._pending: _Pending | None = None
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
@@ -137,15 +137,15 @@ class Checkpointer:
         described = None if arrays is None else _described(arrays)
         self._pending = _Pending(temporary, final, {}, described, None)
         with self._dropped_if_it_fails():
-            if hosts.is_first():
+            if processes.is_first():
                 temporary.mkdir(parents=True)
             write_files(temporary)
             if arrays is not None:
                 # Read back by the restore: what Orbax stored must be, bit for bit, what the devices held.
                 content = meta | {"step": step, "digests": digests(arrays), "arrays": described}
-                if hosts.is_first():
-                    (temporary / "resume.json").write_bytes(notes.encode(content))
-            if hosts.is_first():
+                if processes.is_first():
+                    (temporary / "resume.json").write_bytes(resume_json.encode(content))
+            if processes.is_first():
                 sizes = files.sizes(temporary)
                 on_disk = self._syncing.submit(files.sync_files, temporary, list(sizes))
                 self._pending = self._pending._replace(sizes=sizes, on_disk=on_disk)
@@ -176,7 +176,7 @@ class Checkpointer:
             return
         with self._dropped_if_it_fails(background=True):
             self._orbax.wait_until_finished()
-            if hosts.is_first():
+            if processes.is_first():
                 self._publish(self._pending)
         self._pending = None
 
@@ -216,10 +216,10 @@ class Checkpointer:
             yield
         except BaseException as error:
             pending, self._pending = self._pending, None
-            if isinstance(error, Exception) and hosts.count() == 1:  # with others, Orbax would wait for them
+            if isinstance(error, Exception) and processes.count() == 1:  # with others, Orbax would wait for them
                 with suppress(Exception):
                     self._orbax.wait_until_finished()  # else what it still writes makes the folder anew
-            if pending is not None and hosts.is_first():
+            if pending is not None and processes.is_first():
                 shutil.rmtree(pending.temporary, ignore_errors=True)
             if isinstance(error, Exception) and (background or files.is_storage(error)):
                 raise self._failure(pending, error) from error
@@ -236,7 +236,7 @@ class Checkpointer:
         self.wait()
         self._orbax.close()
         self._syncing.shutdown()
-        hosts.barrier("checkpoints closed")  # what the first process renames is there for all
+        exchange.barrier("checkpoints closed")  # what the first process renames is there for all
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def read_meta(path: Path) -> dict[str, Any]:
       Damaged: the folder is not a complete checkpoint.
     """
     try:
-        meta = notes.decode((path / "resume.json").read_bytes())
+        meta = resume_json.decode((path / "resume.json").read_bytes())
     except (OSError, ValueError) as error:
         raise Damaged(f"{path} is damaged: resume.json: {_first_line(error)}") from error
     if not isinstance(meta.get("digests"), dict):
@@ -378,7 +378,7 @@ def _without_late_echoes() -> Iterator[None]:
 
 
 def _raise_together(name: str, fault: str) -> None:
-    faults = [x for x in hosts.exchange(name, fault) if x]
+    faults = [x for x in exchange.all_gather(name, fault) if x]
     if faults:
         raise Damaged(faults[0])
 
@@ -434,7 +434,7 @@ def restore_newest(output_dir: Path, like: Any, check: Check = _accept) -> Resto
       CheckpointError: there are checkpoints, but every one is damaged. Starting from scratch is then the user's choice,
         and all of them stay where they are.
     """
-    found = hosts.from_first("checkpoints", lambda: [str(path) for path in find_checkpoints(output_dir)])
+    found = exchange.from_first("checkpoints", lambda: [str(path) for path in find_checkpoints(output_dir)])
     damaged: list[Damaged] = []
     for path in map(Path, reversed(found)):
         try:
@@ -443,7 +443,7 @@ def restore_newest(output_dir: Path, like: Any, check: Check = _accept) -> Resto
             damaged.append(error)
             log.warning("%s. The one before it is tried.", error)
             continue
-        if hosts.is_first():
+        if processes.is_first():
             for newer in list(map(Path, reversed(found)))[: len(damaged)]:
                 files.set_aside(newer)
         return restored

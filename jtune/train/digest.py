@@ -8,9 +8,14 @@ or two swapped elements change it.
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import xxhash
+
+from jtune import tuning
+from jtune.data import Encoded
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
@@ -43,3 +48,28 @@ def named_leaves(tree) -> dict[str, jax.Array]:
     """The arrays of a tree under dotted path names; None leaves have no entry."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def data_fingerprint(encoded: Encoded) -> str:
+    """A digest of an encoded data set: the lengths and labelled counts of all rows, and the tokens of some."""
+    content = xxhash.xxh3_64(encoded.lengths.tobytes())
+    content.update(encoded.labelled.tobytes())
+    for row in sorted({0, len(encoded) // 2, len(encoded) - 1}):
+        content.update(encoded[row]["input_ids"].tobytes())
+    return content.hexdigest()
+
+
+def tree_fingerprint(tree: Any) -> str:
+    """One digest of all arrays of a tree; the same on every mesh."""
+    return xxhash.xxh3_64(repr(sorted(digests(named_leaves(tree)).items())).encode()).hexdigest()
+
+
+def frozen_fingerprint(frozen: Any) -> str:
+    """One digest of what does not train, as it was read."""
+    return tree_fingerprint(as_read(frozen))
+
+
+def as_read(params: Any) -> Any:
+    """`params` without what PiSSA takes apart, which another mesh rounds otherwise."""
+    is_taken_apart = lambda x: isinstance(x, tuning.lora.PiSSA)
+    return jax.tree.map(lambda x: None if is_taken_apart(x) else x, params, is_leaf=is_taken_apart)

@@ -18,49 +18,14 @@ from typing import Any, NamedTuple
 import jax
 
 from jtune.errors import NonFiniteError
+from jtune.train.cadence import Cadence, Improvement
 from jtune.train.events import Ask, Event, Subscriber, tell
-from jtune.train.ledger import Ledger
 from jtune.train.schedule import Schedule
 from jtune.train.step import Metrics
+from jtune.train.timing import Timing
 
 log = logging.getLogger("jtune")
 MAX_BAD_STEPS = 3  # consecutive non-finite updates before the run stops
-
-
-@dataclass(frozen=True)
-class Cadence:
-    """When to log, evaluate and save, as Hugging Face's Trainer decides it. A strategy is "no", "steps" or "epoch"."""
-
-    max_steps: int
-    updates_per_epoch: int
-    logging_strategy: str = "steps"
-    logging_steps: int = 500
-    logging_first_step: bool = False
-    eval_strategy: str = "no"
-    eval_steps: int = 500
-    eval_delay: float = 0
-    save_strategy: str = "steps"  # also "best": when an evaluation was the best so far
-    save_steps: int = 500
-    eval_on_start: bool = False
-    log_tokens: bool = False  # num_input_tokens_seen in every record
-
-    def due(self, step: int, epoch: float) -> set[str]:
-        """What is due after `step` updates: a subset of "log", "evaluate", "save"."""
-        last = step == self.max_steps
-        epoch_end = step % self.updates_per_epoch == 0 or last
-
-        def at(strategy: str, every: int) -> bool:
-            return (strategy == "steps" and every > 0 and step % every == 0) or (strategy == "epoch" and epoch_end)
-
-        due = set()
-        if at(self.logging_strategy, self.logging_steps) or (step == 1 and self.logging_first_step):
-            due.add("log")
-        delayed = self.eval_delay > (epoch if self.eval_strategy == "epoch" else step)
-        if not delayed and (at(self.eval_strategy, self.eval_steps) or (last and self.eval_strategy == "steps")):
-            due.add("evaluate")
-        if at(self.save_strategy, self.save_steps) or (last and self.save_strategy == "steps"):
-            due.add("save")
-        return due
 
 
 @dataclass
@@ -145,7 +110,7 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(s, previous)
 
 
-def batches(prepare: Callable[[int], Any], start: int, stop: int, ledger: Ledger) -> Iterator[Any]:
+def batches(prepare: Callable[[int], Any], start: int, stop: int, ledger: Timing) -> Iterator[Any]:
     """`prepare(start), prepare(start + 1), ...`, each made in a thread while the one before it is being used.
 
     What is waited for them is booked as "data".
@@ -160,14 +125,6 @@ def batches(prepare: Callable[[int], Any], start: int, stop: int, ledger: Ledger
             yield batch
 
 
-class Improvement(NamedTuple):
-    """Which evaluation is the best, and how many that are not end the run."""
-
-    metric: str = "eval_loss"
-    greater_is_better: bool = False
-    patience: int | None = None
-
-
 def run_loop(
     state: Any,
     progress: Progress,
@@ -176,7 +133,7 @@ def run_loop(
     hooks: Hooks,
     subscribers: Sequence[Subscriber],
     improvement: Improvement,
-    ledger: Ledger | None = None,
+    ledger: Timing | None = None,
 ) -> tuple[Any, str]:
     """Updates `progress.step` .. `cadence.max_steps`.
 
@@ -196,7 +153,7 @@ def run_loop(
         Skipped updates that only lower float16's loss scale do not count.
     """
     queue: deque[tuple[int, float, int, Metrics, bool]] = deque()
-    ledger = ledger or Ledger()
+    ledger = ledger or Timing()
     clock = [working(ledger), progress.tokens]
     grad_norm: float | None = None  # of the last finite update
 
@@ -294,7 +251,7 @@ def run_loop(
     return state, outcome
 
 
-def working(ledger: Ledger) -> float:
+def working(ledger: Timing) -> float:
     """Seconds in which updates were computed or waited for their data."""
     seconds = ledger.total()
     return seconds["step"] + seconds["data"]

@@ -247,7 +247,7 @@ def leaf_key(key: jax.Array, path: Path) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
 
 
-def moved(params: PyTree, direction: PyTree, learning_rate: jax.Array, key: jax.Array | None) -> PyTree:
+def apply_update(params: PyTree, direction: PyTree, learning_rate: jax.Array, key: jax.Array | None) -> PyTree:
     """`params - learning_rate * direction`, computed in float32, in the dtype of the parameters.
 
     Args:

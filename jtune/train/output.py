@@ -5,11 +5,12 @@ from typing import Any
 
 from jtune.config import Config
 from jtune.data import Plan
+from jtune.distributed import processes
 from jtune.interop import hf, peft
 from jtune.interop.endings import Endings, write_generation, write_tokenizer
 from jtune.models import DecoderConfig
-from jtune.sharding import hosts
-from jtune.train.loop import Cadence, Progress
+from jtune.train.cadence import Cadence
+from jtune.train.loop import Progress
 
 
 def trainer_state(progress: Progress, *, plan: Plan, cadence: Cadence, batch_size: int) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def save_model(
         peft.save_adapter(params, mask, decoder, folder, base=name, use_rslora=finetuning.use_rslora, resized=resized)
     else:
         hf.save_model(params, decoder, endings.source, folder, max_shard_bytes=model.export_size * 10**9)
-        if hosts.is_first():
+        if processes.is_first():
             write_generation(folder, endings)
-    if hosts.is_first():
+    if processes.is_first():
         write_tokenizer(folder, tokenizer)

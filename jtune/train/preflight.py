@@ -19,10 +19,9 @@ import xxhash
 
 from jtune.config import Config
 from jtune.data import Splits
+from jtune.distributed import exchange, processes
 from jtune.errors import ConfigError, DataError
-from jtune.sharding import hosts
-from jtune.train.build import as_read, data_fingerprint
-from jtune.train.digest import digests, named_leaves
+from jtune.train.digest import as_read, data_fingerprint, digests, named_leaves
 
 log = logging.getLogger("jtune")
 
@@ -38,7 +37,7 @@ def check_processes(config: Config, output_dir: Path) -> None:
       ConfigError: an argument differs. Of one process, so that it is clear where to look.
       DataError: something else does.
     """
-    if hosts.count() == 1:
+    if processes.count() == 1:
         return
     arguments = {k: v for k, v in config.to_dict().items() if k not in OF_THE_HOST}
     differences = compare("arguments", arguments)
@@ -62,7 +61,7 @@ def check_data(splits: Splits) -> None:
     Raises:
       DataError: it differs.
     """
-    if hosts.count() == 1:
+    if processes.count() == 1:
         return
     sets = {f"eval {name}".strip(): rows for name, rows in splits.eval.items()}
     sets |= {} if splits.train is None else {"train": splits.train}
@@ -88,22 +87,22 @@ def check_model_files(folders: Mapping[str, Path]) -> None:
     Raises:
       DataError: a file is missing, of another size, or has another content.
     """
-    if hosts.count() == 1:
+    if processes.count() == 1:
         return
     files = {name: path for role, folder in folders.items() for name, path in _model_files(role, folder)}
     stats = {name: path.stat() for name, path in files.items()}
     sizes = {name: f"{stat.st_size} bytes" for name, stat in stats.items()}
-    same = hosts.exchange("model files", json.dumps([[n, s.st_ino, s.st_mtime_ns] for n, s in stats.items()]))
+    same = exchange.all_gather("model files", json.dumps([[n, s.st_ino, s.st_mtime_ns] for n, s in stats.items()]))
     found = compare("sizes of model files", sizes)
     if not found and len(set(same)) > 1:
         total = sum(stat.st_size for stat in stats.values())
         log.info("comparing %.1f GB of weights, of which hosts have copies of their own", total / 1e9)
         mine: list[str] = []
-        with hosts.working():
-            if same.index(same[hosts.index()]) == hosts.index():
+        with exchange.working():
+            if same.index(same[processes.index()]) == processes.index():
                 with ThreadPoolExecutor(4) as pool:
                     mine = list(pool.map(file_digest, files.values()))
-        read = [json.loads(x) for x in hosts.exchange("digests of model files", json.dumps(mine))]
+        read = [json.loads(x) for x in exchange.all_gather("digests of model files", json.dumps(mine))]
         by_process = [read[same.index(copy)] for copy in same]
         found = differences([dict(zip(files, x)) for x in by_process])
     if found:
@@ -137,7 +136,7 @@ def check_weights(params: Any) -> None:
     Raises:
       DataError: an array of one process has another digest than its copy elsewhere.
     """
-    if hosts.count() == 1:
+    if processes.count() == 1:
         return
     found = compare("weights", digests(named_leaves(as_read(params))))
     if found:
@@ -153,16 +152,16 @@ def check_shared(folder: Path) -> None:
     Raises:
       DataError: some do not see what process 0 has written there.
     """
-    nonce = hosts.from_first("probe", lambda: os.urandom(8).hex())
+    nonce = exchange.from_first("probe", lambda: os.urandom(8).hex())
     probe = folder / f".probe-{nonce}"
-    if hosts.is_first():
+    if processes.is_first():
         probe.write_text(nonce)
-    hosts.barrier("probe written")
+    exchange.barrier("probe written")
     end = time.monotonic() + SEEN_WITHIN
     while not probe.exists() and time.monotonic() < end:
         time.sleep(0.2)
-    blind = [str(i) for i, seen in enumerate(hosts.exchange("probe seen", str(probe.exists()))) if seen != "True"]
-    if hosts.is_first():
+    blind = [str(i) for i, seen in enumerate(exchange.all_gather("probe seen", str(probe.exists()))) if seen != "True"]
+    if processes.is_first():
         probe.unlink(missing_ok=True)
     if blind:
         raise DataError(
@@ -177,9 +176,9 @@ def compare(what: str, mine: dict[str, Any]) -> list[str]:
     Digests go first, so that nothing large is sent in the usual case.
     """
     text = json.dumps(mine, sort_keys=True, default=str)
-    if len(set(hosts.exchange(f"digest of {what}", xxhash.xxh3_64_hexdigest(text.encode())))) == 1:
+    if len(set(exchange.all_gather(f"digest of {what}", xxhash.xxh3_64_hexdigest(text.encode())))) == 1:
         return []
-    return differences([json.loads(x) for x in hosts.exchange(what, text)])
+    return differences([json.loads(x) for x in exchange.all_gather(what, text)])
 
 
 def differences(found: list[dict[str, Any]]) -> list[str]:

@@ -19,11 +19,11 @@ from jax.sharding import Mesh
 
 from jtune.config import TrainingArguments
 from jtune.data import Plan
-from jtune.sharding import hosts
+from jtune.distributed import processes
+from jtune.planning.chips import peak_flops
 from jtune.train.events import Event, Subscriber
-from jtune.train.flops import peak_flops
-from jtune.train.ledger import read_lines
 from jtune.train.loop import Progress, finite_or_none
+from jtune.train.timing import read_lines
 
 log = logging.getLogger("jtune")
 
@@ -34,7 +34,7 @@ SHOWN = 100  # characters of a prompt that are shown with an answer to it
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file whole or not at all. Of several processes the first writes. Numbers that are not finite are null."""
-    if not hosts.is_first():
+    if not processes.is_first():
         return
     _replace(path, json.dumps(_for_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -64,7 +64,7 @@ def read_results(output_dir: Path) -> dict[str, Any]:
         found = None
     if isinstance(found, dict):
         return found
-    if hosts.is_first():
+    if processes.is_first():
         _set_aside(path)
     return {}
 
@@ -78,7 +78,7 @@ def finish_evaluation(metrics: dict[str, float], output_dir: Path) -> None:
 def finish_prediction(lines: list[dict[str, str]], metrics: dict[str, float], output_dir: Path) -> None:
     """Write `generated_predictions.jsonl` and `predict_results.json`, and say what was measured."""
     path = output_dir / "generated_predictions.jsonl"
-    if hosts.is_first():
+    if processes.is_first():
         partial = path.with_name(path.name + ".partial")
         with partial.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -128,7 +128,7 @@ def train_summary(
 
 def make_rates(flops_per_token: float, mesh: Mesh) -> Callable[[float], dict[str, float]]:
     """From tokens a second to what is logged of them: model FLOPs a second, and their share of the peak (MFU) of chips
-    whose peak is known. The formula: `jtune.train.flops`.
+    whose peak is known. The formula: `jtune.planning.flops`.
     """
     peak = peak_flops(mesh.devices.flat[0].device_kind)
 
@@ -151,7 +151,7 @@ def describe_plan(plan: Plan) -> None:
 
 def subscribers(training: TrainingArguments, output_dir: Path, start: int, max_steps: int) -> list[Subscriber]:
     """Those that `report_to` and the terminal ask for; on the first of several processes."""
-    if not hosts.is_first():
+    if not processes.is_first():
         return []
     found = [log_file(output_dir / "trainer_log.jsonl", start)]
     if training.eval_samples:
@@ -419,7 +419,7 @@ def plot_losses(log_history: list[dict[str, Any]], path: Path, title: str) -> bo
     Returns:
       False, and no file, when nothing was logged, or another process writes.
     """
-    if not hosts.is_first():
+    if not processes.is_first():
         return False
     series = {}
     for key in ("loss", "eval_loss", "learning_rate"):

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+from jtune.config import TrainingArguments
 from jtune.errors import ConfigError
 
 Schedule = Callable[[int], float]
@@ -190,3 +191,8 @@ def make_schedule(name: str, learning_rate: float, warmup: int, max_steps: int, 
     factor = partial(SCHEDULES[name], warmup=warmup, total=max_steps, peak=learning_rate, **(kwargs or {}))
     factor(warmup)  # a missing keyword is said now, not at the end of warm-up
     return lambda step: learning_rate * factor(step)
+
+
+def check_schedule(training: TrainingArguments) -> None:
+    """Raise a ConfigError for options that the schedule does not take, before anything is read."""
+    make_schedule(training.lr_scheduler_type, training.learning_rate, 0, 1, training.lr_scheduler_kwargs)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jtune.config import TrainingArguments
+from jtune.distributed import connect, exchange
 from jtune.errors import CheckpointError, ConfigError
-from jtune.sharding import hosts
 from jtune.train import files
 from jtune.train.checkpoint import Damaged, find_checkpoints, is_ours, read_meta, saved_by_others, saved_by_us
 from jtune.train.identity import Run, changed_arguments, describe_course, differences
@@ -177,7 +177,7 @@ def start_point(output_dir: Path, training: TrainingArguments, run: Run) -> Path
     Raises:
       ConfigError, CheckpointError: the folder, or the checkpoint, belongs to another run.
     """
-    found = hosts.from_first("start", lambda: _decide(output_dir, training, run))
+    found = exchange.from_first("start", lambda: _decide(output_dir, training, run))
     return None if found is None else Path(found)
 
 
@@ -278,7 +278,7 @@ def take_up(
         return
     other = [name for name, *_ in changed_arguments(then.arguments, now.arguments, "course") if name in _BEST]
     best = output_dir / f"checkpoint-{progress.best_step}" / "resume.json"
-    lost = training.load_best_model_at_end and not hosts.from_first("best", best.is_file)
+    lost = training.load_best_model_at_end and not exchange.from_first("best", best.is_file)
     if other or lost:
         why = f"{', '.join(other)} changed" if other else f"{best.parent} is not there, or holds a model only"
         log.info("the best evaluation so far, of update %d, is forgotten: %s", progress.best_step, why)
@@ -295,7 +295,7 @@ def begin(output_dir: Path, training: TrainingArguments, run: Run) -> None:
     words = ["overwrite_output_dir=false"] if training.overwrite_output_dir else []
     if training.resume_from_checkpoint not in (None, True):
         words.append("resume_from_checkpoint=true")
-    hosts.go_on_with(*words)
+    connect.go_on_with(*words)
 
 
 def mark_finished(output_dir: Path, training: TrainingArguments, run: Run) -> None:

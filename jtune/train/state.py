@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jtune.sharding import replicated
+from jtune.sharding import (
+    replicated,
+)
 from jtune.train.optimizer import init_optimizer
 from jtune.train.optimizers.leafwise import Moments
 
@@ -53,3 +55,14 @@ def state_shardings(
         is_leaf=is_moments,
     )
     return TrainState(everywhere, trainable_shardings, opt, jax.tree.map(lambda _: everywhere, abstract.loss_scale))
+
+
+def abstract_state(trainable: Any, tx: optax.GradientTransformation, mesh: Mesh, *, float16: bool) -> TrainState:
+    """The training state as `ShapeDtypeStruct`s with shardings: optimizer moments lie where their parameters lie."""
+    shapes = jax.eval_shape(lambda t: init_state(t, tx, float16=float16), trainable)
+    shardings = state_shardings(shapes, jax.tree.map(lambda x: x.sharding, trainable), tx, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def shardings_of(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)

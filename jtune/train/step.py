@@ -3,35 +3,17 @@
 Shape suffixes: A microbatches (accumulation), B batch, T tokens in a row.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jtune.models import CausalLM
-from jtune.models.decoder import hidden_states
-from jtune.models.moe import balance_loss
-from jtune.train.loss import chunk_elements, chunk_positions, sum_labelled, summed_loss
-from jtune.train.objective import PLAIN, Objective, embedding_noise, models_of
-from jtune.train.optimizer import moved
+from jtune.losses.batch import Batch, LossSum
+from jtune.train.optimizer import apply_update
 from jtune.train.state import LossScale, TrainState
-from jtune.tuning import prepared_axes
 
 GROWTH_INTERVAL = 2000  # good steps before the float16 loss scale doubles
-NOISE = 0x6E656674  # folded into a step's key, for draws that are not those of dropout
-
-
-class Batch(TypedDict):
-    """Arrays `[batch, seq]`, in training `[accum, batch, seq]`. Segment 0 is padding; weight 0 does not count."""
-
-    input_ids: jax.Array  # int32
-    targets: jax.Array  # int32, the next token
-    positions: jax.Array  # int32, from 0 in each segment
-    segment_ids: jax.Array  # int32, from 1 in each row
-    loss_weights: jax.Array  # float32
-    divisor: jax.Array  # float32 scalar, training only: what the sum of losses is divided by
 
 
 class Metrics(NamedTuple):
@@ -42,61 +24,6 @@ class Metrics(NamedTuple):
     tokens: jax.Array  # tokens that count
     finite: jax.Array  # bool; False: the update was skipped
     loss_scale: jax.Array  # float32, what the loss was multiplied by; 1 unless float16
-
-
-LossSum = Callable[..., Any]
-
-
-def make_loss_sum(model: CausalLM, *, label_capacity: int, batch_shards: int, objective: Objective = PLAIN) -> LossSum:
-    """`loss_sum(trainable, frozen, batch, key) -> ` weighted sum of token losses, a float32 scalar.
-
-    A mixture whose config has a load-balancing loss adds it to the loss of every token that counts.
-
-    Args:
-      objective: the loss of a token and the noise on the input. If it is anchored, `frozen` is an `Anchored`, and the
-        reference model runs over the same batch, without noise, dropout or gradient.
-    """
-
-    def head(head_params, hidden):
-        return model.apply({"params": head_params}, hidden, method="head")
-
-    def token_loss(heads, hidden, targets):
-        logits, *reference = map(head, heads, hidden)
-        return objective.token_loss(logits, targets, *reference)
-
-    def chunked(heads, hidden_SKD, targets_SK, weights_SK):
-        vocab = model.config.vocab_size * len(hidden_SKD)
-        chunk = chunk_positions(targets_SK.shape[1], vocab, chunk_elements(model.mesh))
-        return summed_loss(token_loss, heads, hidden_SKD, targets_SK, weights_SK, chunk)
-
-    def loss_sum(trainable, frozen, batch: Batch, key):
-        inputs = batch["input_ids"], batch["positions"], batch["segment_ids"]
-        models = models_of(trainable, frozen)
-        noise = None
-        if objective.noise_alpha:
-            shape = model.config.hidden_size, objective.noise_alpha, model.dtype
-            noise = embedding_noise(jax.random.fold_in(key, NOISE), batch["segment_ids"], *shape)
-        hidden = hidden_states(model, models[0], *inputs, dropout_key=key, embedding_noise=noise)
-        others = [hidden_states(model, params, *inputs).x for params in models[1:]]
-        heads = tuple({name: params[name] for name in model.head_keys} for params in models)
-        total = sum_labelled(
-            chunked,
-            heads,
-            (hidden.x, *others),
-            batch["targets"],
-            batch["loss_weights"],
-            capacity=label_capacity,
-            shards=batch_shards,
-            axes=prepared_axes(heads, model.config),
-            mesh=model.mesh,
-        )
-        if hidden.load is None:
-            return total
-        # Of a microbatch, for each of its tokens that count: divided by all of them, it is their weighted mean.
-        assert model.config.experts is not None
-        return total + model.config.experts.aux_coef * balance_loss(hidden.load) * jnp.sum(batch["loss_weights"])
-
-    return loss_sum
 
 
 def make_train_step(
@@ -161,7 +88,7 @@ def make_train_step(
         direction, opt_state = tx.update(grads, state.opt_state, state.trainable)
         key = None if rounding_key is None else jax.random.fold_in(rounding_key, state.step)
         loss_scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
-        trainable = moved(state.trainable, direction, learning_rate, key)
+        trainable = apply_update(state.trainable, direction, learning_rate, key)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         state = TrainState(
             state.step + 1,

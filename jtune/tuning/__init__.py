@@ -16,7 +16,7 @@ from jtune.tuning.nodes import (
     replace,
     select,
 )
-from jtune.tuning.prepare import describe, prepare
+from jtune.tuning.prepare import describe_trainable, prepare
 
 __all__ = [
     "Node",
@@ -24,7 +24,7 @@ __all__ = [
     "combine",
     "count",
     "decay_mask",
-    "describe",
+    "describe_trainable",
     "freeze",
     "full_mask",
     "has_dropout",

@@ -50,7 +50,7 @@ class LoRA(Node):
 
     def project(self, x: jax.Array, rng: jax.Array | None, group_sizes: jax.Array | None) -> jax.Array:
         dropped = drop(x, self.dropout, rng)
-        if dropped is x and group_sizes is None and folds(x, self.base):
+        if dropped is x and group_sizes is None and fuse_lora(x, self.base):
             return folded(x, self.base, self.a, self.b, self.scale)
         return project(x, self.base, rng, group_sizes) + self.delta(dropped, group_sizes)
 
@@ -94,7 +94,7 @@ class DoRA(LoRA):
         if group_sizes is not None:  # each row has that of its expert
             stretch = jnp.repeat(stretch, group_sizes, axis=0, total_repeat_length=x.shape[0])
         dropped = drop(x, self.dropout, rng)
-        if dropped is x and group_sizes is None and folds(x, self.base):
+        if dropped is x and group_sizes is None and fuse_lora(x, self.base):
             return jnp.asarray(folded(x, self.base, self.a, self.b, self.scale)) * stretch
         y = project(x, self.base, rng, group_sizes)
         if dropped is x:
@@ -155,7 +155,7 @@ def product(a: Any, b: Any) -> jax.Array:
     return jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
 
 
-def folds(x: jax.Array, base: Any) -> bool:
+def fuse_lora(x: jax.Array, base: Any) -> bool:
     """Whether `base + scale * a @ b` is formed before it is applied: in float32, where nothing of it is rounded away.
 
     One large product then takes the place of one large and two thin ones, which run far below the speed of the machine

@@ -144,7 +144,7 @@ def whole_modules(params: PyTree, mask: PyTree, names: Sequence[str]) -> PyTree:
     return flipped
 
 
-def describe(params: PyTree, mask: PyTree) -> str:
+def describe_trainable(params: PyTree, mask: PyTree) -> str:
     """What trains, module by module, and how much of the whole that is.
 
     >>> print(describe(*prepare(...)))                                                         # doctest: +SKIP

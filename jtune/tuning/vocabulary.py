@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from jtune.sharding import spread
+from jtune.sharding import arrays
 
 PyTree = Any
 
@@ -81,7 +81,7 @@ def resize(params: PyTree, change: Change, key: jax.Array, shardings: PyTree = N
     described = sorted(place.keys() & change.described.keys())
     tokens = sorted({t for row in described for t in change.described[row]})
     table = params["embed_tokens"]["embedding"]
-    of = dict(zip(tokens, np.asarray(spread.whole(_rows(table, np.array(tokens, np.int32))), np.float64)))
+    of = dict(zip(tokens, np.asarray(arrays.whole(_rows(table, np.array(tokens, np.int32))), np.float64)))
     loud = {"all": [*place.values()], "described": [place[row] for row in described], "none": []}[change.noise]
     found = dict(params)
     for (module, leaf), axis in TABLES.items():
@@ -158,7 +158,7 @@ def _pieces(x: jax.Array, axis: int) -> Iterator[tuple[int, np.ndarray]]:
     step = max(1, PIECE_BYTES * size // max(1, 4 * x.size))
     for first in range(0, size, step):
         piece = _cut(x, np.int32(first), size=min(step, size - first), axis=axis)
-        yield first, np.asarray(spread.whole(piece)).astype(np.float32)
+        yield first, np.asarray(arrays.whole(piece)).astype(np.float32)
 
 
 @jax.jit

@@ -121,7 +121,7 @@ def run_cell(cell: Cell) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jtune.models.attention import attend
+    from jtune.models.attention.dispatch import attend
 
     ids = segments(cell)
     segment_ids, scale = jnp.asarray(ids), cell.head_dim**-0.5
@@ -205,8 +205,8 @@ def sweep(cell: Cell) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jtune.models.attention import _bounds
-    from jtune.models.flash import Blocks, Options, Plan, flash, plan_of
+    from jtune.models.attention.flash import bounds as _bounds
+    from jtune.models.attention.flash_kernels import Blocks, Options, Plan, flash, plan_of
 
     q, k, v, d_out = inputs(cell)
     first, last = _bounds(jnp.asarray(segments(cell)), None)

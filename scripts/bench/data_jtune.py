@@ -25,9 +25,9 @@ def watch(peak: list[float]) -> None:
 
 
 def main(words: list[str]) -> None:
+    from jtune.commands.data import encode_sets
     from jtune.config import load_config
     from jtune.data import load_tokenizer, plan_updates
-    from jtune.data.preview import encode_sets
 
     config = load_config(words, command="data")
     load_tokenizer(config.model.model_name_or_path)  # imports what it needs

@@ -13,9 +13,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jtune.commands.train import train
 from jtune.config import load_config
-from jtune.data.batches import BatchPlan
-from jtune.train.run import run
+from jtune.data.batching.batches import BatchPlan
 
 OUT_OF_MEMORY = 9  # see measure.py
 
@@ -41,7 +41,7 @@ def main(case: str, rows: str, result: str) -> int:
     )
     keep_rows(Path(rows))
     try:
-        run(load_config([case], command="train"))
+        train(load_config([case], command="train"))
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

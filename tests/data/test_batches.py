@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from jtune.data.batches import eval_batches, plan_batches
-from jtune.data.layout import Shape, place
+from jtune.data.batching.batches import eval_batches, plan_batches
+from jtune.data.batching.shapes import Shape, place
 from jtune.errors import DataError
 
 

@@ -6,12 +6,12 @@ import datasets
 import numpy as np
 import pytest
 
+from jtune.commands.data import json_rows, marked, show_data
 from jtune.config import load_config
 from jtune.data import get_template
-from jtune.data.align import ALIGNED
-from jtune.data.encode import Rules, encode_documents, encode_rows, label_turns
-from jtune.data.encoded import Encoded, check_vocabulary
-from jtune.data.preview import json_rows, marked, run
+from jtune.data.encode.encoded import Encoded, check_vocabulary
+from jtune.data.encode.rows import Rules, encode_documents, encode_rows, label_turns
+from jtune.data.formats.align import ALIGNED
 from jtune.errors import DataError
 
 CHAT = [("user", "What is 1 + 1?"), ("assistant", "It is 2."), ("user", "And 2 + 2?"), ("assistant", "It is 4.")]
@@ -121,7 +121,7 @@ def test_rows_are_encoded_once(template, monkeypatch, tmp_path):
     rules = {"cutoff_len": 1000, "mask_history": False, "train_on_prompt": False}
     again = lambda: Encoded(encode_rows(datasets.load_from_disk(tmp_path), template, "sft", Rules(**rules)))
     first = again()
-    monkeypatch.setattr("jtune.data.templates.Template.tokenise", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr("jtune.data.templates.template.Template.tokenise", lambda *_: pytest.fail("encoded again"))
     np.testing.assert_array_equal(again()[0]["input_ids"], first[0]["input_ids"])
 
 
@@ -150,10 +150,10 @@ def test_a_preview_is_json_for_programs_and_marks_what_is_learned_for_people(tem
     (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "Q", "output": "A"}] * 3))
     words = [f"model_name_or_path={tmp_path}", "template=chatml", f"dataset={tmp_path}/rows.json", "stage=sft"]
     config = load_config(words, command="data")
-    assert run(config, rows=1) == 0
+    assert show_data(config, rows=1) == 0
     said = capsys.readouterr().out
     assert "row 1 of 3" in said
     assert "3 rows" in said
-    assert run(config, rows=2, as_json=True) == 0
+    assert show_data(config, rows=2, as_json=True) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 2

@@ -5,9 +5,9 @@ import json
 import pytest
 from test_sources import ALPACA, load, texts, write
 
+from jtune.commands.data import check
 from jtune.config import load_config
 from jtune.data import get_template
-from jtune.data.preview import check
 from jtune.errors import DataError
 from jtune.quickstart.make_model import make_tokenizer
 

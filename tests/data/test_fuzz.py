@@ -7,11 +7,11 @@ import datasets
 import numpy as np
 import pytest
 
-from jtune.data.align import ALIGNED, FaultyRow, align_row
-from jtune.data.encode import Rules, encode_rows
-from jtune.data.encoded import IGNORED, Encoded
-from jtune.data.pack import pack
-from jtune.data.registry import OPENAI_TAGS, Columns, Entry
+from jtune.data.batching.pack import pack
+from jtune.data.encode.encoded import IGNORED, Encoded
+from jtune.data.encode.rows import Rules, encode_rows
+from jtune.data.formats.align import ALIGNED, FaultyRow, align_row
+from jtune.data.sources.registry import OPENAI_TAGS, Columns, Entry
 
 hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")

@@ -6,8 +6,8 @@ import lzma
 
 import pytest
 
-from jtune.data.load import load_table, open_table
-from jtune.data.registry import find_datasets
+from jtune.data.sources.load import load_table, open_table
+from jtune.data.sources.registry import find_datasets
 from jtune.errors import DataError
 
 ROW = '{"instruction": "Say 1.", "output": "1"}\n'

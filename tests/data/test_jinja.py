@@ -10,12 +10,13 @@ from small import rows
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from jtune.data import chat_template, get_template
-from jtune.data.chat_format import Token
-from jtune.data.jinja import to_jinja
-from jtune.data.jinja_tools import CALLS
-from jtune.data.template_table import TABLE
-from jtune.data.tools import FORMATS
+from jtune.data import get_template
+from jtune.data.templates import chat_template
+from jtune.data.templates.chat_format import Token
+from jtune.data.templates.jinja import to_jinja
+from jtune.data.templates.jinja_tools import CALLS
+from jtune.data.templates.table import TABLE
+from jtune.data.templates.tools import FORMATS
 from jtune.errors import DataError
 from jtune.quickstart.make_model import make_tokenizer
 

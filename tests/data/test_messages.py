@@ -5,10 +5,10 @@ import json
 import pytest
 from test_sources import load, write
 
+from jtune.commands.data import marked
 from jtune.data import get_template
-from jtune.data.encoded import IGNORED
-from jtune.data.preview import marked
-from jtune.data.tools import FORMATS
+from jtune.data.encode.encoded import IGNORED
+from jtune.data.templates.tools import FORMATS
 from jtune.errors import DataError
 from jtune.quickstart.make_model import make_tokenizer
 

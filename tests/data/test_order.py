@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from jtune.data.order import epoch_order, permutation, plan_epochs
+from jtune.data.batching.order import epoch_order, permutation, plan_epochs
 from jtune.errors import DataError
 
 # Recorded from LLaMA-Factory 0.9.5 (transformers 5.6): 43 rows, per_device_train_batch_size 2, accumulation 2, seed 42.

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from jtune.data.pack import best_fit_many, pack, preprocessing_batches
+from jtune.data.batching.pack import best_fit_many, pack, preprocessing_batches
 from jtune.errors import DataError
 
 

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pytest
 from test_sources import load, write
 
-from jtune.data.align import ALIGNED, _align_batch, _align_rows, _alpaca_table
-from jtune.data.parts import in_parts
-from jtune.data.registry import Columns, Entry
+from jtune.data.cache.shards import in_parts
+from jtune.data.formats.align import ALIGNED, _align_batch, _align_rows, _alpaca_table
+from jtune.data.sources.registry import Columns, Entry
+from jtune.distributed import exchange
 from jtune.errors import DataError
-from jtune.sharding import hosts
 
 NUMBERS = datasets.Features({"n": datasets.Value("int64")})
 ROWS = [{"instruction": f"Say {n}.", "input": "", "output": "! " * (n % 7)} for n in range(53)]
@@ -127,7 +127,7 @@ def test_two_hosts_make_the_rows_of_one_each_its_share(stage, kept, template, tm
     args |= {"cutoff_len": 24 if stage == "pt" else 60, "overlong": "truncate"}
     cache = lambda name: monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / name)
     where = lambda name: {"tokenized_path": str(tmp_path / name)} if kept else {}
-    monkeypatch.setattr("jtune.data.align.BATCH", 10)
+    monkeypatch.setattr("jtune.data.formats.align.BATCH", 10)
 
     cache("cache-1")
     one = load(tmp_path, "a", **args, **where("kept-1"))
@@ -157,7 +157,7 @@ def test_tokenized_path_goes_on_where_it_was_cut_short_and_keeps_nothing_else(te
     with pytest.raises(DataError, match="max_dropped"):
         load(tmp_path, "a", **args, max_dropped=1)
     with monkeypatch.context() as patch:
-        patch.setattr("jtune.data.templates.Template.tokenise", lambda *_: pytest.fail("encoded again"))
+        patch.setattr("jtune.data.templates.template.Template.tokenise", lambda *_: pytest.fail("encoded again"))
         load(tmp_path, "a", **args)
     parts = set(os.listdir(tmp_path / "kept" / "parts"))
     assert len(first) == len(parts) == 6
@@ -203,6 +203,6 @@ def test_what_is_no_text_is_looked_at_row_by_row(value):
 
 
 def test_processes_that_see_a_mark_of_another_are_with_it():
-    assert hosts.connected([[0, 1], [1], [2]]) == [(0, 1), (0, 1), (2,)]
-    assert hosts.connected([[0], [1, 2], [2, 3], [3]]) == [(0,), (1, 2, 3), (1, 2, 3), (1, 2, 3)]
-    assert hosts.connected([[0, 3], [1, 2], [2], [3, 2]]) == [(0, 1, 2, 3)] * 4
+    assert exchange.connected([[0, 1], [1], [2]]) == [(0, 1), (0, 1), (2,)]
+    assert exchange.connected([[0], [1, 2], [2, 3], [3]]) == [(0,), (1, 2, 3), (1, 2, 3), (1, 2, 3)]
+    assert exchange.connected([[0, 3], [1, 2], [2], [3, 2]]) == [(0, 1, 2, 3)] * 4

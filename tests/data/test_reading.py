@@ -12,12 +12,12 @@ import pyarrow as pa
 import pytest
 
 from jtune.config import DataArguments
-from jtune.data import load as loading
 from jtune.data import load_datasets
-from jtune.data.align import align, align_row
-from jtune.data.load import load_table, resolve_format
-from jtune.data.registry import Columns, Entry, entry_of, find_datasets
-from jtune.data.rows import CELLS, CHUNK, json_rows
+from jtune.data.formats.align import align, align_row
+from jtune.data.sources import load as loading
+from jtune.data.sources.load import load_table, resolve_format
+from jtune.data.sources.registry import Columns, Entry, entry_of, find_datasets
+from jtune.data.sources.rows import CELLS, CHUNK, json_rows
 from jtune.data.stream import open_stream
 from jtune.errors import DataError
 

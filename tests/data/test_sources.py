@@ -8,10 +8,10 @@ import pytest
 
 from jtune.config import DataArguments
 from jtune.data import load_datasets
-from jtune.data.align import align_row
-from jtune.data.load import resolve_format
-from jtune.data.parts import alone
-from jtune.data.registry import Entry, entry_of, find_datasets
+from jtune.data.cache.shards import alone
+from jtune.data.formats.align import align_row
+from jtune.data.sources.load import resolve_format
+from jtune.data.sources.registry import Entry, entry_of, find_datasets
 from jtune.errors import DataError
 
 ALPACA = [{"instruction": f"Say {n}.", "input": "", "output": f"{n}!"} for n in range(20)]

@@ -6,7 +6,7 @@ import pytest
 from test_sources import load, write
 
 from jtune.data import get_template
-from jtune.data.encoded import IGNORED
+from jtune.data.encode.encoded import IGNORED
 from jtune.errors import ConfigError
 from jtune.quickstart.make_model import make_tokenizer
 

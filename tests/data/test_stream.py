@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 from test_batches import segments
 
+from jtune.commands.data import check, show
 from jtune.config import DataArguments, FinetuningArguments, TrainingArguments, load_config
 from jtune.data import StreamPlan, plan_updates
 from jtune.data.pipeline import load_datasets
-from jtune.data.preview import check, show
 from jtune.data.stream import open_stream, windows
 from jtune.errors import ConfigError, DataError
 

@@ -9,12 +9,14 @@ import pytest
 import small
 import yaml
 
-from jtune.cli import chat
 from jtune.cli.main import main
+from jtune.commands import chat
 from jtune.config import load_config
-from jtune.data import chat_template, get_template, load_tokenizer, template_of
+from jtune.data import get_template, load_tokenizer, template_of
+from jtune.data.templates import chat_template
 from jtune.errors import DataError
-from jtune.interop import endings, hf, vocabulary
+from jtune.interop import endings, hf
+from jtune.loading import vocabulary
 from jtune.models.families import decoder_config
 
 OWN = (  # as a base's that ends answers with another token than its eos
@@ -74,9 +76,9 @@ def settled(base, tmp_path, **options):
     (tmp_path / "e.yaml").write_text(yaml.safe_dump(asked | options))
     config = load_config([str(tmp_path / "e.yaml")], command="export")
     source = hf.read_config(base)
-    found = vocabulary.settle(config, base, decoder_config(source))
+    found = vocabulary.resolve_vocabulary(config, base, decoder_config(source))
     template = template_of(config.data, found.tokenizer, for_training=False) if config.data.template else None
-    return endings.settle(config, template, found.tokenizer, found.source(source), base), found.tokenizer
+    return endings.resolve_endings(config, template, found.tokenizer, found.source(source), base), found.tokenizer
 
 
 # ---------------------------------------------------------------------- folders

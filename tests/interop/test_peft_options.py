@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 from tiny import ids, logits_of, make_model
 
 from jtune.errors import ConfigError, DataError, NonFiniteError
-from jtune.interop.load import load_model
 from jtune.interop.peft import check_writable, load_adapter, save_adapter
 from jtune.interop.peft_options import OPTIONS
+from jtune.loading.checkpoint import load_model
 from jtune.tuning import adapter_mask, lora
 from jtune.tuning.nodes import Node
 from jtune.tuning.prepare import whole_modules

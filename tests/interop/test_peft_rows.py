@@ -7,9 +7,9 @@ import pytest
 from tiny import ids, logits_of, make_model
 
 from jtune.errors import DataError
-from jtune.interop.load import load_model
 from jtune.interop.peft import load_adapter, save_adapter
-from jtune.interop.vocabulary import as_adapter, stored_rows
+from jtune.loading.checkpoint import load_model
+from jtune.loading.vocabulary import as_adapter, stored_rows
 from jtune.tuning import adapter_mask, is_node, lora, select
 from jtune.tuning.expand import on_layers
 from jtune.tuning.prepare import whole_modules

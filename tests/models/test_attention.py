@@ -7,8 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jtune.models import CausalLM, DecoderConfig, attention, init_params
-from jtune.models.attention import attend, choose
+from jtune.models import CausalLM, DecoderConfig, init_params
+from jtune.models.attention import dispatch as attention
+from jtune.models.attention.blocks import block_size
+from jtune.models.attention.choose import _tried, choose
+from jtune.models.attention.dispatch import attend
+from jtune.models.attention.flash import flash_attention
 from jtune.sharding import make_mesh
 
 BATCH, SEQ, HEADS, KV_HEADS, HEAD_DIM = 2, 300, 4, 2, 16
@@ -82,7 +86,7 @@ def test_heads_that_do_not_fit_together_are_computed_in_turn(packed, monkeypatch
     call = partial(attend, scale=0.25, backend="blocks")
     together = outputs_and_gradients(lambda q, k, v: call(q, k, v, segment_ids), q, k, v)
     for heads in (1, 3):  # of the BATCH * KV_HEADS = 4
-        monkeypatch.setattr(attention, "MAPPED_SCORES", heads * HEADS // KV_HEADS * attention._block(SEQ) * SEQ)
+        monkeypatch.setattr(attention, "MAPPED_SCORES", heads * HEADS // KV_HEADS * block_size(SEQ) * SEQ)
         in_turn = outputs_and_gradients(lambda q, k, v: call(q, k, v, segment_ids), q, k, v)
         assert "scan" in str(jax.make_jaxpr(call)(q, k, v, segment_ids))
         for a, b in zip(in_turn, together):
@@ -114,8 +118,8 @@ def test_the_choice_follows_from_platform_and_flash_attn():
 
 def test_the_gpu_kernel_is_tried_before_it_is_chosen(monkeypatch):
     """On a device where it does not compile (a CPU), where it gives wrong numbers, and where all is well."""
-    device, right = jax.devices()[0], partial(attention._flash, interpret=True)
-    choice = lambda: attention._tried.cache_clear() or choose("auto", "gpu", device=device)
+    device, right = jax.devices()[0], partial(flash_attention, interpret=True)
+    choice = lambda: _tried.cache_clear() or choose("auto", "gpu", device=device)
     backend, why = choice()
     assert backend == "blocks"
     assert "it does not work on cpu (ValueError: Only interpret mode" in why

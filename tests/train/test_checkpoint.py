@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jtune.errors import CheckpointError
-from jtune.train import notes
+from jtune.train import resume_json
 from jtune.train.checkpoint import Checkpointer, find_checkpoints, read_meta, restore, restore_newest
 from jtune.train.digest import digests
 
@@ -88,11 +88,11 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_used(tmp_pat
 def test_a_flipped_bit_that_still_decodes_is_caught_by_the_digest(tmp_path):
     save(tmp_path, 1)
     note = tmp_path / "checkpoint-1" / "resume.json"
-    meta = notes.decode(note.read_bytes())
+    meta = resume_json.decode(note.read_bytes())
     flipped = np.arange(12, dtype=np.float32).reshape(3, 4)
     flipped.view(np.uint32)[1, 2] ^= 1 << 7
     meta["digests"]["a"] = digests({"a": jnp.asarray(flipped)})["a"]
-    note.write_bytes(notes.encode(meta))
+    note.write_bytes(resume_json.encode(meta))
     with pytest.raises(CheckpointError, match="stored data of a is not what was saved"):
         restore(tmp_path / "checkpoint-1", like(STATE))
 

@@ -14,11 +14,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jtune.errors import CheckpointError
-from jtune.train import events, files, notes, report
+from jtune.train import events, files, report, resume_json
 from jtune.train.checkpoint import Checkpointer, Damaged, find_checkpoints, read_meta, restore, restore_newest
-from jtune.train.ledger import lost
 from jtune.train.loop import Progress
 from jtune.train.report import log_file, read_results
+from jtune.train.timing import lost
 
 STATE = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.int32(3)}
 LIKE = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), STATE)
@@ -201,23 +201,23 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, mon
 
 def old_form(path):
     """As older code wrote it: without a digest of its own."""
-    content = notes.decode((path / "resume.json").read_bytes())
+    content = resume_json.decode((path / "resume.json").read_bytes())
     del content["arrays"]
     (path / "resume.json").write_text(json.dumps(content, indent=1) + "\n")
     return content
 
 
 def test_every_flipped_bit_of_resume_json_is_noticed():
-    raw = notes.encode(meta(3) | {"step": 3, "digests": {"a": "0123abcd"}, "arrays": {"a": "int32[3]"}})
-    assert notes.decode(raw)["step"] == 3
+    raw = resume_json.encode(meta(3) | {"step": 3, "digests": {"a": "0123abcd"}, "arrays": {"a": "int32[3]"}})
+    assert resume_json.decode(raw)["step"] == 3
     for place in range(len(raw) * 8):
         flipped = bytearray(raw)
         flipped[place // 8] ^= 1 << place % 8
         with pytest.raises(ValueError, match=r"."):
-            notes.decode(bytes(flipped))
+            resume_json.decode(bytes(flipped))
     for length in range(len(raw)):
         with pytest.raises(ValueError, match=r"."):
-            notes.decode(raw[:length])
+            resume_json.decode(raw[:length])
 
 
 def test_a_checkpoint_of_older_code_is_still_resumed(tmp_path):

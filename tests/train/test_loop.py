@@ -11,7 +11,8 @@ import pytest
 
 from jtune.errors import NonFiniteError
 from jtune.train import report
-from jtune.train.loop import Cadence, Hooks, Improvement, Progress, run_loop
+from jtune.train.cadence import Cadence, Improvement
+from jtune.train.loop import Hooks, Progress, run_loop
 from jtune.train.step import Metrics
 
 

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 from optimizers import DECODER, arguments
 
 from jtune.sharding import make_mesh
-from jtune.train.optimizer import init_optimizer, moved, optimizer_of, rounded_at_random
+from jtune.train.optimizer import apply_update, init_optimizer, optimizer_of, rounded_at_random
 
 RATE = 1e-3  # of a parameter near 1, whose bfloat16 neighbours are 0.004 and 0.008 away
 UPDATES = 400
@@ -26,7 +26,7 @@ def descend(dtype, key):
             grads = jax.tree.map(lambda p: p.astype(jnp.float32) - target, params)
             direction, state = tx.update(grads, state, params)
             folded = None if key is None else jax.random.fold_in(key, start + i)
-            return moved(params, direction, RATE, folded), state
+            return apply_update(params, direction, RATE, folded), state
 
         return jax.lax.fori_loop(0, 100, update, (params, state))
 

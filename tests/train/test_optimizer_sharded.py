@@ -8,14 +8,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from optimizers import DECODER, RATES, arguments, full, gradients
 
+from jtune.loading.model import placement
+from jtune.planning.shapes import local_bytes
 from jtune.sharding import make_mesh
-from jtune.sharding.shapes import local_bytes
-from jtune.train import build
 from jtune.train.checkpoint import Checkpointer, restore
-from jtune.train.optimizer import moved, optimizer_of
+from jtune.train.optimizer import apply_update, optimizer_of
 from jtune.train.optimizers.leafwise import whole_matrices
 from jtune.train.optimizers.muon import orthogonalized
-from jtune.train.state import init_state
+from jtune.train.state import abstract_state, init_state, shardings_of
 
 CASES = {
     "adafactor": {"optim": "adafactor"},
@@ -36,16 +36,16 @@ CASES = {
 def setting(given, mesh):
     """(state, its shapes and places, gradients of two updates, the update)."""
     start = jax.tree.map(jnp.asarray, full())
-    where = build.placement(start, DECODER, mesh)
+    where = placement(start, DECODER, mesh)
     trainable = jax.device_put(start, where)
     tx = optimizer_of(*arguments(weight_decay=0.1, **given), trainable, DECODER)
-    like = build.abstract_state(trainable, tx, mesh, float16=False)
-    places = build.shardings_of(like)
+    like = abstract_state(trainable, tx, mesh, float16=False)
+    places = shardings_of(like)
     key = jax.random.key(7)
 
     def update(state, grads, rate):
         direction, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        trainable = moved(state.trainable, direction, rate, jax.random.fold_in(key, state.step))
+        trainable = apply_update(state.trainable, direction, rate, jax.random.fold_in(key, state.step))
         return state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
 
     step = jax.jit(update, in_shardings=(places, where, None), out_shardings=places, donate_argnums=0)

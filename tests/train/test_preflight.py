@@ -36,10 +36,10 @@ def together(monkeypatch):
             except DataError as error:
                 return str(error)
 
-        monkeypatch.setattr(preflight.hosts, "count", lambda: len(each))
-        monkeypatch.setattr(preflight.hosts, "index", lambda: here.index)
-        monkeypatch.setattr(preflight.hosts, "exchange", exchange)
-        monkeypatch.setattr(preflight.hosts, "working", nullcontext)
+        monkeypatch.setattr(preflight.processes, "count", lambda: len(each))
+        monkeypatch.setattr(preflight.processes, "index", lambda: here.index)
+        monkeypatch.setattr(preflight.exchange, "all_gather", exchange)
+        monkeypatch.setattr(preflight.exchange, "working", nullcontext)
         with ThreadPoolExecutor(len(each)) as pool:
             return list(pool.map(process, range(len(each))))
 

@@ -18,7 +18,7 @@ from jtune.config import load_config
 from jtune.config.arguments import FIELDS
 from jtune.errors import CheckpointError, ConfigError
 from jtune.secrets import redact, remember, words_to_show
-from jtune.train import notes, report
+from jtune.train import report, resume_json
 from jtune.train.checkpoint import is_ours
 from jtune.train.identity import GROUPS, KINDS, Run, arguments_of, describe_course, differences, model_of
 from jtune.train.loop import Progress
@@ -55,7 +55,7 @@ def cut(monkeypatch):
             return stop
 
         with monkeypatch.context() as patch:
-            patch.setattr("jtune.train.run.spread.agreement", lambda mesh: agree)
+            patch.setattr("jtune.commands.train.arrays.agreement", lambda mesh: agree)
             assert run(path, *overrides) == (75 if signal else 130)
 
     return of
@@ -165,7 +165,7 @@ class Folder:
                     "step": step,
                     "digests": {},
                 }
-                (folder / "resume.json").write_bytes(notes.encode(content))
+                (folder / "resume.json").write_bytes(resume_json.encode(content))
 
     def record(self, *words, data="a", finished=False) -> None:
         config = self.config(*words)
@@ -494,7 +494,7 @@ def test_a_signal_that_is_lost_before_the_run_begins_ends_it(monkeypatch):
         except KeyboardInterrupt:
             pass  # as Python does with what a callback raises while jax is imported
 
-    monkeypatch.setattr("jtune.sharding.hosts.connect", connect)
+    monkeypatch.setattr("jtune.distributed.connect.connect", connect)
     monkeypatch.setattr("jtune.cli.main._load", lambda argv, command: time.sleep(10))
     began = time.monotonic()
     assert main(["train", "case.yaml"]) == 130

@@ -7,102 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from steps import CONFIG, ONE_EACH, PACKED, RATE, examples, lay_out, prepared, run, same, step_for, weights
 
 from jtune import tuning
-from jtune.models import CausalLM, DecoderConfig, abstract_params, init_params
+from jtune.loading.model import abstract_like, placement, with_remat
+from jtune.losses.batch import make_loss_sum
+from jtune.losses.token import token_nll
+from jtune.models import CausalLM, abstract_params
 from jtune.sharding import batch_sharding, make_mesh, replicated
-from jtune.train import build
-from jtune.train.ledger import Ledger
 from jtune.train.optimizer import make_optimizer
-from jtune.train.state import LossScale, init_state
-from jtune.train.step import make_loss_sum, make_train_step
-from jtune.train.token_loss import token_nll
+from jtune.train.program import compile_steps
+from jtune.train.state import LossScale, abstract_state, init_state, shardings_of
+from jtune.train.timing import Timing
 from jtune.tuning.freeze import cut_layers
-
-CONFIG = DecoderConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-)
-LENGTHS = [5, 9, 3, 12, 7, 8, 2, 16]
-RATE = 1e-2
-
-
-def examples(lengths=LENGTHS, seed=0):
-    """(ids, labels) of each example; about half of the labels count."""
-    rng = np.random.default_rng(seed)
-    made = []
-    for n in lengths:
-        ids = rng.integers(1, CONFIG.vocab_size, n)
-        made.append((ids, np.where(rng.random(n) < 0.5, ids, -100)))
-    return made
-
-
-def lay_out(rows, seq, accum=1):
-    """A batch of rows, each a list of examples that are laid out one after the other."""
-    shape = (len(rows), seq)
-    batch = {name: np.zeros(shape, np.int32) for name in ("input_ids", "targets", "positions", "segment_ids")}
-    batch["loss_weights"] = np.zeros(shape, np.float32)
-    for row, members in enumerate(rows):
-        column = 0
-        for segment, (ids, labels) in enumerate(members, 1):
-            for t in range(len(ids)):
-                at = row, column + t
-                batch["input_ids"][at], batch["positions"][at], batch["segment_ids"][at] = ids[t], t, segment
-                if t + 1 < len(ids) and labels[t + 1] != -100:
-                    batch["targets"][at], batch["loss_weights"][at] = labels[t + 1], 1
-            column += len(ids)
-    divisor = np.float32(batch["loss_weights"].sum())
-    return {k: jnp.asarray(x.reshape(accum, -1, seq)) for k, x in batch.items()} | {"divisor": jnp.asarray(divisor)}
-
-
-@cache
-def weights(config):
-    return jax.jit(lambda: init_params(config, jax.random.key(0)))()
-
-
-def prepared(method="full", config=CONFIG):
-    params = dict(weights(config))
-    if method == "lora":
-        params = tuning.lora.add(params, ("q_proj", "v_proj", "down_proj"), rank=4)
-        return params, tuning.trainable_mask(params)
-    if method == "freeze":
-        return tuning.freeze(params, 2, ("all",), ())
-    return params, tuning.full_mask(params)
-
-
-def step_for(params, mask, batch, *, shards=1, clip=1.0, dtype=jnp.float32, float16=False, dropout_key=None):
-    """(state, frozen, step) for batches of this shape."""
-    trainable, frozen = tuning.partition(params, mask)
-    tx = make_optimizer()
-    capacity = batch["input_ids"].shape[1] // shards * batch["input_ids"].shape[2]
-    loss_sum = make_loss_sum(CausalLM(CONFIG, dtype=dtype), label_capacity=capacity, batch_shards=shards)
-    step = make_train_step(loss_sum, tx, max_grad_norm=clip, dropout_key=dropout_key)
-    return init_state(trainable, tx, float16=float16), frozen, step
-
-
-def run(rows, seq, *, method="full", accum=1, updates=2, **options):
-    batch = lay_out(rows, seq, accum)
-    params, mask = prepared(method)
-    state, frozen, step = step_for(params, mask, batch, **options)
-    step = jax.jit(step)
-    losses = []
-    for _ in range(updates):
-        state, metrics = step(state, frozen, batch, RATE)
-        losses.append((float(metrics.loss), float(metrics.grad_norm)))
-    return losses, state
-
-
-def same(a, b, rtol=2e-5):
-    np.testing.assert_allclose(a, b, rtol=rtol)
-
-
-ONE_EACH = [[example] for example in examples()]
-PACKED = [[e for i in group for e in [examples()[i]]] for group in ([7, 6, 4], [3, 1, 2], [5, 0])]
+from jtune.tuning.unstack import restacked_shapes, unstack_layers
 
 
 @cache
@@ -160,15 +78,15 @@ def test_eight_devices_equal_one(sizes, method):  # more of them in test_shardin
     accum = len(ONE_EACH) // shards
     batch = lay_out(ONE_EACH, 16, accum)
     params, mask = prepared(method)
-    params = jax.device_put(params, build.placement(params, CONFIG, mesh))
+    params = jax.device_put(params, placement(params, CONFIG, mesh))
     rows = lambda x: jax.sharding.NamedSharding(mesh, jax.P(None, ("data", "fsdp")) if x.ndim else jax.P())
     batch = {key: jax.device_put(x, rows(x)) for key, x in batch.items()}
     state, frozen, step = step_for(params, mask, batch, shards=shards)
-    like = build.abstract_state(state.trainable, make_optimizer(), mesh, float16=False)
-    where = build.shardings_of(like)
+    like = abstract_state(state.trainable, make_optimizer(), mesh, float16=False)
+    where = shardings_of(like)
     step = jax.jit(
         step,
-        in_shardings=(where, build.shardings_of(frozen), build.shardings_of(batch), replicated(mesh)),
+        in_shardings=(where, shardings_of(frozen), shardings_of(batch), replicated(mesh)),
         out_shardings=(where, replicated(mesh)),
     )
     state, losses = jax.device_put(state, where), []
@@ -222,15 +140,15 @@ def test_lora_forms_no_gradient_of_a_frozen_kernel():
 def test_a_second_step_of_a_shape_compiles_nothing_and_the_state_is_donated():
     mesh = make_mesh(devices=jax.devices()[:1])
     params, mask = prepared("lora")
-    params = jax.device_put(params, build.placement(params, CONFIG, mesh))
+    params = jax.device_put(params, placement(params, CONFIG, mesh))
     trainable, frozen = tuning.partition(params, mask)
     tx = make_optimizer()
-    state_like = build.abstract_state(trainable, tx, mesh, float16=False)
+    state_like = abstract_state(trainable, tx, mesh, float16=False)
     plan = type("Plan", (), {"label_capacity": staticmethod(lambda shape: 128)})
-    update = build.compile_steps(
-        CausalLM(CONFIG), tx, plan, frozen, state_like, mesh, max_grad_norm=1.0, dropout_key=None, ledger=Ledger()
+    update = compile_steps(
+        CausalLM(CONFIG), tx, plan, frozen, state_like, mesh, max_grad_norm=1.0, dropout_key=None, ledger=Timing()
     )
-    state = jax.device_put(init_state(trainable, tx), build.shardings_of(state_like))
+    state = jax.device_put(init_state(trainable, tx), shardings_of(state_like))
     batch = jax.device_put(lay_out(ONE_EACH, 16), replicated(mesh))
     state, _ = update(state, batch, RATE)
     pointers = lambda s: {x.unsafe_buffer_pointer() for x in jax.tree.leaves((s.trainable, s.opt_state)) if x.ndim > 1}
@@ -251,26 +169,26 @@ def test_unrolled_layers_take_their_kernels_from_lists_and_the_stacks_are_gone(s
     mesh = make_mesh(devices=None if sizes else jax.devices()[:1], **sizes)
     params, mask = prepared("lora")
     params = jax.tree.map(jnp.copy, params)
-    params = jax.device_put(params, build.placement(params, CONFIG, mesh))
+    params = jax.device_put(params, placement(params, CONFIG, mesh))
     trainable, frozen = tuning.partition(params, mask)
-    module = build.with_remat(CausalLM(CONFIG, mesh=mesh), "none", "cpu")
-    held, planned = build.apart(frozen, module), build.apart(build.like(frozen), module)
-    assert build.like(held) == planned
+    module = with_remat(CausalLM(CONFIG, mesh=mesh), "none", "cpu")
+    held, planned = unstack_layers(frozen, module), unstack_layers(abstract_like(frozen), module)
+    assert abstract_like(held) == planned
     stacks = [x for x in jax.tree.leaves(frozen["layers"]) if x.ndim == 3]
     assert stacks
     assert all(x.is_deleted() for x in stacks)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-    assert shapes(build.stacks_of(held)) == shapes(build.like(frozen))
+    assert shapes(restacked_shapes(held)) == shapes(abstract_like(frozen))
 
-    tx, ledger, plan = make_optimizer(), Ledger(), type("Plan", (), {"label_capacity": staticmethod(lambda shape: 128)})
-    like = build.abstract_state(trainable, tx, mesh, float16=False)
+    tx, ledger, plan = make_optimizer(), Timing(), type("Plan", (), {"label_capacity": staticmethod(lambda shape: 128)})
+    like = abstract_state(trainable, tx, mesh, float16=False)
     accum = 2 if sizes else 1
     batch = lay_out(ONE_EACH, 16, accum)
     rows = lambda x: batch_sharding(mesh, accumulated=True) if x.ndim else replicated(mesh)
     batch = {name: jax.device_put(x, rows(x)) for name, x in batch.items()}
     options = {"max_grad_norm": 1.0, "dropout_key": None, "ledger": ledger}
-    update = build.compile_steps(module, tx, plan, held, like, mesh, **options)
-    state, losses = jax.device_put(init_state(trainable, tx), build.shardings_of(like)), []
+    update = compile_steps(module, tx, plan, held, like, mesh, **options)
+    state, losses = jax.device_put(init_state(trainable, tx), shardings_of(like)), []
     for _ in range(2):
         state, metrics = update(state, batch, RATE)
         losses.append((float(metrics.loss), float(metrics.grad_norm)))

@@ -12,16 +12,17 @@ import pytest
 
 from jtune import tuning
 from jtune.errors import ConfigError
-from jtune.inspect import show
 from jtune.interop import hf, peft
+from jtune.losses.batch import make_loss_sum
 from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.models.kernels import project
 from jtune.sharding import make_mesh, replicated, tree_shardings
 from jtune.train.optimizer import make_optimizer
 from jtune.train.state import init_state
-from jtune.train.step import make_loss_sum, make_train_step
+from jtune.train.step import make_train_step
 from jtune.tuning import lora
 from jtune.tuning.nodes import in_float32
+from jtune.tuning.show import show
 
 CONFIG = DecoderConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,

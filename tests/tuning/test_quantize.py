@@ -11,19 +11,19 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jtune import tuning
+from jtune.commands.train import train
 from jtune.config import FinetuningArguments, ModelArguments, load_config
 from jtune.errors import CheckpointError, ConfigError
-from jtune.generation import load
-from jtune.inspect import show
 from jtune.interop import hf
+from jtune.loading import inference
+from jtune.loading.model import decoder_of, placement
 from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.models.config import Experts
 from jtune.models.decoder import hidden_states
 from jtune.sharding import batch_sharding, make_mesh
-from jtune.train import build
-from jtune.train.run import run
 from jtune.tuning import lora, quantize
 from jtune.tuning.quantize import Form
+from jtune.tuning.show import show
 
 DENSE = DecoderConfig(
     vocab_size=64,
@@ -190,7 +190,7 @@ def test_an_adapter_on_a_quantised_base(form):
 def gradient(config, mesh, module, params, ids=IDS):
     """The gradient of a loss by the adapters, compiled, and what it takes."""
     params = quantize.placed(params, config, mesh)
-    params = jax.device_put(params, build.placement(params, config, mesh))
+    params = jax.device_put(params, placement(params, config, mesh))
     trainable, frozen = tuning.partition(params, tuning.adapter_mask(params))
 
     def loss(trainable, frozen, ids):
@@ -282,14 +282,14 @@ def parts(tmp_path_factory):
 @pytest.mark.parametrize(("form", "sizes"), [(FORMS[5], {}), (FORMS[1], {"fsdp": 4, "tensor": 2})])
 def test_what_is_quantised_while_it_is_read_is_what_is_quantised_later(form, sizes, parts, monkeypatch):
     folder, _ = parts
-    decoder = build.decoder_of(hf.read_config(folder), ModelArguments())
+    decoder = decoder_of(hf.read_config(folder), ModelArguments())
     expected = quantize.apply(hf.load_params(folder, decoder), form)
     monkeypatch.setattr(hf, "PIECE_BYTES", 5000)  # a layer at a time
     if not sizes:
         jax.tree.map(np.testing.assert_array_equal, hf.load_params(folder, decoder, form=form), expected)
         return
     mesh = make_mesh(devices=jax.devices()[:8], **sizes)
-    places = build.placement(jax.eval_shape(lambda: expected), decoder, mesh)
+    places = placement(jax.eval_shape(lambda: expected), decoder, mesh)
     found = hf.load_params(folder, decoder, form=form, shardings=places)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     node = found["layers"]["mlp"]["up_proj"]["kernel"]
@@ -300,20 +300,20 @@ def test_what_is_quantised_while_it_is_read_is_what_is_quantised_later(form, siz
 # ------------------------------------------------------------------ runs
 
 
-def train(folder, parts, **changes):
+def run_case(folder, parts, **changes):
     """A run on all devices, in this process."""
     sizes = {"mesh_fsdp": -1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
     case = small.case(
         folder, *parts, finetuning_type="lora", lora_rank=4, learning_rate=1e-2, eval_strategy="no", **sizes | changes
     )
-    run(load_config([str(case)]))
+    train(load_config([str(case)]))
     return folder / "out"
 
 
 @pytest.fixture(scope="module")
 def trained(parts, tmp_path_factory):
     """The output of a short run on 4 bits."""
-    return train(tmp_path_factory.mktemp("trained"), parts, quantization_bit=4, max_steps=6)
+    return run_case(tmp_path_factory.mktemp("trained"), parts, quantization_bit=4, max_steps=6)
 
 
 def losses(folder):
@@ -325,7 +325,9 @@ def test_the_adapter_of_a_quantised_base_is_one_for_any(parts, trained):
     """For the base as it is stored, by PEFT and by us; and for the quantised one, where it was trained."""
     case = str(trained.parent / "case.yaml")
     words = [case, f"adapter_name_or_path={trained}"]
-    asked = {bit: load.load(load_config([*words, f"quantization_bit={bit}"], command="chat")) for bit in ("4", "null")}
+    asked = {
+        bit: inference.load(load_config([*words, f"quantization_bit={bit}"], command="chat")) for bit in ("4", "null")
+    }
     node = asked["4"].params["layers"]["mlp"]["up_proj"]["kernel"]
     assert (node.base.kind, node.base.spread.dtype) == ("nf4", jnp.float32)
     found = {bit: np.asarray(x.model.apply({"params": x.params}, IDS)) for bit, x in asked.items()}
@@ -341,19 +343,19 @@ def test_the_adapter_of_a_quantised_base_is_one_for_any(parts, trained):
 @pytest.mark.slow
 def test_resumed_equals_uninterrupted(parts, trained, tmp_path):
     changes = {"quantization_bit": 4, "max_steps": 6, "resume_from_checkpoint": str(trained / "checkpoint-3")}
-    again = train(tmp_path / "again", parts, **changes)
+    again = run_case(tmp_path / "again", parts, **changes)
     assert small.curve(again, "step", "loss", "grad_norm") == small.curve(trained, "step", "loss", "grad_norm")
     with pytest.raises(CheckpointError, match="quantization_type: nf4 then, fp4 now"):
-        train(tmp_path / "other", parts, **changes | {"quantization_type": "fp4"})
-    on = train(tmp_path / "on", parts, quantization_bit=4, adapter_name_or_path=str(trained), max_steps=1)
+        run_case(tmp_path / "other", parts, **changes | {"quantization_type": "fp4"})
+    on = run_case(tmp_path / "on", parts, quantization_bit=4, adapter_name_or_path=str(trained), max_steps=1)
     assert losses(on)[0] < losses(trained)[0] - 0.1
 
 
 @pytest.mark.slow
 def test_a_quantised_base_trains_as_the_base_does(parts, tmp_path):
-    plain = losses(train(tmp_path / "plain", parts))
+    plain = losses(run_case(tmp_path / "plain", parts))
     for bit in (4, 8):
-        found = losses(train(tmp_path / str(bit), parts, quantization_bit=bit))
+        found = losses(run_case(tmp_path / str(bit), parts, quantization_bit=bit))
         assert 0 < np.abs(found - plain).max() < 0.02
     assert plain[0] - plain[-1] > 0.1
 
@@ -364,7 +366,9 @@ def test_what_is_shown(capsys):
     prepared = partial(tuning.prepare, base, decoder=DENSE, load_adapter=None, key=jax.random.key(0))
     params, mask = prepared(args=args, frozen_dtype=jnp.dtype(jnp.bfloat16))
     trained = sum(x.size for x in jax.tree.leaves(tuning.partition(params, mask)[0]))
-    assert f"trains {trained:,} of {tuning.count(weights()) + trained:,} parameters" in tuning.describe(params, mask)
+    assert f"trains {trained:,} of {tuning.count(weights()) + trained:,} parameters" in tuning.describe_trainable(
+        params, mask
+    )
     node = params["layers"]["self_attn"]["q_proj"]["kernel"].base
     assert node.spread.dtype == jnp.float32  # scales are not rounded with the rest
     show(params, mask)

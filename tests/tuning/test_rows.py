@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jtune.config import load_config
-from jtune.data.tokenizer import add_tokens, read_descriptions
+from jtune.data.tokens.tokenizer import add_tokens, read_descriptions
 from jtune.errors import ConfigError
 from jtune.models import DecoderConfig, abstract_params, init_params, logical_axes
 from jtune.quickstart.make_model import make_tokenizer

@@ -10,13 +10,13 @@ import pytest
 from jtune import tuning
 from jtune.config import FinetuningArguments
 from jtune.errors import ConfigError, DataError
-from jtune.inspect import show, tensor
 from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.models.config import Experts
 from jtune.models.families import file_names
 from jtune.tuning import lora
 from jtune.tuning.freeze import cut_layers
 from jtune.tuning.prepare import whole_modules
+from jtune.tuning.show import show, tensor
 
 DENSE = DecoderConfig(
     vocab_size=64,
@@ -303,11 +303,11 @@ def test_whole_modules_train_beside_the_adapter():
 
 
 def test_the_selection_can_be_read():
-    text = tuning.describe(*prepare(finetuning_type="lora", lora_target=("q_proj", "v_proj"), lora_rank=4))
+    text = tuning.describe_trainable(*prepare(finetuning_type="lora", lora_target=("q_proj", "v_proj"), lora_rank=4))
     # 4 layers of (32 + 32) * 4 and (32 + 16) * 4
     assert "trains 1,792 of" in text
     assert "layers.*.self_attn.{q_proj,v_proj}: LoRA of rank 4, scale 2" in text
-    text = tuning.describe(*prepare(finetuning_type="freeze", freeze_trainable_layers=1))
+    text = tuning.describe_trainable(*prepare(finetuning_type="freeze", freeze_trainable_layers=1))
     assert "layers.3.mlp.{down_proj,gate_proj,up_proj}: whole" in text
 
 

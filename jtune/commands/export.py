@@ -1,0 +1,89 @@
+"""`jtune export CASE.yaml`: the base and its adapters as one Hugging Face checkpoint."""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jtune.config import Config
+from jtune.data import template_of
+from jtune.errors import ConfigError
+from jtune.interop import hf, peft
+from jtune.interop.endings import forget_tokenizer, write_generation, write_tokenizer
+from jtune.interop.endings import resolve_endings as settle_endings
+from jtune.loading import vocabulary
+from jtune.models import CausalLM, DecoderConfig
+from jtune.models.families import decoder_config
+from jtune.sharding import make_mesh
+from jtune.tuning import count
+
+log = logging.getLogger("jtune")
+
+TOKENS = 32  # of the sequence that shows what merging and rounding have changed
+
+
+def export(config: Config) -> Path:
+    """Merge `adapter_name_or_path`, in order, into `model_name_or_path`; write the result to `export_dir`.
+
+    Merging is done in float32, a layer of a kernel at a time as it is written, then rounded to `infer_dtype` (default:
+    what the base is stored in). What was written is read again, and how far its logits are from those of the base with
+    its adapters is told. What is written is for transformers and for everything that reads its checkpoints; until all
+    of it is there, nothing is.
+
+    Returns:
+      `export_dir`.
+
+    Raises:
+      ConfigError: `export_dir` is the base's own folder.
+      DataError: what is wrong with the files.
+    """
+    args = config.model
+    base, out = hf.fetch(args.model_name_or_path or "", **args.hub), Path(args.export_dir or "")
+    if out.resolve() == base.resolve():
+        raise ConfigError(f"export_dir: {out} is the folder of the base itself: give another one")
+    source = hf.read_config(base)
+    settled = vocabulary.resolve_vocabulary(config, base, decoder_config(source))
+    decoder, tokenizer, source = settled.decoder, settled.tokenizer, settled.source(source)
+    template = None if config.data.template is None else template_of(config.data, tokenizer, for_training=False)
+    endings = settle_endings(config, template, tokenizer, source, base)
+
+    log.info("reading weights of %s", args.model_name_or_path)
+    mesh = make_mesh()
+    read = partial(vocabulary.load_params, decoder=decoder, mesh=mesh, seed=config.training.seed)
+    params = read(base, change=settled.change)
+    dtype = hf.stored_dtype(source) if args.infer_dtype == "auto" else jnp.dtype(args.infer_dtype)
+    for path in args.adapter_name_or_path:
+        log.info("reading adapter %s", path)
+        params, _ = peft.load_adapter(
+            params, decoder, path, subfolder=args.adapter_folder, base=args.model_name_or_path, **args.hub
+        )
+    before = sample_logits(decoder, params)
+    with hf.whole_or_absent(out) as unfinished:
+        write_tokenizer(unfinished, tokenizer)
+        write_generation(unfinished, endings)
+        hf.save_model(
+            params, decoder, endings.source, unfinished, max_shard_bytes=args.export_size * 10**9, dtype=dtype
+        )
+        del params  # there is room for one model
+        params = read(unfinished, change=None)
+        difference = np.abs(sample_logits(decoder, params) - before).max()
+        forget_tokenizer(out)
+    log.info(
+        "largest difference of a logit, what is written beside the base with its adapters: %.3g; largest logit %.3g",
+        difference,
+        np.abs(before).max(),
+    )
+    log.info("wrote %s parameters in %s to %s", f"{count(params):,}", dtype.name, out)
+    return out
+
+
+def sample_logits(decoder: DecoderConfig, params: Any) -> np.ndarray:
+    """Logits float32 `[TOKENS, vocab]` of a fixed sequence, from all over the vocabulary, computed in float32."""
+    ids = np.linspace(0, decoder.vocab_size - 1, TOKENS).astype(np.int32)[None]
+    model = CausalLM(decoder, dtype=jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(jax.jit(lambda params: model.apply({"params": params}, ids))(params)[0])

@@ -1,0 +1,1 @@
+"""Encoded rows as the batch of every update."""

@@ -1,0 +1,430 @@
+"""The batches of a run: every update is a pure function of its number, as arrays of one of a few static shapes.
+
+`plan_batches` looks at lengths only. `BatchPlan.update(step)` then reads that update's examples and lays them out.
+Arrays are `[accum, batch, seq]`; shard s of the batch axis owns rows s * batch/shards up to (s+1) * batch/shards.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from jtune.data.batching.order import Epochs, plan_epochs
+from jtune.data.batching.pack import Packs, pack
+from jtune.data.batching.shapes import Shape, choose_shapes, costs, place, rows_needed, rung
+from jtune.data.encode.encoded import IGNORED, Encoded
+from jtune.errors import DataError
+
+# Rows that are planned at a time: a few tens of megabytes of temporary arrays.
+PLANNED_ENTRIES = 2**20
+
+
+class Examples(Protocol):
+    """What is needed of an encoded dataset (see encode.py)."""
+
+    lengths: Any  # int32 array [n], tokens
+    labelled: Any  # int32 array [n], places t with labels[t + 1] != -100
+    first_labelled: Any  # int32 array [n], 1 where labels[0] != -100
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
+        """`input_ids` and `labels`, int32 `[length]`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """What every update of a run holds. Make it with `plan_batches`; steps count from 0, but `epoch_at` from 1."""
+
+    encoded: Examples
+    epochs: Epochs
+    shards: int
+    packs: Packs | None  # rows that are made once for the run; None: examples are laid out update by update
+    shapes: tuple[Shape, ...]
+    shape_of: np.ndarray  # uint8 [max_steps], index into shapes
+    capacities: Mapping[Shape, int]
+    padding_share: float  # of the token slots of all used microbatches of the run, exact
+
+    @property
+    def max_steps(self) -> int:
+        return self.epochs.max_steps
+
+    @property
+    def num_epochs(self) -> int:
+        return self.epochs.num_epochs
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return self.epochs.updates_per_epoch
+
+    def epoch_at(self, step: int) -> float:
+        """The Trainer's `epoch` after `step` updates (see `Epochs.epoch_at`)."""
+        return self.epochs.epoch_at(step)
+
+    def label_capacity(self, shape: tuple[int, int, int]) -> int:
+        """No microbatch of `shape` has more labelled targets than this on a shard; a multiple of 128, or all tokens."""
+        return self.capacities[Shape(*shape)]
+
+    @property
+    def examples_per_update(self) -> int:
+        return len(self.examples(0))
+
+    def describe(self) -> str:
+        """What there is, and how often it is gone through."""
+        updates = f"{self.max_steps:,} updates in {self.num_epochs:g} epochs ({self.updates_per_epoch:,} an epoch)"
+        return f"{len(self.encoded):,} examples, {updates}"
+
+    def explain(self, step: int) -> str:
+        """Which examples update `step` holds, in words."""
+        return f"rows {', '.join(map(str, self.examples(step)[:8]))} ... of the data set"
+
+    def mean_tokens(self, most: int) -> float:
+        """Tokens of an update, of at most so many that are looked at."""
+        some = np.unique(np.linspace(0, self.max_steps - 1, min(most, self.max_steps)).astype(int))
+        return float(np.mean([self.tokens(int(step)) for step in some]))
+
+    def examples(self, step: int) -> np.ndarray:
+        """Indices of the examples of update `step`, int32, in the order of the run."""
+        rows = self.epochs.rows(step)
+        return rows if self.packs is None else self.packs.take(rows)[0]
+
+    def tokens(self, step: int) -> int:
+        """Tokens of update `step`, padding not counted."""
+        return int(self.encoded.lengths[self.examples(step)].sum())
+
+    def shape(self, step: int) -> Shape:
+        """`[accum, batch, seq]` of update `step`."""
+        return self.shapes[self.shape_of[step]]
+
+    def update(self, step: int, only: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
+        """The arrays of update `step`, each `[accum, batch, seq]`: a pure function of `step`, at the same cost for all.
+
+        Args:
+          only: the part of the batch axis that is wanted, from a row up to another, whole shards; no more is read.
+
+        Returns:
+          input_ids, targets (the next token of the segment, 0 where it does not count), positions (from 0 in each
+          segment), segment_ids (from 1 in each row, 0 is padding), int32; loss_weights (1 where the target counts),
+          float32; and the scalar divisor, float32.
+
+        Raises:
+          DataError: the data is not what it was when the plan was made.
+        """
+        rows = self.epochs.rows(step)
+        shape = self.shape(step)
+        if self.packs is not None:
+            examples, slots = self.packs.take(rows)
+        else:
+            examples = rows
+            sizes = self.encoded.lengths[rows][None], self.encoded.labelled[rows][None]
+            slots = place(*sizes, shape, self.shards)[0][0]
+        layout = Layout(self.encoded, examples, slots, shape, self.capacities[shape])
+        return lay_out(layout, self.shards, only, f"update {step}")
+
+
+class Layout(NamedTuple):
+    """Where the examples of an update lie."""
+
+    encoded: Examples
+    examples: np.ndarray  # int32 [n]
+    slots: np.ndarray  # int64 [n], `microbatch * batch + row`
+    shape: Shape
+    capacity: int  # targets of a (microbatch, shard), at most
+
+
+def lay_out(layout: Layout, shards: int, only: tuple[int, int] | None, name: str) -> dict[str, np.ndarray]:
+    """The arrays of an update (see `BatchPlan.update`); `name` is what it is called when something is wrong."""
+    encoded, examples, slots, shape, capacity = layout
+    divisor = np.asarray(divisor_of(encoded, examples), np.float32)
+    if only is not None and only != (0, shape.batch):
+        first, stop = only
+        microbatch, row = np.divmod(slots, shape.batch)
+        mine = (row >= first) & (row < stop)
+        examples, slots = examples[mine], (microbatch * (stop - first) + row - first)[mine]
+        shards = shards * (stop - first) // shape.batch
+        shape = shape._replace(batch=stop - first)
+    arrays = fill(encoded, examples, slots, shape.accum * shape.batch, shape.seq)
+    _check_capacity(arrays["loss_weights"], shape.accum * shards, capacity, name)
+    return {key: x.reshape(shape) for key, x in arrays.items()} | {"divisor": divisor}
+
+
+def divisor_of(encoded: Examples, examples: np.ndarray) -> int:
+    """What the sum of the losses of these examples is divided by: the number of labels that are not -100.
+
+    As in Hugging Face's Trainer, the label of an example's first token is among them where there is one (stage pt,
+    train_on_prompt), though nothing predicts it.
+    """
+    return int(encoded.labelled[examples].sum() + encoded.first_labelled[examples].sum())
+
+
+def packing_windows(encoded: Encoded, data: Any, stage: str) -> np.ndarray | None:
+    """Which examples may share a packed row, for `plan_batches` and `eval_batches`; None: all that are near.
+
+    With neat_packing, those that LLaMA-Factory encodes, and packs, in one batch: the losses are the same. With packing
+    alone it lets examples see each other, so that its losses differ anyway; rows are filled better then.
+
+    Args:
+      data: with LLaMA-Factory's names (jtune.config.DataArguments).
+    """
+    if stage == "pt" or not data.neat_packing:
+        return None
+    return encoded.preprocessing_batches(data.preprocessing_batch_size, data.preprocessing_num_workers)
+
+
+def plan_batches(
+    encoded: Examples,
+    *,
+    stage: str,
+    packing: bool,
+    cutoff_len: int,
+    per_device_batch_size: int,
+    batch_shards: int,
+    accumulation: int,
+    seed: int,
+    shuffle: bool,
+    num_epochs: float,
+    max_steps: int = -1,
+    drop_last: bool = False,
+    windows: np.ndarray | None = None,
+) -> BatchPlan:
+    """Plan all updates of a run.
+
+    With `packing`, rows of `cutoff_len` tokens are made once, and are what is then shuffled and counted:
+    `per_device_batch_size` rows on each shard. The blocks of stage pt, `cutoff_len` long, are
+    such rows as they are. Without, an update holds the examples that LLaMA-Factory's would, laid out in at most four
+    shapes. A microbatch never has more tokens on a shard than `per_device_batch_size` rows of the longest example.
+
+    The microbatches that hold anything come first; the train step may leave out the others (all segment 0, weight 0).
+    `padding_share` does not count these, and the shapes are chosen on the understanding that they cost nothing.
+
+    Args:
+      stage: "sft" or "pt".
+      seed: of the order (`data_seed`, or else `seed`).
+      num_epochs, max_steps: the Trainer's; `max_steps` wins when it is positive.
+      windows: of `pack`.
+
+    Raises:
+      DataError: nothing to train on, or an example that does not fit into a row.
+    """
+    if stage not in ("sft", "pt"):
+        raise ValueError(f"stage {stage!r} has no single sequence per example: expected 'sft' or 'pt'")
+    packs = pack(encoded.lengths, filled(encoded, cutoff_len), windows) if packing else None
+    epochs = plan_epochs(
+        len(encoded) if packs is None else len(packs),
+        batch=per_device_batch_size * batch_shards,
+        accumulation=accumulation,
+        num_train_epochs=num_epochs,
+        max_steps=max_steps,
+        drop_last=drop_last,
+        seed=seed,
+        shuffle=shuffle,
+    )
+    tables = list(_tables(epochs))
+    if packs is None:
+        shapes, shape_of, peaks, slots = _plan_layouts(encoded, epochs, tables, per_device_batch_size, batch_shards)
+        lengths = np.append(encoded.lengths, 0)
+    else:
+        shapes, shape_of = [Shape(accumulation, epochs.batch, cutoff_len)], np.zeros(epochs.max_steps, np.uint8)
+        labelled = np.append(packs.sums(encoded.labelled), 0)
+        peaks = [max(labelled[t].reshape(-1, per_device_batch_size).sum(axis=1).max() for t in tables)]
+        slots = sum(int((t[:, :: epochs.batch] >= 0).sum()) for t in tables) * epochs.batch * cutoff_len
+        lengths = np.append(packs.sums(encoded.lengths), 0)
+    capacities = {s: capacity_of(peak, s.batch * s.seq // batch_shards) for s, peak in zip(shapes, peaks)}
+    real = sum(int(lengths[t].sum()) for t in tables)
+    return BatchPlan(encoded, epochs, batch_shards, packs, tuple(shapes), shape_of, capacities, 1 - real / slots)
+
+
+def _tables(epochs: Epochs) -> Iterator[np.ndarray]:
+    """All updates of the run in pieces, int32 `[updates, rows of an update]`, -1 (it picks an appended 0) for none."""
+    for epoch in range(epochs.num_epochs):
+        table = epochs.table(epoch)
+        yield from np.array_split(table, -(-table.size // PLANNED_ENTRIES))
+
+
+def _plan_layouts(encoded: Examples, epochs: Epochs, tables: list[np.ndarray], per_device: int, shards: int):
+    """Lay out every update. Returns the shapes, the shape of each update (an index), for each shape the most labelled
+    targets of a (microbatch, shard), and the token slots of all microbatches that are used."""
+    lengths, labelled = np.append(encoded.lengths, 0), np.append(encoded.labelled, 0)
+    by_length = [-np.sort(-lengths[t], axis=1) for t in tables]
+    chosen = choose_shapes(
+        by_length[0], updates=epochs.max_steps, longest=int(lengths.max()), per_device=per_device, shards=shards
+    )
+    rows = [np.concatenate([rows_needed(x, seq) for x in by_length]) for _, seq in chosen]
+    shape_of = np.argmin([costs(r, *shape, shards) for r, shape in zip(rows, chosen)], axis=0)
+    kept = np.unique(shape_of)
+    shape_of = np.searchsorted(kept, shape_of).astype(np.uint8)
+
+    shapes, peaks, slots = [], [], 0
+    ends = np.cumsum([len(t) for t in tables])[:-1]
+    for i, (batch, seq) in enumerate(chosen[k] for k in kept):
+        microbatches = -(-rows[kept[i]][shape_of == i] // batch)
+        slots += int(microbatches.sum()) * batch * seq
+        shapes.append(Shape(int(microbatches.max()), batch, seq))
+        mine = (t[which] for t, which in zip(tables, np.split(shape_of == i, ends)) if which.any())
+        peaks.append(max(int(place(lengths[t], labelled[t], shapes[i], shards)[1].max()) for t in mine))
+    return shapes, shape_of, peaks, slots
+
+
+def filled(encoded: Examples, cutoff_len: int) -> int:
+    """Tokens that a packed row takes. LLaMA-Factory cuts examples to `cutoff_len - 1`; the last place stays empty."""
+    return cutoff_len if encoded.lengths.max() >= cutoff_len else cutoff_len - 1
+
+
+def capacity_of(peak: int, tokens: int) -> int:
+    """`peak` rounded up to a multiple of 128 (an array of static size is gathered), at most all `tokens` of a shard."""
+    return min(tokens, max(128, -(-int(peak) // 128) * 128))
+
+
+def _check_capacity(loss_weights: np.ndarray, groups: int, capacity: int, name: str) -> None:
+    most = int(loss_weights.reshape(groups, -1).sum(axis=1).max())
+    if most > capacity:
+        raise DataError(
+            f"{name} has {most} labelled targets on a shard, planned were at most {capacity}: "
+            "the encoded rows have changed since the plan was made. Start again with overwrite_cache: true."
+        )
+
+
+def fill(encoded: Examples, examples: np.ndarray, slots: np.ndarray, rows: int, seq: int) -> dict[str, np.ndarray]:
+    """Read `examples` and lay them, as segments in this order, into `slots` (the row of each): arrays `[rows, seq]`.
+
+    The target of a position is the label of the next one within the example; the last position of an example has none.
+    """
+    if len(examples) == 0:  # a process may have no part in an update
+        dtypes = dict.fromkeys(("input_ids", "targets", "positions", "segment_ids"), np.int32)
+        return {key: np.zeros((rows, seq), t) for key, t in (dtypes | {"loss_weights": np.float32}).items()}
+    order = np.argsort(slots, kind="stable")
+    examples, slots = examples[order], slots[order]
+    read = [encoded[int(i)] for i in examples]
+    lengths = np.array([len(r["input_ids"]) for r in read])
+    number = np.arange(len(read))
+    row_first = np.maximum.accumulate(np.where(np.diff(slots, prepend=-1) != 0, number, 0))
+    ends = np.cumsum(lengths)
+    begins = ends - lengths
+    columns = begins - begins[row_first]
+    if (columns + lengths).max() > seq:
+        raise DataError(
+            f"example {examples[(columns + lengths).argmax()]} no longer fits into its row of {seq} tokens: "
+            "the encoded rows have changed since the plan was made. Start again with overwrite_cache: true."
+        )
+
+    targets = np.append(np.concatenate([r["labels"] for r in read]), IGNORED)[1:]
+    targets[ends[lengths > 0] - 1] = IGNORED
+    counts = targets != IGNORED
+    positions = np.arange(ends[-1]) - np.repeat(begins, lengths)
+    where = np.repeat(slots * seq + columns, lengths) + positions
+
+    def laid(values: np.ndarray, dtype: type = np.int32) -> np.ndarray:
+        flat = np.zeros(rows * seq, dtype)
+        flat[where] = values
+        return flat.reshape(rows, seq)
+
+    return {
+        "input_ids": laid(np.concatenate([r["input_ids"] for r in read])),
+        "targets": laid(np.where(counts, targets, 0)),
+        "positions": laid(positions),
+        "segment_ids": laid(np.repeat(number - row_first + 1, lengths)),
+        "loss_weights": laid(counts, np.float32),
+    }
+
+
+class EvalBatch(NamedTuple):
+    """One step of an evaluation."""
+
+    arrays: dict[str, np.ndarray]  # as of an update, [batch, seq]
+    example: np.ndarray  # int32 [batch, seq]: which of `indices`; EvalPlan.slots - 1 where there is padding
+    indices: np.ndarray  # int32 [k], k < EvalPlan.slots: the examples in here
+
+
+@dataclass(frozen=True, eq=False)
+class EvalPlan:
+    """An evaluation over all examples, in steps of one static shape. Make it with `eval_batches`; iterate over it."""
+
+    encoded: Examples
+    shards: int
+    packs: Packs
+    shape: tuple[int, int]  # batch, seq
+    slots: int  # for sums over the examples of a step; the last is for padding
+    label_capacity: int  # as of a BatchPlan
+    group_of: np.ndarray  # int32 [n], the Trainer's batch that each example belongs to
+    group_weights: np.ndarray  # int64 [groups], what the mean of each counts for in the mean over all
+
+    def __len__(self) -> int:
+        return -(-len(self.packs) // self.shape[0])
+
+    def __getitem__(self, step: int) -> EvalBatch:
+        if not 0 <= step < len(self):
+            raise IndexError(f"evaluation step {step} of {len(self)}")
+        batch, seq = self.shape
+        rows = np.arange(step * batch, min((step + 1) * batch, len(self.packs)))
+        examples, slots = self.packs.take(rows)
+        arrays = fill(self.encoded, examples, slots, batch, seq)
+        _check_capacity(arrays["loss_weights"], self.shards, self.label_capacity, f"evaluation step {step}")
+        first = np.zeros((batch, 1), np.int64)
+        first[: len(rows), 0] = self.packs.starts[rows] - self.packs.starts[rows[0]]
+        segments = arrays["segment_ids"]
+        example = np.where(segments > 0, first + segments - 1, self.slots - 1).astype(np.int32)
+        return EvalBatch(arrays, example, examples)
+
+    def mean_loss(self, losses: np.ndarray, counts: np.ndarray) -> float:
+        """The Trainer's `eval_loss`: the mean over tokens in each of its batches, then over batches.
+
+        A batch without a labelled target, which would be nan there, is left out; nan if no batch has any.
+
+        Args:
+          losses, counts: float `[n]`, sum of the token losses of each example and number of its targets.
+        """
+        groups = len(self.group_weights)
+        counts = counts + self.encoded.first_labelled  # as in training (see divisor_of)
+        losses, counts = (np.bincount(self.group_of, x, groups) for x in (losses, counts))
+        weights = np.where(counts > 0, self.group_weights, 0)
+        if not weights.any():
+            return math.nan
+        return float((weights * losses / np.maximum(counts, 1)).sum() / max(weights.sum(), 1))
+
+
+def eval_batches(
+    encoded: Examples,
+    *,
+    stage: str,
+    per_device_batch_size: int,
+    batch_shards: int,
+    packing: bool = False,
+    cutoff_len: int,
+    windows: np.ndarray | None = None,
+) -> EvalPlan:
+    """Plan an evaluation: all examples, once, packed into rows; `per_device_batch_size` rows on each shard.
+
+    Sums are formed example by example, so how examples lie in memory does not show in the figures: they are always
+    packed, into rows of the longest example. With `packing`, rows are of `cutoff_len` tokens, and a row is what the
+    Trainer would take for an example.
+
+    Args:
+      stage: in "pt" the Trainer's batches count by their size; in "sft" LLaMA-Factory's, a Seq2SeqTrainer, takes all
+        for equal, also the last one, which may be smaller.
+
+    Raises:
+      DataError: there is no example.
+    """
+    if len(encoded) == 0:
+        raise DataError("no evaluation examples are left: see the data report for what was skipped, and why")
+    seq = cutoff_len if packing else rung(int(encoded.lengths.max()))
+    packs = pack(encoded.lengths, filled(encoded, cutoff_len) if packing else seq, windows)
+    per_device = min(per_device_batch_size, -(-len(packs) // batch_shards))
+    batch = per_device * batch_shards
+
+    unit_of = np.arange(len(encoded))
+    if packing:
+        unit_of[packs.examples] = np.repeat(np.arange(len(packs)), np.diff(packs.starts))
+    # The Trainer takes the mean on each device before it takes the mean over devices: their number does not show.
+    group_of = unit_of // per_device_batch_size
+    units = len(packs) if packing else len(encoded)
+    sizes = np.bincount(np.arange(units) // per_device_batch_size)
+    weights = sizes if stage == "pt" else np.ones_like(sizes)
+
+    peak = np.add.reduceat(packs.sums(encoded.labelled), np.arange(0, len(packs), per_device)).max()
+    slots = 1 + int(np.add.reduceat(np.diff(packs.starts), np.arange(0, len(packs), batch)).max())
+    capacity = capacity_of(peak, per_device * seq)
+    return EvalPlan(encoded, batch_shards, packs, (batch, seq), slots, capacity, group_of.astype(np.int32), weights)

@@ -1,0 +1,66 @@
+"""The updates of a run, from what its user said: the one place that reads arguments for them."""
+
+from typing import Any
+
+import numpy as np
+
+from jtune.data.batching.batches import BatchPlan, Examples, packing_windows, plan_batches
+from jtune.data.batching.stream import Joined, StreamPlan
+from jtune.data.encode.encoded import Encoded
+from jtune.data.stream import Stream
+
+Plan = BatchPlan | StreamPlan
+
+MODELLED = 1000  # updates over the first window of a stream, by which shapes are chosen
+
+
+def plan_updates(config: Any, encoded: Encoded, shards: int, stream: Stream | None = None) -> Plan:
+    """All updates of a run of `config` (a jtune.config.Config) over `encoded`, for `shards` parts of the batch axis.
+
+    What `jtune train` runs, `jtune plan` counts and `jtune data` tells.
+
+    Args:
+      stream: the rest, where `encoded` is the first window of it.
+    """
+    training, data = config.training, config.data
+    windows = packing_windows(encoded, data, config.finetuning.stage)
+    if stream is None:
+        return _plan(config, encoded, shards, training.max_steps, training.dataloader_drop_last, windows)
+    how = shards, min(training.max_steps, MODELLED), False
+    model = _plan(config, encoded, *how, windows)
+    size, units = model.epochs.batch * model.epochs.accumulation, model.epochs.examples
+    if units < size:  # an update reaches over several windows: so must those of the model
+        again = -(-size // units)
+        model = _plan(config, Joined([encoded] * again), *how, None)
+    return StreamPlan(stream, model, max_steps=training.max_steps, cutoff_len=data.cutoff_len)
+
+
+def _plan(
+    config: Any, encoded: Examples, shards: int, max_steps: int, drop_last: bool, windows: np.ndarray | None
+) -> BatchPlan:
+    training = config.training
+    return plan_batches(
+        encoded,
+        stage=config.finetuning.stage,
+        packing=rows_are_packed(config),
+        cutoff_len=config.data.cutoff_len,
+        per_device_batch_size=training.per_device_train_batch_size,
+        batch_shards=shards,
+        accumulation=training.gradient_accumulation_steps,
+        seed=order_seed(config),
+        shuffle=not config.finetuning.disable_shuffling,
+        num_epochs=training.num_train_epochs,
+        max_steps=max_steps,
+        drop_last=drop_last,
+        windows=windows,
+    )
+
+
+def order_seed(config: Any) -> int:
+    """The seed of the order of rows."""
+    return config.training.seed if config.training.data_seed is None else config.training.data_seed
+
+
+def rows_are_packed(config: Any) -> bool:
+    """Whether several examples share a row: always with `packing`, but the blocks of stage pt are rows already."""
+    return bool(config.data.neat_packing or (config.data.packing and config.finetuning.stage != "pt"))

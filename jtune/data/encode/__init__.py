@@ -1,0 +1,1 @@
+"""Pieces of text as ids, labels and segments."""

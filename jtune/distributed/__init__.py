@@ -1,0 +1,1 @@
+"""Several processes as one program: they find each other, agree, and end together."""

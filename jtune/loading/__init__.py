@@ -1,0 +1,1 @@
+"""From a path and arguments to a model, its vocabulary and its data."""

@@ -1,0 +1,52 @@
+"""The rows of a run, encoded with its template."""
+
+import dataclasses
+from typing import Any
+
+from jtune.config import Config
+from jtune.data import (
+    Splits,
+    Template,
+    check_vocabulary,
+    load_datasets,
+    template_of,
+)
+from jtune.data.cache.shards import TeamOf, alone
+
+
+def data_template(config: Config, tokenizer: Any) -> Template:
+    """The template of the run; where only answers are asked for, it need give no loss mask; stage pt needs none."""
+    only_prompts = not config.training.do_train and config.training.predict_with_generate
+    return template_of(config.data, tokenizer, for_training=not only_prompts, for_chat=config.finetuning.stage != "pt")
+
+
+def load_data(
+    config: Config, tokenizer: Any, vocab_size: int, team_of: TeamOf = alone, template: Template | None = None
+) -> Splits:
+    """The encoded training and evaluation sets, every id of them inside the vocabulary.
+
+    Args:
+      team_of: which processes share a folder, and so the work (see `load_datasets`).
+      template: default: `data_template`.
+    """
+    data, training = config.data, config.training
+    template = data_template(config, tokenizer) if template is None else template
+    splits = load_datasets(
+        data,
+        config.finetuning.stage,
+        config.training.seed,
+        tokenizer,
+        template,
+        train=training.do_train,
+        evaluate=training.do_eval or training.do_predict,
+        predict=training.predict_with_generate,
+        cache_dir=config.model.cache_dir,
+        token=config.model.hf_hub_token,
+        team_of=team_of,
+    )
+    for encoded in (splits.train, *splits.eval.values()):
+        if encoded is not None:
+            check_vocabulary(encoded, vocab_size)
+    if splits.stream is None:
+        return splits
+    return dataclasses.replace(splits, stream=dataclasses.replace(splits.stream, vocab_size=vocab_size))

@@ -1,0 +1,131 @@
+"""What an update minimises: the loss of a token, the noise that its input gets, and the reference that holds it back.
+
+Shape suffixes: B batch, T tokens in a row, D embed.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jtune import tuning
+from jtune.config import FinetuningArguments, TrainingArguments
+from jtune.losses.token import TokenLoss, asft, dft, eaft, smoothed_nll, token_nll
+from jtune.tuning import adapter_mask, combine, lora, partition
+
+
+class Objective(NamedTuple):
+    """What the train step is told to minimise.
+
+    Attributes:
+      name: the loss with its options, in words.
+      token_loss: see `jtune.losses.token`.
+      anchored: `token_loss` also takes the logits of the model as it was at the start (`Anchored`).
+      eval_loss: what evaluation reports as the loss. Not that of the reference: there no second model is run.
+      noise_alpha: strength of `embedding_noise`; 0: none.
+    """
+
+    name: str = "cross-entropy"
+    token_loss: TokenLoss = token_nll
+    anchored: bool = False
+    eval_loss: TokenLoss = token_nll
+    noise_alpha: float = 0.0
+
+
+PLAIN = Objective()
+
+
+def objective_of(finetuning: FinetuningArguments, training: TrainingArguments) -> Objective:
+    """The objective that the arguments ask for; at most one of them asks for another loss."""
+    noise = training.neftune_noise_alpha or 0.0
+    if finetuning.use_asft_loss:
+        alpha = finetuning.asft_alpha
+        return Objective(f"ASFT, alpha {alpha:g}", partial(asft, alpha=alpha), anchored=True, noise_alpha=noise)
+    name, loss = PLAIN.name, PLAIN.token_loss
+    if finetuning.use_dft_loss:
+        name, loss = "DFT", dft
+    elif finetuning.use_eaft_loss:
+        name, loss = f"EAFT, alpha {finetuning.eaft_alpha:g}", partial(eaft, alpha=finetuning.eaft_alpha)
+    elif training.label_smoothing_factor:
+        factor = training.label_smoothing_factor
+        name, loss = f"cross-entropy, labels smoothed by {factor:g}", partial(smoothed_nll, factor=factor)
+    return Objective(name, loss, eval_loss=loss, noise_alpha=noise)
+
+
+def describe_objective(objective: Objective) -> str:
+    """
+    >>> describe(Objective(noise_alpha=5.0))
+    'loss: cross-entropy; noise on the embeddings, alpha 5'
+    """
+    noise = f"; noise on the embeddings, alpha {objective.noise_alpha:g}" if objective.noise_alpha else ""
+    anchor = "; the reference is the model as it is now, without its adapter" if objective.anchored else ""
+    return f"loss: {objective.name}{anchor}{noise}"
+
+
+# ---------------------------------------------------------------------- noise
+
+
+def embedding_noise(key: jax.Array, segment_ids_BT: jax.Array, features: int, alpha: float, dtype: Any) -> jax.Array:
+    """NEFTune's noise (arXiv:2310.05914): uniform in `+-alpha / sqrt(L * D)`, `[B, T, D]` in `dtype`.
+
+    L is the length of the example (segment) that a token belongs to, as in the paper, and not that of a row: what else
+    lies in it changes nothing of its noise but the draw.
+    """
+    B, T = segment_ids_BT.shape
+    lengths_BT = jax.vmap(lambda ids: jnp.bincount(ids, length=T + 1)[ids])(segment_ids_BT)
+    bound_BT = alpha / jnp.sqrt(lengths_BT.astype(jnp.float32) * features)
+    return jax.random.uniform(key, (B, T, features), dtype, -1, 1) * bound_BT[..., None].astype(dtype)
+
+
+# ---------------------------------------------------------------------- the reference
+
+
+class WithReference(NamedTuple):
+    """What a step takes and does not change, where the objective is anchored: it stands in the place of `frozen`.
+
+    `start` is what trains, adapters apart, as it was at the start, and None elsewhere. Of an adapter nothing is kept:
+    the reference is the model without it, whose parameters are in `frozen` already.
+    """
+
+    frozen: Any
+    start: Any
+
+
+def start_of(trainable: Any, dtype: Any) -> Any:
+    """A copy of what trains, adapters apart; in `dtype` where that is smaller. To be jitted."""
+    smaller = lambda x: x.astype(dtype) if jnp.dtype(dtype).itemsize < x.dtype.itemsize else x
+    return jax.tree.map(lambda x: jnp.copy(smaller(x)), partition(trainable, adapter_mask(trainable))[1])
+
+
+def start_shardings(trainable: Any) -> Any:
+    """Where the leaves of `start_of` lie: where those that train lie."""
+    return jax.tree.map(lambda x: x.sharding, partition(trainable, adapter_mask(trainable))[1])
+
+
+def models_of(trainable: Any, frozen: Any) -> list[Any]:
+    """The parameters of the model, and, if `frozen` is an `Anchored`, those of the reference."""
+    if not isinstance(frozen, WithReference):
+        return [combine(trainable, frozen)]
+    return [combine(trainable, frozen.frozen), lora.split(combine(frozen.start, frozen.frozen))[0]]
+
+
+def step_constants(objective: Objective, trainable: Any, frozen: Any, dtype: jnp.dtype) -> Any:
+    """What the step takes and does not change: `frozen`, and what the reference of an anchored objective needs besides.
+
+    Args:
+      trainable: as it is at the start, of arrays or of `jax.ShapeDtypeStruct`s with shardings, which give the same.
+      dtype: of the computation: the copy is no wider.
+    """
+    if not objective.anchored:
+        return frozen
+    copied, where = partial(start_of, dtype=dtype), start_shardings(trainable)
+    if any(isinstance(x, jax.Array) for x in jax.tree.leaves(trainable)):
+        return WithReference(frozen, jax.jit(copied, out_shardings=where)(trainable))
+    placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    return WithReference(frozen, jax.tree.map(placed, jax.eval_shape(copied, trainable), where))
+
+
+def step_key(objective: Objective, params: Any, seed: int) -> jax.Array | None:
+    """What a step's random draws follow from; None if it has none."""
+    return jax.random.key(seed) if objective.noise_alpha or tuning.has_dropout(params) else None

@@ -1,0 +1,90 @@
+"""Splash attention on TPUs, over a mesh: the kernel comes with jax."""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jtune.models.attention.parts import parts_of
+from jtune.models.attention.reference import RESIDUALS
+
+LANES = 128  # what splash wants head_dim and row lengths to be multiples of
+
+
+# ---------------------------------------------------------------------- TPU: splash attention, which comes with jax
+
+
+def splash_attention(
+    q_BTHD, k_BSKD, v_BSKD, segment_ids_BS, scale, window, softcap, mesh: Mesh | None, interpret=False
+):
+    """Splash attention over the mesh: each device has its rows, its heads and, with `context`, its queries.
+
+    What does not divide (heads over `tensor`) is computed on each device. Rows are filled up to whole lanes with tokens
+    of segment 0, heads with zeros, which change no score.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    _, T, H, D = q_BTHD.shape
+    V = v_BSKD.shape[3]
+    width = max(D, V) + -max(D, V) % LANES
+    parts = parts_of(mesh, q_BTHD, k_BSKD)
+    pad = -T % (LANES * parts.context)
+    fill = lambda x: jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, width - x.shape[3]))).transpose(0, 2, 1, 3)
+    # The kernel does not scale. In the precision of q, as its products are.
+    q_BHTD, k_BKSD, v_BKSD = fill(q_BTHD * jnp.asarray(scale, q_BTHD.dtype)), fill(k_BSKD), fill(v_BSKD)
+    segments = jnp.pad(segment_ids_BS, ((0, 0), (0, pad)))
+    kernel = _splash_kernel(T + pad, H, parts.tensor, parts.context, window, softcap, interpret)
+
+    def local(kernel, q, k, v, of_queries, of_keys):
+        return jax.vmap(lambda q, k, v, a, b: kernel(q, k, v, SegmentIds(q=a, kv=b)))(q, k, v, of_queries, of_keys)
+
+    if mesh is not None and mesh.size > 1:
+        rows, heads, sequence = parts.axes
+        kept = jax.sharding.NamedSharding(mesh, P(heads, sequence))
+        local = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(
+                kernel.manual_sharding_spec(kept),
+                P(rows, heads, sequence),
+                P(rows, heads),
+                P(rows, heads),
+                P(rows, sequence),
+                P(rows),
+            ),
+            out_specs=P(rows, heads, sequence),
+            check_vma=False,
+        )
+    out_BHTD = local(kernel, q_BHTD, k_BKSD, v_BKSD, segments, segments)
+    return out_BHTD.transpose(0, 2, 1, 3)[:, :T, :, :V].astype(q_BTHD.dtype)
+
+
+@lru_cache
+def _splash_kernel(T, heads, head_shards, q_seq_shards, window, softcap, interpret) -> Callable:
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    one = splash.CausalMask((T, T)) if window is None else splash.LocalMask((T, T), (window - 1, 0), 0)
+    of_queries = next(b for b in (1024, 512, 256, 128) if T // q_seq_shards % b == 0)
+    of_keys = next(b for b in (1024, 512, 256, 128) if T % b == 0)
+    blocks = splash.BlockSizes(
+        block_q=of_queries,
+        block_kv=of_keys,
+        block_kv_compute=of_keys,
+        block_q_dkv=of_queries,
+        block_kv_dkv=of_keys,
+        block_kv_dkv_compute=of_keys,
+        use_fused_bwd_kernel=True,
+    )
+    with jax.ensure_compile_time_eval():  # its tables are constants, also when first made while tracing
+        return splash.make_splash_mha(
+            splash.MultiHeadMask([one] * heads),
+            block_sizes=blocks,
+            head_shards=head_shards,
+            q_seq_shards=q_seq_shards,
+            attn_logits_soft_cap=softcap,
+            residual_checkpoint_name=RESIDUALS,
+            interpret=interpret,
+        )

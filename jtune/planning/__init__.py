@@ -1,0 +1,1 @@
+"""What a run takes before it runs: shapes, memory, FLOPs, time."""

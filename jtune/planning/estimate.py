@@ -1,0 +1,152 @@
+"""The memory of a train step by arithmetic."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from jtune.losses.chunked import chunk_elements
+from jtune.models import DecoderConfig
+from jtune.models.config import Delta
+from jtune.models.delta import CHUNK, delta_config
+from jtune.planning.shapes import Shapes, batch_shapes, bytes_by_kind
+from jtune.sharding.mesh import BATCH_AXES
+from jtune.sharding.rules import ZERO_AXES
+from jtune.tuning.quantize import Quantized
+
+# An estimate is not called fitting unless it leaves this share of the memory unused.
+MARGIN = 0.95
+# Temporaries of programs are taken to be at most so many times the estimated ones (for 8B on GPUs they were 0.78 to
+# 1.15 times as large; of tiny models they are more).
+MOST_OFF = 1.5
+
+
+class Rows(NamedTuple):
+    """The rows of an update as one device's share of the batch sees them."""
+
+    accum: int
+    per_shard: int  # rows of a microbatch on a shard of the batch
+    seq: int
+    label_share: float  # of its tokens that may carry a label
+
+
+# ---------------------------------------------------------------------- estimates
+
+
+def batch_of(rows: Rows, shapes: Shapes) -> Mapping[str, Any]:
+    """The batch of an update, as shapes."""
+    shards = math.prod(shapes.mesh.shape[axis] for axis in BATCH_AXES)
+    return batch_shapes((rows.accum, rows.per_shard * shards, rows.seq), shapes.mesh)
+
+
+def saved_activations(
+    decoder: DecoderConfig,
+    remat: str,
+    tokens: int,
+    seq: int,
+    itemsize: int,
+    *,
+    attention: str = "splash",
+    split: int = 1,
+) -> int:
+    """Bytes kept of the forward pass for the backward pass, of `tokens` in rows of `seq` on one device.
+
+    Args:
+      attention: the backend (`jtune.models.attention.choose.choose`).
+      split: devices that share a matrix product (`mesh_tensor`).
+    """
+    linear = sum(layer.linear for layer in decoder.layers)
+    d, f = decoder.hidden_size, decoder.active_intermediate_size
+    q = decoder.num_attention_heads * decoder.qk_dim
+    qkv = q + decoder.num_key_value_heads * (decoder.qk_dim + decoder.value_dim)
+    weights = decoder.num_attention_heads * seq * 2 if attention == "xla" else 0  # only plain attention keeps them
+    values = {
+        "offload": 0,
+        "full": d,
+        "attention": d + q / split,
+        "dots": 3 * d + (qkv + 2 * f) / split,  # what the products with parameters gave
+        # Inputs of all products and norms, what attention took and gave, and three stages of the activation.
+        "none": 4 * d + (qkv + 2 * q + 3 * f + weights) / split,
+    }[remat]
+    kept = int(values * tokens * itemsize) * (decoder.num_hidden_layers - linear)
+    if linear:
+        rule = delta_config(decoder)
+        keys, wide = 2 * rule.key_heads * rule.key_dim, rule.value_heads * rule.value_dim
+        values = {
+            "offload": 0,
+            "full": d,
+            "attention": d,  # the rule is computed again
+            "dots": 3 * d + (keys + 2 * wide + 2 * f) / split,
+            # The rule in float32 besides, as far as its backward pass takes it.
+            "none": 4 * d + (2 * (keys + 2 * wide) + 3 * f + rule_floats(rule) * 4 / itemsize) / split,
+        }[remat]
+        kept += int(values * tokens * itemsize) * linear
+    return kept
+
+
+def rule_floats(rule: Delta) -> int:
+    """Float32 of a token that the gated delta rule has at once: of each head queries, keys and values, what is made
+    from them, rows of the matrices of a chunk, and its share of the chunk's state."""
+    states = rule.key_dim * rule.value_dim // CHUNK
+    return rule.value_heads * (8 * rule.key_dim + 6 * rule.value_dim + 6 * CHUNK + states)
+
+
+def estimate(shapes: Shapes, rows: Rows) -> dict[str, int]:
+    """Bytes of one device: `arguments`, `temporaries`, `peak`, and the `floor` that no compiler can go below."""
+    decoder, module, mesh = shapes.module.config, shapes.module, shapes.mesh
+    split, size = mesh.shape["tensor"], module.dtype.itemsize
+    kept = sum(bytes_by_kind(shapes, batch_of(rows, shapes)).values())
+    tokens = rows.per_shard * rows.seq // mesh.shape["context"]
+
+    saved = saved_activations(decoder, module.remat, tokens, rows.seq, size, attention=module.attention, split=split)
+    # Gradients and their sum over microbatches, float32, lie where the parameters lie.
+    trained = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(shapes.state.trainable))
+    gradients = 4 * trained * (1 if rows.accum == 1 else 2)
+    # One layer at work. Scores: float32, their softmax and its gradient, and weights in the compute dtype.
+    d, f = decoder.hidden_size, decoder.active_intermediate_size
+    keys = {"xla": rows.seq, "blocks": rows.seq // 8}.get(module.attention, 0)  # whose scores exist at a time
+    scores = tokens * decoder.num_attention_heads * keys * (8 + size) // split
+    inside = tokens * (6 * d + 5 * f // split) * size
+    if decoder.delta is not None:  # what it has and the gradients of that
+        scores = max(scores, 2 * 4 * tokens * rule_floats(decoder.delta) // split)
+    # Gathered weights: of two layers, as the next one is fetched while one is at work; and of the head, with its
+    # gradient in float32.
+    gathered = 0
+    if any(mesh.shape[axis] > 1 for axis in ZERO_AXES):
+        layer = travelling(shapes.params["layers"], size) // decoder.num_hidden_layers
+        head = size + (4 if any(jax.tree.leaves(shapes.mask.get("lm_head", shapes.mask["embed_tokens"]))) else 0)
+        gathered = (2 * layer + decoder.vocab_size * d * head) // split
+    # Kernels that are kept in few bits are computed for the layer at work.
+    is_quantized = lambda x: isinstance(x, Quantized)
+    computed = [x.size for x in jax.tree.leaves(shapes.params["layers"], is_leaf=is_quantized) if is_quantized(x)]
+    kernels = sum(computed) // decoder.num_hidden_layers * size // split
+    chunk = min(chunk_elements(module.mesh), int(tokens * rows.label_share) * decoder.vocab_size) * (8 + size) // split
+    temporaries = saved + gradients + max(scores, inside, chunk) + gathered + kernels
+    return {
+        "arguments": kept,
+        "temporaries": temporaries,
+        "peak": kept + temporaries,
+        "floor": kept + saved_activations(decoder, "full", tokens, rows.seq, size),
+    }
+
+
+def travelling(params: Any, itemsize: int) -> int:
+    """Bytes of parameters that are gathered: in the compute dtype, or as they are kept where that is smaller."""
+    return sum(x.size * min(x.dtype.itemsize, itemsize) for x in jax.tree.leaves(params))
+
+
+def largest(shapes: Shapes, capacities: Mapping[tuple[int, int, int], int]) -> tuple[tuple[int, int, int], Rows]:
+    """The shape of batch that needs most memory, and what of it a device sees.
+
+    Args:
+      capacities: `[accum, batch, seq]` of each shape of batch -> labelled positions of a shard of the batch, at most.
+    """
+    shards = math.prod(shapes.mesh.shape[axis] for axis in BATCH_AXES)
+
+    def seen(shape: tuple[int, int, int]) -> Rows:
+        accum, batch, seq = shape
+        return Rows(accum, batch // shards, seq, capacities[shape] / (batch // shards * seq))
+
+    shape = max(capacities, key=lambda shape: estimate(shapes, seen(shape))["peak"])
+    return shape, seen(shape)

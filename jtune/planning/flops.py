@@ -1,0 +1,166 @@
+"""How much there is to compute: FLOPs of a token in training, counted from shapes and from what trains; and chips.
+
+A multiply and an add are two FLOPs; a look-up in the embedding is none. These are model FLOPs: what the mathematics of
+the update needs, without what rematerialisation or a flash kernel computes again. XLA's own count is of no use here: it
+counts the body of a loop once, however often it runs, and sees nothing inside kernels.
+
+With N weights in the matrix products of a layer stack, H = embed * vocab of the head, A the attention's forward pass,
+n the weights of the adapters, r the share of tokens that carry a label (only these reach the head), of a token:
+
+    full    6 (N + r H) + 3 A
+    LoRA    4 (N + r H) + 6 n + 3 A        less the gradients by the input of layer 0, which nobody asks for
+    freeze  2 (N + r H) + 2 r H + A, and for each layer that trains, or lies above one, its backward pass
+
+A kernel has its forward pass (2 a weight); the gradient by its input (2), if anything below it trains; the gradient by
+itself (2), if it trains. These are the rules of arXiv:2001.08361 (appendix B) and of PaLM's model FLOPs utilisation
+(arXiv:2204.02311, appendix B), but for causal attention, of which only the half that is not masked counts.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jtune.models import DecoderConfig
+from jtune.models.config import Layer
+from jtune.models.decoder import numbered, stacks
+from jtune.models.delta import delta_config
+from jtune.tuning import adapter_mask, is_node, lora, partition
+from jtune.tuning.lora import LoRA
+
+# What must have its gradient before what can have: a kernel's input gradient is needed if something earlier trains.
+_INTO_ATTENTION, _ATTENTION, _OUT_OF_ATTENTION, _INTO_MLP, _OUT_OF_MLP = range(5)
+_STAGES_OF_A_LAYER = 5
+
+
+def mean_attended(lengths: Sequence[int] | np.ndarray, window: int | None = None) -> float:
+    """How many tokens a token sees on average, itself included: causal, in segments of `lengths`, within `window`.
+
+    >>> mean_attended([4]), mean_attended([4], window=2), mean_attended([1, 3])
+    (2.5, 1.75, 1.75)
+    """
+    n = np.asarray(lengths, np.float64)
+    full = n if window is None else np.minimum(n, window)  # positions i = 1..full see i tokens, the others `window`
+    seen = full * (full + 1) / 2 + (n - full) * (window or 0)
+    return float(seen.sum() / n.sum())
+
+
+class Product(NamedTuple):
+    """One matrix product of the model, as it is met on the way up."""
+
+    depth: int  # where it stands: layer * _STAGES_OF_A_LAYER + stage
+    weights: float  # multiply-adds of a token
+    adapter: float  # weights of its adapter, 0 if it has none
+    adapter_out: float  # those of b alone
+    trains: bool  # the kernel itself, not its adapter
+
+
+def flops_per_token(
+    config: DecoderConfig,
+    params: Any,
+    mask: Any,
+    *,
+    lengths: Sequence[int] | np.ndarray,
+    label_share: float = 1.0,
+    reference: bool = False,
+) -> float:
+    """Model FLOPs of one token: forward and backward.
+
+    What it takes to reach norms and biases is not counted.
+
+    Args:
+      params: as `jtune.tuning.prepare` gives them, of anything with a `.shape`; nodes and stacks included.
+      mask: tree of bool like it: what trains.
+      lengths: tokens of the segments; what matters is how far a token sees on average.
+      label_share: share of the tokens that carry a label, the only ones that go through the head.
+      reference: add the forward pass of a reference model, which is this one without its adapter.
+    """
+    products = list(_products(config, params, mask, label_share))
+    embedding_trains = _any(mask["embed_tokens"])
+    trained = [p.depth for p in products if p.trains or p.adapter]
+    lowest = -1 if embedding_trains else min(trained, default=10**9)
+    total = sum(_of_product(p, input_gradient=lowest < p.depth) for p in products)
+    for number, layer in enumerate(config.layers):
+        passes = 3 if lowest < number * _STAGES_OF_A_LAYER + _ATTENTION else 1  # the backward pass has four products
+        total += passes * _mixing(config, layer, lengths)
+    if reference:
+        base = lora.split(params)[0]
+        nothing = jax.tree.map(lambda _: False, base)
+        total += flops_per_token(config, base, nothing, lengths=lengths, label_share=label_share)
+    return total
+
+
+def recomputed_per_token(config: DecoderConfig, params: Any, *, lengths: Sequence[int] | np.ndarray) -> float:
+    """What `remat: full` computes a second time, the forward pass of all layers. It is not among the model FLOPs."""
+    nothing = jax.tree.map(lambda _: False, params)
+    products = sum(2 * (p.weights + p.adapter) for p in _products(config, params, nothing, 0.0))
+    return products + sum(_mixing(config, layer, lengths) for layer in config.layers)
+
+
+def _mixing(config: DecoderConfig, layer: Layer, lengths: Sequence[int] | np.ndarray) -> float:
+    """The forward pass of what mixes the tokens of one layer, without its products with parameters.
+
+    Attention is two products, of queries with keys and of weights with values. The gated delta rule takes the state
+    three times, however long the sequence is: what it gives for the key, what is written, what it gives for the query.
+    Its convolution has a product for each tap. That it is computed in chunks costs more, and is no model FLOPs.
+    """
+    if layer.linear:
+        d = delta_config(config)
+        channels = 2 * d.key_heads * d.key_dim + d.value_heads * d.value_dim
+        return 6 * d.value_heads * d.key_dim * d.value_dim + 2 * d.taps * channels
+    seen = mean_attended(lengths, layer.window)
+    return 2 * config.num_attention_heads * (config.qk_dim + config.value_dim) * seen
+
+
+def _of_product(p: Product, *, input_gradient: bool) -> float:
+    forward = 2 * (p.weights + p.adapter)
+    by_input = 2 * (p.weights + p.adapter - p.adapter_out) if input_gradient else 0
+    by_adapter = 2 * p.adapter + 2 * p.adapter_out  # the gradient of a passes through b
+    return forward + by_input + by_adapter + (2 * p.weights if p.trains else 0)
+
+
+def _products(config: DecoderConfig, params: Any, mask: Any, label_share: float) -> Iterator[Product]:
+    """Every matrix product with parameters, layer by layer, then the head."""
+    for (numbers, stack), trains in zip(numbered(params["layers"]), stacks(mask["layers"]), strict=True):
+        for names, kernel, its_mask in _kernels(stack, trains):
+            share = config.experts.per_token / config.experts.count if config.experts and "experts" in names else 1.0
+            for layer in numbers:
+                yield _product(kernel, its_mask, layer * _STAGES_OF_A_LAYER + _stage(names), share / len(numbers))
+    top = config.num_hidden_layers * _STAGES_OF_A_LAYER
+    if config.tie_word_embeddings:
+        size = config.vocab_size * config.hidden_size * label_share
+        yield Product(top, size, 0, 0, _any(mask["embed_tokens"]))
+    else:
+        yield _product(params["lm_head"]["kernel"], mask["lm_head"]["kernel"], top, label_share)
+
+
+def _stage(names: tuple[str, ...]) -> int:
+    last = names[-1]
+    if names[0] in ("self_attn", "linear_attn"):
+        return _OUT_OF_ATTENTION if last in ("o_proj", "out_proj") else _INTO_ATTENTION
+    return _OUT_OF_MLP if last == "down_proj" else _INTO_MLP
+
+
+def _product(kernel: Any, mask: Any, depth: int, share: float) -> Product:
+    """Of a kernel or a node of which `share` meets one token (of a stack: one layer; of experts: those chosen)."""
+    weights = math.prod(kernel.shape) * share
+    if not is_node(kernel):
+        return Product(depth, weights, 0, 0, bool(mask))
+    adapter = sum(x.size for x in jax.tree.leaves(partition(kernel, adapter_mask(kernel))[0])) * share
+    out = kernel.b.size * share if isinstance(kernel, LoRA) else 0.0
+    return Product(depth, weights, adapter, out, _any(partition(mask, adapter_mask(kernel))[1]))
+
+
+def _kernels(tree: Any, mask: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """Kernels of a stack with the names of their modules, and their masks."""
+    for name, child in tree.items():
+        if name == "kernel":
+            yield names, child, mask[name]
+        elif isinstance(child, dict):
+            yield from _kernels(child, mask[name], (*names, name))
+
+
+def _any(mask: Any) -> bool:
+    return any(jax.tree.leaves(mask))

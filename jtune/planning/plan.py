@@ -1,0 +1,295 @@
+"""`jtune plan`: what a run will take, before it takes it, on these devices or on others.
+
+The step that `jtune train` runs is compiled ahead of time, for shapes: no weights are read, no arrays are made. What
+the compiler says of its memory is put beside what follows from arithmetic; time follows from FLOPs.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jtune import tuning
+from jtune.config import Config
+from jtune.data import Splits, plan_updates
+from jtune.errors import DataError
+from jtune.interop import hf
+from jtune.loading import vocabulary
+from jtune.loading.data import load_data
+from jtune.loading.model import decoder_of, with_remat
+from jtune.loading.vocabulary import Vocabulary
+from jtune.losses.objective import WithReference
+from jtune.models import DecoderConfig
+from jtune.planning.advise import Found, Work, advise, changed, search
+from jtune.planning.chips import device_memory, peak_flops, usable_memory
+from jtune.planning.compile import measure
+from jtune.planning.estimate import estimate, largest
+from jtune.planning.flops import flops_per_token, recomputed_per_token
+from jtune.planning.remat import fitting_remat
+from jtune.planning.shapes import Shapes, batch_shapes, bytes_by_kind, global_bytes, run_shapes
+from jtune.planning.topology import topology_devices
+from jtune.sharding import batch_shards
+from jtune.sharding.compiler import use_compile_cache
+from jtune.sharding.mesh import check_row_length, mesh_of
+
+log = logging.getLogger("jtune")
+
+UTILISATION = 0.4  # of the peak, by model FLOPs: what good training programs reach on most chips
+MOST_COMPILES = 4  # of a search
+NO_ROWS = "there is no dataset"
+SAMPLED_UPDATES = 64  # whose tokens are counted
+
+
+class Batches(NamedTuple):
+    """What the updates of a run hold."""
+
+    shapes: tuple[tuple[int, int, int], ...]  # [accum, batch, seq] that the step is compiled for
+    capacities: tuple[int, ...]  # labelled targets of a shard, of each shape
+    tokens: float  # of an update, padding not counted
+    lengths: np.ndarray  # of the segments
+    label_share: float
+    steps: int | None  # None: not known
+    padding_share: float
+    assumed: str | None  # why this is not what the data says
+
+
+class Case(NamedTuple):
+    """What does not change while settings are tried."""
+
+    source: dict[str, Any]
+    decoder: DecoderConfig
+    splits: Splits | None
+    why_no_data: str | None
+    devices: list[Any]
+    target: str  # the name of the topology, or of the kind of device
+    memory: int  # bytes of a device
+    usable: int  # of them, by programs
+
+
+def plan(
+    config: Config, *, topology: str | None = None, fit: bool = False, memory: int | None = None
+) -> dict[str, Any]:
+    """What the run of `config` takes on `topology`, or on the devices that are here.
+
+    Args:
+      topology: as `v5p:4x4x4` or `h100:8`; call `compile_here_for` before anything else of jax.
+      fit: search microbatch, remat and mesh for the fastest setting that fits.
+      memory: bytes of a device, in place of what its kind has.
+
+    Returns:
+      What `jtune plan --json` prints.
+
+    Raises:
+      ConfigError: no such topology, or a mesh that does not match it.
+      DataError: no config.json, or one of a model that jtune does not know.
+    """
+    assert config.model.model_name_or_path is not None
+    devices = topology_devices(topology) if topology else list(jax.devices())
+    mesh_of(config.training, devices)  # one that does not match is refused before anything is read
+    if topology is None:
+        use_compile_cache(config.training.compile_cache_dir)
+    folder = hf.fetch(config.model.model_name_or_path, weights=False, **config.model.hub)
+    source = hf.read_config(folder)
+    decoder = decoder_of(source, config.model)
+    settled, why = settle(config, folder, decoder)
+    splits = None
+    if settled is not None:
+        config, decoder, source = settled.config, settled.decoder, settled.source(source)
+        splits, why = read_rows(config, settled)
+    kind = devices[0].device_kind
+    usable = usable_memory(devices[0]) if memory is None else memory
+    memory = device_memory(devices[0]) if memory is None else memory
+    case = Case(source, decoder, splits, why, devices, topology or kind, memory, usable)
+    if not fit:
+        return plan_case(config, case)
+    best, tried = fastest(config, case)
+    return plan_case(best.config if best else config, case) | {"fit": {"overrides": best and best.overrides, **tried}}
+
+
+def plan_case(config: Config, case: Case) -> dict[str, Any]:
+    """The plan of one setting."""
+    mesh = mesh_of(config.training, case.devices)
+    platform, kind = case.devices[0].platform, case.devices[0].device_kind
+    shapes = run_shapes(config, case.decoder, case.source, mesh, platform=platform)
+    batches = updates(config, case, batch_shards(mesh))
+    capacities = dict(zip(batches.shapes, batches.capacities))
+    shape, rows = largest(shapes, capacities)
+    check_row_length(mesh, rows.seq)
+    policy = fitting_remat(config, shapes, capacities, case.target, case.usable)
+    shapes = shapes._replace(module=with_remat(shapes.module, policy, platform))
+    measured = measure(config, shapes, shape, capacities[shape], case.target)
+
+    by_kind = bytes_by_kind(shapes, batch_shapes(shape, mesh))
+    peak = measured["peak"]
+    fits = peak <= case.usable and not measured["refused"]
+    work = work_of(case.decoder, shapes, batches)
+    flops = work.model * batches.tokens
+    chip = peak_flops(kind)
+    seconds = flops / (chip * UTILISATION * mesh.size) if chip else None
+    advice, together = [], None
+    if not fits:
+        advice, together = advise(config, case.source, shapes, rows, measured, case.usable, platform=platform)
+    state = 0 if config.training.save_only_model else global_bytes(shapes.state)
+    return {
+        "model": config.model.model_name_or_path,
+        "finetuning_type": config.finetuning.finetuning_type,
+        "remat": shapes.module.remat,
+        "target": case.target,
+        "device_kind": kind,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "batch": {
+            "shape": list(shape),
+            "shapes": [list(s) for s in batches.shapes],
+            "padding_share": batches.padding_share,
+            "label_share": batches.label_share,
+            "assumed": batches.assumed,
+        },
+        "parameters": tuning.count(shapes.params),
+        "trained_parameters": sum(x.size for x in jax.tree.leaves(shapes.state.trainable)),
+        "per_device_bytes": {
+            **{key: measured[key] for key in ("arguments", "temporaries", "output", "alias", "code", "peak")},
+            "by_kind": by_kind,
+        },
+        "floor_bytes": estimate(shapes, rows)["floor"],
+        "device_memory_bytes": case.memory,
+        "usable_memory_bytes": case.usable,
+        "fits": fits,
+        "refused": measured["refused"],
+        "flops_per_token": work.model,
+        "flops_per_step": flops,
+        "tokens_per_step": batches.tokens,
+        "seconds_per_step": seconds,
+        "tokens_per_second": batches.tokens / seconds if seconds else None,
+        "utilisation": UTILISATION,
+        "steps": batches.steps,
+        "run_seconds": seconds * batches.steps if seconds and batches.steps else None,
+        "checkpoint_bytes": state + model_bytes(config, case.source, shapes),
+        "advice": advice,
+        "advice_together": together,
+        "compile_seconds": measured["seconds"],
+        "cached": measured["cached"],
+    }
+
+
+def model_bytes(config: Config, source: Mapping[str, Any], shapes: Shapes) -> int:
+    """Of the files that a checkpoint holds for others: the adapter, or the model as it was stored."""
+    if config.finetuning.finetuning_type == "lora":
+        return global_bytes(shapes.state.trainable)
+    return tuning.count(shapes.params) * hf.stored_dtype(source).itemsize
+
+
+def work_of(decoder: DecoderConfig, shapes: Shapes, batches: Batches) -> Work:
+    model = flops_per_token(
+        decoder,
+        shapes.params,
+        shapes.mask,
+        lengths=batches.lengths,
+        label_share=batches.label_share,
+        reference=isinstance(shapes.frozen, WithReference),
+    )
+    return Work(model, recomputed_per_token(decoder, shapes.params, lengths=batches.lengths))
+
+
+# ---------------------------------------------------------------------- the batches
+
+
+def settle(config: Config, folder: Path, decoder: DecoderConfig) -> tuple[Vocabulary | None, str | None]:
+    """The tokenizer and the vocabulary of the run; or None, and why there is no tokenizer.
+
+    Raises:
+      DataError: there is none, and what it would say changes the model.
+    """
+    try:
+        return vocabulary.resolve_vocabulary(config, folder, decoder), None
+    except DataError as error:
+        if vocabulary.is_changed(config.model):
+            raise
+        return None, str(error).splitlines()[0] if config.data.dataset else NO_ROWS
+
+
+def read_rows(config: Config, settled: Vocabulary) -> tuple[Splits | None, str | None]:
+    """The encoded sets; or None, and why it cannot be read."""
+    if not config.data.dataset:
+        return None, NO_ROWS
+    try:
+        return load_data(changed(config, do_train=True), settled.tokenizer, settled.decoder.vocab_size), None
+    except DataError as error:
+        return None, str(error).splitlines()[0]
+
+
+def updates(config: Config, case: Case, shards: int) -> Batches:
+    """The batches that the data gives, or, if it was not read, full rows in which every token is labelled."""
+    training = config.training
+    if case.splits is None:
+        rows, seq = training.per_device_train_batch_size, config.data.cutoff_len
+        shape = (training.gradient_accumulation_steps, rows * shards, seq)
+        steps = training.max_steps if training.max_steps > 0 else None
+        assumed = f"every token counts, no padding, as the rows were not read: {case.why_no_data}"
+        return Batches((shape,), (rows * seq,), math.prod(shape), np.array([seq]), 1.0, steps, 0.0, assumed)
+    assert case.splits.train is not None
+    encoded = case.splits.train
+    found = plan_updates(config, encoded, shards, case.splits.stream)
+    return Batches(
+        tuple((s.accum, s.batch, s.seq) for s in found.shapes),
+        tuple(found.label_capacity(s) for s in found.shapes),
+        found.mean_tokens(SAMPLED_UPDATES),
+        encoded.lengths,
+        float(encoded.labelled.sum() / encoded.lengths.sum()),
+        found.max_steps,
+        found.padding_share,
+        f"all rows are like the first {len(encoded):,}: streaming" if case.splits.stream else None,
+    )
+
+
+# ---------------------------------------------------------------------- --fit
+
+
+def fastest(config: Config, case: Case) -> tuple[Found | None, dict[str, Any]]:
+    """The fastest setting that fits, of the few that arithmetic says are worth compiling; and what was tried.
+
+    Each compilation says by how much the arithmetic is off, which is put right for the next choice.
+    """
+    platform, kind = case.devices[0].platform, case.devices[0].device_kind
+    mesh = mesh_of(config.training, case.devices)
+    shapes = run_shapes(config, case.decoder, case.source, mesh, platform=platform)
+    batches = updates(config, case, batch_shards(mesh))
+    _, rows = largest(shapes, dict(zip(batches.shapes, batches.capacities)))
+    work = work_of(case.decoder, shapes, batches)
+    ranked = search(
+        config, case.source, shapes, rows, work, platform=platform, device_kind=kind, utilisation=UTILISATION
+    )
+    log.info("%d settings of microbatch, remat and mesh; compiling the fastest of those that should fit", len(ranked))
+    quickest = ranked[0].seconds if ranked else 1.0
+    tried: list[dict[str, Any]] = []
+    best: Found | None = None
+    off: dict[str, float] = {}  # measured temporaries over estimated ones, for each kind of remat
+    while ranked and len(tried) < MOST_COMPILES:
+        scales = [off.get(entry.overrides["remat"], 1.0) for entry in ranked]
+        predicted = [e.guess["arguments"] + scale * e.guess["temporaries"] for e, scale in zip(ranked, scales)]
+        hopeful = [i for i, size in enumerate(predicted) if size <= case.usable]
+        if not hopeful and tried:
+            break
+        chosen = hopeful[0] if hopeful else int(np.argmin(predicted))
+        entry = ranked[chosen]
+        result = plan_case(entry.config, case)
+        tried.append(
+            {
+                "overrides": entry.overrides,
+                "peak_bytes": result["per_device_bytes"]["peak"],
+                "estimated_peak_bytes": entry.guess["peak"],
+                "relative_seconds": entry.seconds / quickest,
+                "fits": result["fits"],
+            }
+        )
+        measured = result["per_device_bytes"]["temporaries"]
+        off[entry.overrides["remat"]] = measured / max(1, entry.guess["temporaries"])
+        if result["fits"]:
+            best, ranked = entry, ranked[:chosen]  # only what is faster is of interest now
+        else:
+            del ranked[chosen]
+    return best, {"tried": tried}

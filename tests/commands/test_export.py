@@ -1,0 +1,137 @@
+"""`jtune export`: what is in the folder, what is told of it, and that half of it never looks like all of it."""
+
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import small
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from jtune.cli.main import main
+from jtune.interop import hf, peft
+from jtune.loading.checkpoint import load_model
+from jtune.models.families import decoder_config
+from jtune.tuning import adapter_mask, lora
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = small.write_model(tmp_path_factory.mktemp("base"), dtype="bfloat16")
+    (folder / "generation_config.json").write_text('{"top_k": 7}')
+    return folder
+
+
+def write_adapter(folder, base, targets, seed):
+    decoder = decoder_config(hf.read_config(base))
+    params, rng = lora.add(hf.load_params(base, decoder), targets, rank=2), np.random.default_rng(seed)
+    draw = lambda x, trains: rng.standard_normal(x.shape, np.float32) if trains else x
+    params = jax.tree.map(draw, params, adapter_mask(params))
+    peft.save_adapter(params, adapter_mask(params), decoder, folder, base=str(base))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    return [write_adapter(folder / "a", base, "q_proj,up_proj", 1), write_adapter(folder / "b", base, "q_proj", 2)]
+
+
+def export(tmp_path, base, adapters=(), **options):
+    asked = {"model_name_or_path": str(base), "finetuning_type": "lora", "export_dir": str(tmp_path / "out")}
+    if adapters:
+        asked["adapter_name_or_path"] = ",".join(map(str, adapters))
+    (tmp_path / "case.yaml").write_text(yaml.safe_dump(asked | options))
+    return main(["export", str(tmp_path / "case.yaml")])
+
+
+def test_a_head_of_its_own_is_read_as_transformers_does_and_written(base, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    own = tmp_path / "own"
+    shutil.copytree(base, own)
+    tensors = load_file(own / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][::-1].copy()
+    save_file(tensors, own / "model.safetensors", {"format": "pt"})
+    ids = np.arange(8)[None]
+    ask = lambda folder: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
+        torch.tensor(ids)
+    )
+    model, params = load_model(str(own))
+    expected = model.apply({"params": params}, ids)
+    np.testing.assert_allclose(expected, ask(own).logits.detach(), atol=1e-4)
+    assert export(tmp_path, own, infer_dtype="float32") == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    np.testing.assert_allclose(expected, ask(tmp_path / "out").logits.detach(), atol=1e-4)
+
+
+def told(capsys):
+    said = "".join(capsys.readouterr())
+    found = re.search(r"largest difference of a logit, .*: (\S+); largest logit (\S+)", said)
+    assert found, said
+    return float(found[1]), float(found[2])
+
+
+def test_two_adapters_are_merged_and_the_difference_is_told(base, adapters, tmp_path, capsys):
+    assert export(tmp_path, base, adapters) == 0
+    difference, largest = told(capsys)
+    decoder = decoder_config(hf.read_config(base))
+    params = hf.load_params(base, decoder)
+    for adapter in adapters:
+        params, _ = peft.load_adapter(params, decoder, str(adapter))
+    model, merged = load_model(str(tmp_path / "out"))
+    ids = np.linspace(0, decoder.vocab_size - 1, 32).astype(np.int32)[None]
+    before, after = (np.asarray(model.apply({"params": p}, ids)) for p in (params, merged))
+    assert largest == pytest.approx(abs(before).max(), rel=1e-2)
+    assert difference == pytest.approx(abs(after - before).max(), rel=1e-2)
+    assert 0 < difference < 0.1 * largest  # of rounding to bfloat16; without the second adapter it is more
+    one, _ = peft.load_adapter(hf.load_params(base, decoder), decoder, str(adapters[0]))
+    assert abs(np.asarray(model.apply({"params": one}, ids)) - before).max() > 10 * difference
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names
+    assert {x.dtype.name for x in load_file(tmp_path / "out" / "model.safetensors").values()} == {"bfloat16"}
+
+
+def test_in_float32_nothing_is_lost(base, adapters, tmp_path, capsys):
+    assert export(tmp_path, base, adapters, infer_dtype="float32") == 0
+    difference, largest = told(capsys)
+    assert difference < 1e-4 * largest
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_without_adapters_the_base_is_written_as_it_is(base, tmp_path, capsys):
+    assert export(tmp_path, base) == 0
+    assert told(capsys)[0] == 0
+    theirs, ours = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    jax.tree.map(np.testing.assert_array_equal, theirs, ours)
+
+
+def test_an_export_that_is_cut_short_leaves_what_was_there(base, adapters, tmp_path, monkeypatch):
+    in_file, calls = hf._in_file, []
+
+    def cut(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return in_file(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(hf, "_in_file", cut)
+        assert export(tmp_path, base, adapters) == 130
+    assert list((tmp_path / "out").iterdir()) == []
+    assert export(tmp_path, base) == 0
+    calls.clear()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with monkeypatch.context() as patched:
+        patched.setattr(hf, "_in_file", cut)
+        assert export(tmp_path, base, adapters) == 130
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_the_tokenizer_keeps_its_chat_template(tmp_path):
+    base = small.write_model(tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert export(tmp_path, base) == 0
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages[0]['content'] }}"
