@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from jtune.config.stages import RULES
+
 
 class Range(NamedTuple):
     """A condition on a value that is not null, and how an error message says it."""
@@ -148,7 +150,7 @@ class DataArguments:
 class FinetuningArguments:
     """What is trained, and towards what."""
 
-    stage: Literal["pt", "sft", "rm", "ppo", "dpo", "kto"] = arg("sft", "pt: plain text; sft: prompts and answers")
+    stage: Literal[tuple(RULES)] = arg("sft", "pt: plain text; sft: prompts and answers")  # type: ignore[valid-type]
     finetuning_type: Literal["lora", "freeze", "full", "oft"] = arg("lora", "what trains: adapters, some layers, all")
     pure_bf16: bool = arg(False, "trainable parameters in bfloat16 too, rounded at random so that they do not stall")
     freeze_trainable_layers: int = arg(2, "freeze: how many layers train, the last ones; negative: the first ones")

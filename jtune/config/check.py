@@ -10,6 +10,7 @@ from jtune.config.arguments import FIELDS
 from jtune.config.foreign import FOREIGN, TRAINING, is_inert, verdict
 from jtune.config.kinds import Mismatch, coerce, describe_kind
 from jtune.config.parse import Fault, Given, Origin
+from jtune.config.stages import RULES, rules_of
 
 Rule = tuple[tuple[str, ...], str]  # names involved, the first being the one to point at; what is wrong
 
@@ -152,8 +153,8 @@ def rules(given: Mapping[str, Any], command: str) -> Iterator[Rule]:
             yield from _streaming(v, command)
     if command == "train":
         yield from _evaluation(v)
-    if command in ("chat", "eval") and v.stage == "rm":
-        yield ("stage",), f"stage: rm: a reward model gives scores, not text: {command} is not for it"
+    if command in ("chat", "eval") and rules_of(v.stage).scores:
+        yield ("stage",), f"stage: {v.stage}: a reward model gives scores, not text: {command} is not for it"
     if command == "chat" or (command == "train" and v.predict_with_generate):
         yield from _generating(v)
 
@@ -207,8 +208,9 @@ def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
     if adds_rows and v.finetuning_type == "lora" and "lm_head" in v.lora_target and not v.additional_target:
         message = "lora_target: lm_head gets new rows (resize_vocab), which train whole: leave it out"
         yield ("lora_target", "resize_vocab"), f"{message}, or say in additional_target what trains whole"
-    if command in TRAINING and command != "data" and v.stage not in ("pt", "sft"):
-        message = f"stage: {v.stage}: preference training is not built yet; jtune trains stages pt and sft"
+    if command in TRAINING and command != "data" and not rules_of(v.stage).trains:
+        trained = " and ".join(name for name, rules in RULES.items() if rules.trains)
+        message = f"stage: {v.stage}: preference training is not built yet; jtune trains stages {trained}"
         yield ("stage",), message
 
 
@@ -252,16 +254,17 @@ def _generating(v: SimpleNamespace) -> Iterator[Rule]:
 def _data(v: SimpleNamespace) -> Iterator[Rule]:
     if v.train_on_prompt and v.mask_history:
         yield ("mask_history", "train_on_prompt"), "mask_history and train_on_prompt contradict each other: choose one"
-    if v.stage == "pt":
+    stage = rules_of(v.stage)
+    if not stage.has_prompts:
         for name in ("train_on_prompt", "mask_history"):
             if getattr(v, name):
-                yield (name, "stage"), f"{name} is only for stage sft: in stage pt there are no prompts"
+                yield (name, "stage"), f"{name} is only for stage sft: stage {stage.name} has no prompts"
         if v.overlong != "truncate" and (v.packing is None or v.packing):
             message = (
                 f"overlong: {v.overlong} is not for packed text, which is cut every cutoff_len: set packing: false"
             )
             yield ("overlong", "packing"), message
-    if v.overlong == "split" and v.stage in ("rm", "dpo", "kto"):
+    if v.overlong == "split" and stage.has_preferences:
         yield ("overlong", "stage"), f"overlong: split is not for stage {v.stage}: choose truncate, drop or error"
     if v.val_size and v.eval_dataset:
         message = "val_size holds rows out of dataset, but eval_dataset is given too: choose one"
@@ -306,14 +309,14 @@ def _losses(v: SimpleNamespace) -> Iterator[Rule]:
     if len(chosen) > 1:
         yield tuple(chosen), f"{' and '.join(chosen)}: each is a loss of its own: choose one"
     for name in chosen:
-        if name in losses and v.stage != "sft":
+        if name in losses and not rules_of(v.stage).token_losses:
             message = f"{name} is only for stage sft, not {v.stage}: leave it out (LLaMA-Factory, too, trains without)"
             yield (name, "stage"), message
     if v.use_asft_loss and v.pissa_init and v.finetuning_type == "lora":
         message = "use_asft_loss: with pissa_init, the model of the start would be put together anew in each update: "
         yield ("use_asft_loss", "pissa_init"), message + "leave pissa_init out"
     for name in ("label_smoothing_factor", "neftune_noise_alpha"):
-        if getattr(v, name) and v.stage not in ("pt", "sft"):
+        if getattr(v, name) and not rules_of(v.stage).learns_tokens:
             yield (name, "stage"), f"{name} is only for stages pt and sft, not {v.stage}: leave it out"
 
 
@@ -354,9 +357,9 @@ def _evaluation(v: SimpleNamespace) -> Iterator[Rule]:
     if v.eval_samples and not (v.do_eval or scheduled or v.eval_on_start):
         yield ("eval_samples", "eval_strategy"), "eval_samples are shown at evaluations: set eval_strategy: steps"
     for wanted in ("do_predict", "predict_with_generate"):
-        if getattr(v, wanted) and v.stage != "sft":
+        if getattr(v, wanted) and not rules_of(v.stage).answers:
             yield (wanted, "stage"), f"{wanted} is only for stage sft, not {v.stage}: do_eval gives the loss"
-    if v.do_predict and not v.predict_with_generate and v.stage == "sft":
+    if v.do_predict and not v.predict_with_generate and rules_of(v.stage).answers:
         message = "do_predict writes answers: set predict_with_generate: true (do_eval gives the loss)"
         yield ("do_predict", "predict_with_generate"), message
     if v.load_best_model_at_end and v.save_only_model:

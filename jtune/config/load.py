@@ -16,6 +16,7 @@ from jtune.config.arguments import (
 )
 from jtune.config.check import check
 from jtune.config.parse import Fault, parse
+from jtune.config.stages import rules_of
 from jtune.errors import ConfigError
 
 
@@ -85,7 +86,7 @@ def load_config(argv: Sequence[str], command: str = "train") -> Config:
 def _filled_in(values: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults that depend on an argument of another section (those within one: `__post_init__`)."""
     values = dict(values)
-    if values.get("packing") is None and values.get("stage") != "pt":
+    if values.get("packing") is None and rules_of(values.get("stage", "sft")).has_prompts:
         values["packing"] = (
             False  # stage pt packs by default, and a token more than when asked to, as LLaMA-Factory does
         )
