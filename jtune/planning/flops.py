@@ -16,17 +16,20 @@ itself (2), if it trains. These are the rules of arXiv:2001.08361 (appendix B) a
 (arXiv:2204.02311, appendix B), but for causal attention, of which only the half that is not masked counts.
 """
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jtune.models import DecoderConfig
 from jtune.models.config import Layer
 from jtune.models.decoder import numbered, stacks
 from jtune.models.delta import delta_config
+from jtune.planning.chips import peak_flops
 from jtune.tuning import adapter_mask, is_node, lora, partition
 from jtune.tuning.lora import LoRA
 
@@ -164,3 +167,19 @@ def _kernels(tree: Any, mask: Any, names: tuple[str, ...] = ()) -> Iterator[tupl
 
 def _any(mask: Any) -> bool:
     return any(jax.tree.leaves(mask))
+
+
+log = logging.getLogger("jtune")
+
+
+def make_rates(flops_per_token: float, mesh: Mesh) -> Callable[[float], dict[str, float]]:
+    """From tokens a second to what is logged of them: model FLOPs a second, and their share of the peak (MFU) of chips
+    whose peak is known. The formula: `jtune.planning.flops`.
+    """
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+
+    def rates(speed: float) -> dict[str, float]:
+        found = {"tokens_per_second": speed, "tflops_per_device": speed * flops_per_token / mesh.size / 1e12}
+        return found | ({"mfu": speed * flops_per_token / (peak * mesh.size)} if peak else {})
+
+    return rates

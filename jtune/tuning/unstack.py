@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jtune import tuning
-from jtune.losses.objective import WithReference
+from jtune.losses.reference import WithReference
 from jtune.models import CausalLM
 from jtune.models.decoder import is_apart
 
