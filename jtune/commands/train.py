@@ -44,14 +44,13 @@ from jtune.train.identity import Run, arguments_of, identity_of
 from jtune.train.loop import Hooks, Progress, run_loop
 from jtune.train.output import ModelFiles, Output, check_writable
 from jtune.train.plot import plot_losses
-from jtune.train.program import Program, compile_steps, make_program
+from jtune.train.program import Program, compile_steps, make_program, unstacked
 from jtune.train.resume import start_or_resume
 from jtune.train.schedule import check_schedule, make_schedule, warmup_updates
 from jtune.train.start import check_start, mark_finished
 from jtune.train.state import TrainState
 from jtune.train.timing import Timing, describe_timing, goodput
 from jtune.tuning.show import show
-from jtune.tuning.unstack import unstack_layers
 
 log = logging.getLogger("jtune")
 
@@ -97,7 +96,7 @@ def train(config: Config) -> dict[str, Any]:
     run = Run(json.loads(json.dumps(identity)), arguments)
     state, progress = start_or_resume(training, run, program, trainable, plan, rows.splits.stream, timing)
     del trainable, frozen, model  # nothing else may keep the first parameters alive
-    program = program._replace(constants=unstack_layers(program.constants, program.module))
+    program = unstacked(program)
     update = compile_steps(program, plan, timing)
 
     # ------------------------------------------------------------------ train

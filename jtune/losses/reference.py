@@ -60,3 +60,8 @@ def step_constants(objective: Objective, trainable: Any, frozen: Any, dtype: jnp
 def frozen_of(constants: Any) -> Any:
     """The frozen parameters among what a step takes and does not change."""
     return constants.frozen if isinstance(constants, WithReference) else constants
+
+
+def with_frozen(constants: Any, frozen: Any) -> Any:
+    """The constants of a step with other frozen parameters."""
+    return constants._replace(frozen=frozen) if isinstance(constants, WithReference) else frozen

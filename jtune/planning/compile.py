@@ -18,8 +18,7 @@ from jtune.distributed import processes
 from jtune.planning.shapes import batch_shapes, bytes_by_kind
 from jtune.train import program as train_program
 from jtune.train.optimizer import optimizer_settings
-from jtune.train.program import Program
-from jtune.tuning.unstack import unstack_layers
+from jtune.train.program import Program, unstacked
 
 log = logging.getLogger("jtune")
 
@@ -35,7 +34,7 @@ def measure(
     assert isinstance(program.mesh, Mesh)
     settings = (program.max_grad_norm, *optimizer_settings(config.training, config.finetuning))
     loss = (program.objective.name, program.objective.noise_alpha)
-    program = program._replace(constants=unstack_layers(program.constants, program.module))
+    program = unstacked(program)
     step = (program.module, settings, loss, _described(program.state), _described(program.constants))
     key = fingerprint(step, jax.tree.structure(program.params), dict(program.mesh.shape), shape, capacity, target)
     path = plans_folder(config) / f"{key}.json"

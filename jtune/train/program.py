@@ -16,7 +16,7 @@ from jtune.data import Plan
 from jtune.loading.model import Model, abstract_like
 from jtune.losses.batch import make_loss_sum
 from jtune.losses.objective import Objective, step_key
-from jtune.losses.reference import step_constants
+from jtune.losses.reference import frozen_of, step_constants, with_frozen
 from jtune.models import CausalLM
 from jtune.sharding import arrays, batch_shards, replicated
 from jtune.sharding.compiler import compiler_options
@@ -24,6 +24,7 @@ from jtune.train.optimizer import optimizer_of
 from jtune.train.state import TrainState, abstract_state, shardings_of
 from jtune.train.step import Metrics, make_train_step
 from jtune.train.timing import Timing
+from jtune.tuning.unstack import unstack_layers
 
 log = logging.getLogger("jtune")
 
@@ -75,11 +76,17 @@ def make_program(config: Config, model: Model, mesh: Mesh | AbstractMesh, object
     )
 
 
+def unstacked(program: Program) -> Program:
+    """The program with its frozen parameters as its layers take them (`jtune.tuning.unstack`); stacks are deleted."""
+    frozen = unstack_layers(frozen_of(program.constants), program.module)
+    return program._replace(constants=with_frozen(program.constants, frozen))
+
+
 def lower_step(program: Program, batch: Mapping[str, jax.ShapeDtypeStruct], label_capacity: int) -> Any:
     """The train step, lowered for the shapes of a batch.
 
     Args:
-      program: its constants as `jax.ShapeDtypeStruct`s, unstacked (`jtune.tuning.unstack`).
+      program: its constants as `jax.ShapeDtypeStruct`s (`unstacked`).
       label_capacity: see `jtune.losses.batch.make_loss_sum`.
     """
     mesh = program.mesh

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: a ledger of seconds, kept over interruptions, and the rates that follow from it."""
+"""Where the time of a run goes: seconds by kind, kept over interruptions, and the rates that follow from it."""
 
 import json
 import time
