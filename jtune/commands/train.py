@@ -38,13 +38,15 @@ from jtune.stages import stage_of
 from jtune.train import callbacks, preflight, results
 from jtune.train.batch import place_batch
 from jtune.train.cadence import best_metric, make_cadence
-from jtune.train.checkpoint import Checkpointer, check_folder, restore, writing_model
+from jtune.train.checkpoint import Checkpointer, writing_model
+from jtune.train.checkpoint_folder import check_folder
 from jtune.train.files import full_disk_explained
 from jtune.train.identity import Run, arguments_of, identity_of
 from jtune.train.loop import Hooks, Progress, run_loop
 from jtune.train.output import ModelFiles, Output, check_writable
 from jtune.train.plot import plot_losses
 from jtune.train.program import Program, compile_steps, make_program, unstacked
+from jtune.train.restore import restore
 from jtune.train.resume import start_or_resume
 from jtune.train.schedule import check_schedule, make_schedule, warmup_updates
 from jtune.train.start import check_start, mark_finished

@@ -1,4 +1,4 @@
-"""The memory of the train step, as the compiler has it: compiled ahead of time, for shapes, and kept on disk."""
+"""The memory of the train step by the compiler: compiled ahead of time, for shapes; the result is kept on disk."""
 
 import hashlib
 import json
@@ -26,10 +26,10 @@ log = logging.getLogger("jtune")
 def measure(
     config: Config, program: Program, shape: tuple[int, int, int], capacity: int, target: str
 ) -> dict[str, Any]:
-    """Compile the step for a shape of batch; what one device holds while it runs, in bytes.
+    """Compile the step for a shape of batch, and return the bytes that one device holds while it runs.
 
-    Kept on disk: the same step for the same devices is not compiled again. Several processes compile together, and what
-    one of them has kept the others may not have.
+    The result is kept on disk: the same step for the same devices is not compiled again. Several processes always
+    compile, since one may have a result on its disk that the others lack.
     """
     assert isinstance(program.mesh, Mesh)
     settings = (program.max_grad_norm, *optimizer_settings(config.training, config.finetuning))
@@ -83,7 +83,7 @@ def _sizes(stats: Any) -> dict[str, Any]:
 
 
 def refused(message: str, arguments: int) -> dict[str, Any]:
-    """What is known of a program that the compiler gave up on, as it needs more memory than the device has.
+    """The sizes of a program that the compiler refused because it needs more memory than the device has.
 
     >>> refused("Ran out of memory in memory space hbm. Used 29.50G of 15.75G hbm.", 2**30)["peak"] / 2**30
     29.5
@@ -102,7 +102,7 @@ def refused(message: str, arguments: int) -> dict[str, Any]:
 
 
 def _described(tree: Any) -> list[Any]:
-    """Everything about a tree of shapes that a compiled program depends on."""
+    """All properties of a tree of shapes that a compiled program depends on."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path), x.shape, x.dtype.name, str(x.sharding.spec)) for path, x in leaves]
 

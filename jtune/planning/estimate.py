@@ -16,15 +16,15 @@ from jtune.sharding.rules import ZERO_AXES
 from jtune.train.program import Program
 from jtune.tuning.quantize import Quantized
 
-# An estimate is not called fitting unless it leaves this share of the memory unused.
+# The share of memory that a setting may take by estimate to count as fitting.
 MARGIN = 0.95
-# Temporaries of programs are taken to be at most so many times the estimated ones (for 8B on GPUs they were 0.78 to
-# 1.15 times as large; of tiny models they are more).
+# The most that a program's temporaries exceed their estimate by (8B on GPUs: 0.78 to 1.15 times the estimate; tiny
+# models exceed it by more).
 MOST_OFF = 1.5
 
 
 class Rows(NamedTuple):
-    """The rows of an update as one device's share of the batch sees them."""
+    """The rows of an update in one shard of the batch."""
 
     accum: int
     per_shard: int  # rows of a microbatch on a shard of the batch
@@ -36,7 +36,7 @@ class Rows(NamedTuple):
 
 
 def batch_of(rows: Rows, program: Program) -> Mapping[str, Any]:
-    """The batch of an update, as program."""
+    """The batch of an update, as shapes."""
     shards = math.prod(program.mesh.shape[axis] for axis in BATCH_AXES)
     return batch_shapes((rows.accum, rows.per_shard * shards, rows.seq), program.mesh)
 
@@ -51,7 +51,7 @@ def saved_activations(
     attention: str = "splash",
     split: int = 1,
 ) -> int:
-    """Bytes kept of the forward pass for the backward pass, of `tokens` in rows of `seq` on one device.
+    """Bytes that the forward pass keeps for the backward pass, for `tokens` in rows of `seq` on one device.
 
     Args:
       attention: the backend (`jtune.models.attention.choose.choose`).
@@ -94,7 +94,7 @@ def rule_floats(rule: Delta) -> int:
 
 
 def estimate(program: Program, rows: Rows) -> dict[str, int]:
-    """Bytes of one device: `arguments`, `temporaries`, `peak`, and the `floor` that no compiler can go below."""
+    """Bytes of one device: `arguments`, `temporaries`, `peak`, and `floor`, the lower bound: state and layer inputs."""
     decoder, module, mesh = program.module.config, program.module, program.mesh
     split, size = mesh.shape["tensor"], module.dtype.itemsize
     kept = sum(bytes_by_kind(program, batch_of(rows, program)).values())
@@ -133,12 +133,12 @@ def estimate(program: Program, rows: Rows) -> dict[str, int]:
 
 
 def travelling(params: Any, itemsize: int) -> int:
-    """Bytes of parameters that are gathered: in the compute dtype, or as they are kept where that is smaller."""
+    """Bytes of parameters in an all-gather: in the compute dtype, or in the stored dtype where that is smaller."""
     return sum(x.size * min(x.dtype.itemsize, itemsize) for x in jax.tree.leaves(params))
 
 
 def largest(program: Program, capacities: Mapping[tuple[int, int, int], int]) -> tuple[tuple[int, int, int], Rows]:
-    """The shape of batch that needs most memory, and what of it a device sees.
+    """The shape of batch that needs most memory, and its rows in one shard.
 
     Args:
       capacities: `[accum, batch, seq]` of each shape of batch -> labelled positions of a shard of the batch, at most.

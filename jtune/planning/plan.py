@@ -1,7 +1,7 @@
-"""`jtune plan`: what a run will take, before it takes it, on these devices or on others.
+"""`jtune plan`: the memory and time of a run, before it runs, on the devices of this machine or on others.
 
-The step that `jtune train` runs is compiled ahead of time, for shapes: no weights are read, no arrays are made. What
-the compiler says of its memory is put beside what follows from arithmetic; time follows from FLOPs.
+jtune compiles the step that `jtune train` runs ahead of time, for shapes: it reads no weights and makes no arrays. The
+compiler gives the memory, arithmetic gives its parts, FLOPs give the time.
 """
 
 import logging
@@ -36,14 +36,14 @@ from jtune.train.program import Program
 
 log = logging.getLogger("jtune")
 
-UTILISATION = 0.4  # of the peak, by model FLOPs: what good training programs reach on most chips
+UTILISATION = 0.4  # share of the peak, by model FLOPs, that good training programs reach on most chips
 MOST_COMPILES = 4  # of a search
 NO_ROWS = "there is no dataset"
 SAMPLED_UPDATES = 64  # whose tokens are counted
 
 
 class Batches(NamedTuple):
-    """What the updates of a run hold."""
+    """The batches of a run."""
 
     shapes: tuple[tuple[int, int, int], ...]  # [accum, batch, seq] that the step is compiled for
     capacities: tuple[int, ...]  # labelled targets of a shard, of each shape
@@ -52,11 +52,11 @@ class Batches(NamedTuple):
     label_share: float
     steps: int | None  # None: not known
     padding_share: float
-    assumed: str | None  # why this is not what the data says
+    assumed: str | None  # why these figures are not those of the data
 
 
 class Case(NamedTuple):
-    """What does not change while settings are tried."""
+    """The constants of a search over settings."""
 
     source: Source
     splits: Splits | None
@@ -70,12 +70,12 @@ class Case(NamedTuple):
 def plan(
     config: Config, *, topology: str | None = None, fit: bool = False, memory: int | None = None
 ) -> dict[str, Any]:
-    """What the run of `config` takes on `topology`, or on the devices that are here.
+    """The memory and time of the run of `config` on `topology`, or on the devices of this machine.
 
     Args:
-      topology: as `v5p:4x4x4` or `h100:8`; call `compile_here_for` before anything else of jax.
+      topology: such as `v5p:4x4x4` or `h100:8`; call `compile_here_for` before anything else of jax.
       fit: search microbatch, remat and mesh for the fastest setting that fits.
-      memory: bytes of a device, in place of what its kind has.
+      memory: bytes of a device; default: those of its kind.
 
     Returns:
       What `jtune plan --json` prints.
@@ -169,7 +169,7 @@ def plan_case(config: Config, case: Case) -> dict[str, Any]:
 
 
 def model_bytes(config: Config, source: Source, program: Program) -> int:
-    """Of the files that a checkpoint holds for others: the adapter, or the model as it was stored."""
+    """Bytes of the model's files in a checkpoint: the adapter, or the model in its stored dtype."""
     if config.finetuning.finetuning_type == "lora":
         return global_bytes(program.state.trainable)
     return tuning.count(program.params) * source.stored_dtype.itemsize
@@ -243,9 +243,9 @@ def updates(config: Config, case: Case, shards: int) -> Batches:
 
 
 def fastest(config: Config, case: Case) -> tuple[Found | None, dict[str, Any]]:
-    """The fastest setting that fits, of the few that arithmetic says are worth compiling; and what was tried.
+    """The fastest setting that fits, of the few that arithmetic ranks highest; and the settings tried.
 
-    Each compilation says by how much the arithmetic is off, which is put right for the next choice.
+    Each compilation shows by how much the arithmetic is off, and corrects it for the next choice.
     """
     platform, kind = case.devices[0].platform, case.devices[0].device_kind
     mesh = mesh_of(config.training, case.devices)
@@ -282,7 +282,7 @@ def fastest(config: Config, case: Case) -> tuple[Found | None, dict[str, Any]]:
         measured = result["per_device_bytes"]["temporaries"]
         off[entry.overrides["remat"]] = measured / max(1, entry.guess["temporaries"])
         if result["fits"]:
-            best, ranked = entry, ranked[:chosen]  # only what is faster is of interest now
+            best, ranked = entry, ranked[:chosen]  # only faster settings are tried from now on
         else:
             del ranked[chosen]
     return best, {"tried": tried}

@@ -16,10 +16,10 @@ log = logging.getLogger("jtune")
 
 
 def sound_remat(program: Program, rows: Rows, usable: int, compiled: Callable[[str], float]) -> str:
-    """The remat policy that computes least again, of those that fit: what `remat: auto` is.
+    """`remat: auto`: the policy that recomputes least, of those that fit.
 
-    Where room is plenty the estimate says so. Where it is not, the compiler is asked, as a run that ends for want of
-    memory costs more than the layers that it computes again.
+    The estimate decides where memory is plentiful. Where it is not, the compiler does: a run that ends out of memory
+    costs more than recomputed layers.
 
     Args:
       usable: bytes of a device that programs get.
@@ -39,7 +39,7 @@ def sound_remat(program: Program, rows: Rows, usable: int, compiled: Callable[[s
 def fitting_remat(
     config: Config, program: Program, capacities: Mapping[tuple[int, int, int], int], target: str, usable: int
 ) -> str:
-    """What the backward pass computes again: what `config` says, or else as little as memory allows.
+    """The remat policy of a run: the one that `config` names, else as little recomputation as memory allows.
 
     Args:
       capacities: see `jtune.planning.estimate.largest`.

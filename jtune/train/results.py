@@ -1,4 +1,4 @@
-"""The files of a finished run, with Trainer's names: results as JSON, answers, and what is said of them."""
+"""The files of results, with the names that transformers' Trainer gives them."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ log = logging.getLogger("jtune")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all. Of several processes the first writes. Numbers that are not finite are null."""
+    """Write a file whole or not at all, on the first of several processes. Numbers that are not finite become null."""
     if not processes.is_first():
         return
     write_text(path, json.dumps(_for_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -51,13 +51,13 @@ def read_results(output_dir: Path) -> dict[str, Any]:
 
 
 def finish_evaluation(metrics: dict[str, float], output_dir: Path) -> None:
-    """Write `eval_results.json` and say what was measured."""
+    """Write and log the metrics of an evaluation (`eval_results.json`)."""
     save_results(output_dir, "eval", metrics)
     log.info("evaluation: %s", "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
 
 
 def finish_prediction(lines: list[dict[str, str]], metrics: dict[str, float], output_dir: Path) -> None:
-    """Write `generated_predictions.jsonl` and `predict_results.json`, and say what was measured."""
+    """Write answers (`generated_predictions.jsonl`) and their metrics (`predict_results.json`); log the metrics."""
     path = output_dir / "generated_predictions.jsonl"
     if processes.is_first():
         partial = path.with_name(path.name + ".partial")
@@ -81,7 +81,7 @@ def train_summary(
     """The figures of `train_results.json`, with Trainer's names. `total_flos` is 6 x parameters x tokens.
 
     The loss is the mean over all updates that were not skipped, None if there are none. Time and rates are those of
-    this start: of a resumed run, of what was done since.
+    this start: a resumed run counts from its resumption.
 
     Args:
       began: updates and tokens that were done when `seconds` began.
@@ -101,7 +101,7 @@ def train_summary(
 
 
 def describe_plan(plan: Plan) -> None:
-    """Say what the run will do, before it does it."""
+    """Log the updates that the run will make."""
     log.info(
         "%s; batches [accum, batch, seq] %s, %.1f%% padding",
         plan.describe(),
@@ -113,7 +113,7 @@ def describe_plan(plan: Plan) -> None:
 def set_aside_damaged(path: Path) -> None:
     aside = path.with_name(path.name + ".damaged")
     path.replace(aside)
-    log.warning("%s is damaged; it is now %s, and a new one has what of it can be read", path, aside.name)
+    log.warning("%s is damaged: renamed to %s; a new file holds the lines that could be read", path, aside.name)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -123,4 +123,4 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say which file
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the error of a full disk names no file

@@ -9,10 +9,10 @@ import jax
 
 from jtune.config import TrainingArguments
 from jtune.data import Plan, Stream, StreamPlan
-from jtune.train.checkpoint import check_stream, restore_checked, restore_newest
 from jtune.train.identity import Run
 from jtune.train.loop import Progress
 from jtune.train.program import Program
+from jtune.train.restore import check_stream, restore_checked, restore_newest
 from jtune.train.start import begin, check_same_run, saved_run, start_point, take_up
 from jtune.train.state import TrainState, init_state, shardings_of
 from jtune.train.timing import Timing, lost

@@ -17,8 +17,10 @@ from jtune.errors import CheckpointError
 from jtune.train import events, files, results, resume_json
 from jtune.train.callbacks import logs, terminal
 from jtune.train.callbacks.logs import log_file
-from jtune.train.checkpoint import Checkpointer, Damaged, find_checkpoints, read_meta, restore, restore_newest
+from jtune.train.checkpoint import Checkpointer
+from jtune.train.checkpoint_folder import Damaged, find_checkpoints, read_meta
 from jtune.train.loop import Progress
+from jtune.train.restore import restore, restore_newest
 from jtune.train.results import read_results
 from jtune.train.timing import lost
 
@@ -123,7 +125,7 @@ def test_a_save_that_fails_is_never_published_and_deletes_nothing(fail, tmp_path
             write_to_the_end(saver, 8)
         saver.close()  # as a run does on its way out
     assert str(error.value).startswith(f"writing {tmp_path}/checkpoint-8 failed: ")
-    assert "MiB are free there)\nIt is not kept. What was saved before is untouched (checkpoint-4)" in str(error.value)
+    assert "MiB are free there)\nIt is not kept. Earlier checkpoints are untouched (checkpoint-4)" in str(error.value)
     assert names(tmp_path) == ["checkpoint-4"]
     assert newest(tmp_path) == "checkpoint-4"
 
@@ -136,7 +138,7 @@ def test_polling_drops_a_save_that_failed_in_the_background(tmp_path, monkeypatc
         for thread in threading.enumerate():
             if thread.name == "async_save":
                 thread.join()
-        with pytest.raises(CheckpointError, match=r"No space left on device .*\nIt is not kept\. No checkpoint"):
+        with pytest.raises(CheckpointError, match=r"No space left on device .*\nIt is not kept\. There is no earlier"):
             saver.poll()
     saver.poll()
     saver.close()

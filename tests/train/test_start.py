@@ -19,7 +19,7 @@ from jtune.config.arguments import FIELDS
 from jtune.errors import CheckpointError, ConfigError
 from jtune.secrets import redact, remember, words_to_show
 from jtune.train import results, resume_json
-from jtune.train.checkpoint import is_ours
+from jtune.train.checkpoint_folder import is_ours
 from jtune.train.identity import GROUPS, KINDS, Run, arguments_of, describe_course, differences, model_of
 from jtune.train.loop import Progress
 from jtune.train.start import begin, check_start, mark_finished, start_point
