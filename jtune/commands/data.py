@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
+from jtune.config.stages import rules_of
 from jtune.data.batching.updates import plan_updates
 from jtune.data.encode.encoded import IGNORED, Encoded
 from jtune.data.pipeline import Splits, load_datasets
@@ -130,10 +131,10 @@ def encode_sets(
     data, model = config.data, config.model
     tokenizer = load_tokenizer(model.model_name_or_path, split_special_tokens=model.split_special_tokens, **model.hub)
     add_model_tokens(tokenizer, model)
-    template = template_of(data, tokenizer, for_chat=config.finetuning.stage != "pt")
+    template = template_of(data, tokenizer, for_chat=rules_of(config.finetuning.stage).has_prompts)
     return template, load_datasets(
         data,
-        config.finetuning.stage,
+        rules_of(config.finetuning.stage),
         config.training.seed,
         template.tokenizer,
         template,
@@ -183,7 +184,7 @@ def statistics(config: Any, encoded: Encoded, stream: Stream | None = None) -> s
         f"{np.median(lengths):.0f}, longest {lengths.max()}",
         *histogram(lengths),
     ]
-    if config.finetuning.stage not in ("sft", "pt"):
+    if not rules_of(config.finetuning.stage).learns_tokens:
         return "\n".join(lines)
     plan = plan_updates(config, encoded, 1, stream)
     shapes = ", ".join("x".join(map(str, shape)) for shape in plan.shapes)

@@ -17,6 +17,7 @@ class StageRules:
 
     name: str
     rows: RowKind
+    encodes: bool = True  # False: reading its rows is not built yet
     trains: bool = True  # False: its rows can be read and shown, but training is not built yet
     scores: bool = False  # the model gives a score, not text
     token_losses: bool = False  # dft_alpha and its kin change the loss of a token
@@ -46,7 +47,7 @@ RULES = {
         StageRules("rm", "pair", trains=False, scores=True),
         StageRules("dpo", "pair", trains=False),
         StageRules("kto", "feedback", trains=False),
-        StageRules("ppo", "conversation", trains=False),
+        StageRules("ppo", "conversation", encodes=False, trains=False),
     )
 }
 

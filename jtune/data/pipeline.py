@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 from datasets import config as datasets_config
 
+from jtune.config.stages import RULES, StageRules
 from jtune.data.cache.shards import ALONE, Team, TeamOf, alone
 from jtune.data.encode import saved
 from jtune.data.encode.encoded import Encoded
@@ -30,9 +31,6 @@ from jtune.data.templates.template import Template
 from jtune.errors import ConfigError, DataError
 
 log = logging.getLogger("jtune")
-
-STAGES = ("sft", "pt", "rm", "dpo", "kto")
-
 
 Sets = dict[str, tuple[Encoded, SetReport]]  # "train", "eval", "eval_<name>"
 
@@ -52,7 +50,7 @@ class Splits:
 
 def load_datasets(
     data_args: Any,
-    stage: str,
+    stage: StageRules,
     seed: int,
     tokenizer: Any,
     template: Template,
@@ -69,7 +67,7 @@ def load_datasets(
 
     Args:
       data_args: with LLaMA-Factory's names (jtune.config.DataArguments).
-      stage: "sft", "pt", "rm" or "dpo" (pairs of answers), "kto" (answers that are good or not).
+      stage: which kind of rows to read, and how they are encoded.
       seed: of the draws of num_samples, of interleaving and of val_size.
       train, evaluate: which sets to encode. Which rows are held out does not depend on it.
       predict: evaluation sets are to be answered: of each row the last answer is labelled, and nothing else.
@@ -81,15 +79,17 @@ def load_datasets(
     Raises:
       DataError: a set is missing or damaged, or more is left out of it than `max_dropped` allows.
     """
-    if stage not in STAGES:
-        raise ConfigError(f"stage {stage!r}: jtune encodes {', '.join(STAGES)}")
+    if not stage.encodes:
+        raise ConfigError(
+            f"stage {stage.name!r}: jtune encodes {', '.join(name for name in RULES if RULES[name].encodes)}"
+        )
     if template.tokenizer is not tokenizer:
         raise ValueError("the template was made for another tokenizer")
     folder = Path(data_args.tokenized_path) if data_args.tokenized_path else None
     team = team_of(Path(cache_dir or datasets_config.HF_DATASETS_CACHE))
     keepers = team_of(folder) if folder else team
-    eval_stage = "predict" if predict else stage
-    evaluated = eval_stage if evaluate else None
+    eval_stage = replace(stage, rows="prompt") if predict else stage
+    evaluated = ("predict" if predict else stage.name) if evaluate else None
     settings = saved.settings_of(data_args, stage, seed, template, evaluated=evaluated) if folder else {}
     stream = None
 
@@ -155,7 +155,7 @@ def _tell(report: SetReport) -> None:
 
 
 def _aligned_sets(
-    data_args: Any, stage: str, seed: int, train: bool, evaluate: bool, *, predict: bool, **load: Any
+    data_args: Any, stage: StageRules, seed: int, train: bool, evaluate: bool, *, predict: bool, **load: Any
 ) -> dict[str, tuple[datasets.Dataset, list[Entry]]]:
     """The rows of each set, and the entries that they come from: "train", "eval", "eval_<name>"."""
     load |= {"stage": stage, "random": np.random.RandomState(seed)}  # one stream for all sets, training sets first
@@ -170,7 +170,7 @@ def _aligned_sets(
     elif train:
         raise DataError("nothing to train on: `dataset` names no set")
     if data_args.eval_dataset and evaluate:
-        load |= {"stage": "predict" if predict else stage}
+        load |= {"stage": replace(stage, rows="prompt") if predict else stage}
         entries, tables = _load_all(data_args.eval_dataset, data_args, **load)
         if data_args.eval_on_each_dataset:
             sets |= {f"eval_{name}": (table, entries) for name, table in zip(data_args.eval_dataset, tables)}
@@ -182,7 +182,7 @@ def _aligned_sets(
 def load_aligned(
     entry: Entry,
     *,
-    stage: str,
+    stage: StageRules,
     random: np.random.RandomState,
     index: int = 0,
     max_samples: int | None = None,

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import datasets
 import pyarrow as pa
 
+from jtune.config.stages import StageRules
 from jtune.data.encode.encoded import Encoded, check_vocabulary
 from jtune.data.encode.sets import check_report, encode_set
 from jtune.data.formats.align import ALIGNED, align_stream, refuse_missing
@@ -46,7 +47,7 @@ class Stream:
     rows: datasets.IterableDataset
     entries: tuple[Entry, ...]
     data_args: Any
-    stage: str
+    stage: StageRules
     template: Template
     most_examples: int = EXAMPLES
     vocab_size: int | None = None
@@ -70,7 +71,7 @@ class Window(NamedTuple):
 
 def open_stream(
     data_args: Any,
-    stage: str,
+    stage: StageRules,
     seed: int,
     template: Template,
     *,

@@ -20,6 +20,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.tasks import TaskManager
 
 from jtune.config import Config
+from jtune.config.stages import RULES
 from jtune.data import Encoded
 from jtune.data.encode.encoded import IGNORED
 from jtune.data.encode.rows import IDS
@@ -172,7 +173,7 @@ class HarnessLM(TemplateLM):
             self.model,
             Encoded(table),
             self.model.mesh,
-            stage="sft",
+            stage=RULES["sft"],
             per_device_batch_size=self.per_device_batch_size,
             cutoff_len=self.max_length + 1,
         )

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jtune.config import Config
+from jtune.config.stages import rules_of
 from jtune.data import Encoded, EvalBatch, EvalPlan, eval_batches, packing_windows, rows_are_packed
 from jtune.losses.batch import Batch
 from jtune.losses.chunked import chunk_elements, chunk_positions, cut, sum_labelled
@@ -122,7 +123,7 @@ def make_loss(
     module: CausalLM, sets: Mapping[str, Encoded], mesh: Mesh, config: Config, token_loss: TokenLoss
 ) -> Callable[[Any], dict[str, float]]:
     """`loss(params)`: the metrics of every evaluation set, under `eval_` or `eval_<name>_`."""
-    stage, accuracy = config.finetuning.stage, config.finetuning.compute_accuracy
+    stage, accuracy = rules_of(config.finetuning.stage), config.finetuning.compute_accuracy
     prepared = {
         name: prepare_evaluation(
             module,

@@ -109,7 +109,7 @@ def most_tokens(args: GeneratingArguments, sampling: Sampling, prompt: int, posi
 def describe_sampling(s: Sampling) -> str:
     """How answers are chosen, in a few words.
 
-    >>> describe(Sampling(do_sample=True, temperature=0.95, top_p=0.7, top_k=50))
+    >>> describe_sampling(Sampling(do_sample=True, temperature=0.95, top_p=0.7, top_k=50))
     'sampled, temperature 0.95, top_p 0.7, top_k 50, at most 128 tokens'
     """
     if s.do_sample:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jtune.config import Config
+from jtune.config.stages import rules_of
 from jtune.data import Template
 from jtune.data.encode.rows import document_end
 from jtune.data.formats.messages import FaultyRow
@@ -56,7 +57,7 @@ def resolve_endings(
     rows = source.get("vocab_size") or len(tokenizer)
     generation = read_generation(base)
     ends: list[int | None] = []
-    if config.finetuning.stage == "pt" and template is not None:
+    if not rules_of(config.finetuning.stage).has_prompts and template is not None:
         ends += [tokenizer.convert_tokens_to_ids(document_end(template))]
     elif template is not None:
         ends += [template.end_id, tokenizer.eos_token_id, *template.stop_ids]
@@ -205,7 +206,7 @@ def _probes(template: Template, how: Mapping[str, bool]) -> Iterator[Probe]:
 def _rendered_as(config: Config, template: Template) -> dict[str, bool]:
     """How the conversations are rendered that the stage learns from (see `jtune.data.encode.rows`)."""
     discard = not template.preserve_thinking
-    if config.finetuning.stage in ("rm", "dpo", "kto"):
+    if rules_of(config.finetuning.stage).has_preferences:
         return {"discard_history": discard, "last_only": True}
     return {"discard_history": discard and config.data.mask_history, "last_only": False}
 

@@ -4,14 +4,17 @@ import dataclasses
 from typing import Any
 
 from jtune.config import Config
+from jtune.config.stages import rules_of
 from jtune.data import Splits, Template, check_vocabulary, load_datasets, template_of
 from jtune.data.cache.shards import TeamOf, alone
 
 
 def data_template(config: Config, tokenizer: Any) -> Template:
-    """The template of the run; where only answers are asked for, it need give no loss mask; stage pt needs none."""
+    """The template of the run; where only answers are asked for, it need give no loss mask; texts need none."""
     only_prompts = not config.training.do_train and config.training.predict_with_generate
-    return template_of(config.data, tokenizer, for_training=not only_prompts, for_chat=config.finetuning.stage != "pt")
+    return template_of(
+        config.data, tokenizer, for_training=not only_prompts, for_chat=rules_of(config.finetuning.stage).has_prompts
+    )
 
 
 def load_data(
@@ -27,7 +30,7 @@ def load_data(
     template = data_template(config, tokenizer) if template is None else template
     splits = load_datasets(
         data,
-        config.finetuning.stage,
+        rules_of(config.finetuning.stage),
         config.training.seed,
         tokenizer,
         template,

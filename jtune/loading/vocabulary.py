@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from jtune.config import Config, ModelArguments
+from jtune.config.stages import rules_of
 from jtune.data import load_tokenizer, template_of
 from jtune.data.tokens.tokenizer import add_model_tokens, ids_of
 from jtune.errors import ConfigError, DataError
@@ -64,7 +65,7 @@ def resolve_vocabulary(config: Config, folder: Path, decoder: DecoderConfig) -> 
     adapters = [hf.fetch(path, **args.hub) / (args.adapter_folder or "") for path in args.adapter_name_or_path]
     decoder, unties = untied(decoder, folder, adapters)
     tokenizer = load_tokenizer(str(folder), split_special_tokens=args.split_special_tokens)
-    chat = config.data.template is None and config.finetuning.stage != "pt"
+    chat = config.data.template is None and rules_of(config.finetuning.stage).has_prompts
     for adapter in adapters:
         tokenizer = _larger(tokenizer, adapter, args, chat=chat)
     had = ids_of(tokenizer)

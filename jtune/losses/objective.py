@@ -54,7 +54,7 @@ def objective_of(finetuning: FinetuningArguments, training: TrainingArguments) -
 
 def describe_objective(objective: Objective) -> str:
     """
-    >>> describe(Objective(noise_alpha=5.0))
+    >>> describe_objective(Objective(noise_alpha=5.0))
     'loss: cross-entropy; noise on the embeddings, alpha 5'
     """
     noise = f"; noise on the embeddings, alpha {objective.noise_alpha:g}" if objective.noise_alpha else ""

@@ -8,7 +8,7 @@ from jtune.stages.pt import PT
 from jtune.stages.sft import SFT
 from jtune.stages.stage import Stage
 
-STAGES = {stage.rules.name: stage for stage in (PT, SFT)}
+STAGES = {entry.rules.name: entry for entry in (PT, SFT)}
 
 
 def stage_of(name: str) -> Stage:

@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from jtune.config.stages import rules_of
 from jtune.data.batching.batches import eval_batches, plan_batches
 from jtune.data.batching.shapes import Shape, place
 from jtune.errors import DataError
@@ -36,7 +37,7 @@ def chat(n, cap=512, seed=0, mean=4.7):
 
 def plan(encoded, **kw):
     defaults = {
-        "stage": "sft",
+        "stage": rules_of("sft"),
         "packing": False,
         "cutoff_len": 512,
         "per_device_batch_size": 2,
@@ -171,7 +172,7 @@ def test_packed_rows_have_one_shape_and_short_updates_end_in_empty_rows():
 
 def test_pretraining_blocks_are_one_segment_each():
     encoded = Examples(np.full(12, 64), train_on_all=True)
-    batches = plan(encoded, stage="pt", packing=True, cutoff_len=64, shuffle=False)
+    batches = plan(encoded, stage=rules_of("pt"), packing=True, cutoff_len=64, shuffle=False)
     arrays = batches.update(1)
     assert sorted(batches.examples(1)) == [4, 5, 6, 7]
     assert (arrays["segment_ids"] == 1).all()
@@ -239,7 +240,7 @@ def test_data_that_changed_under_the_plan_is_an_error():
     with pytest.raises(DataError, match="labelled targets on a shard"):
         batches.update(0)
     with pytest.raises(ValueError, match="stage 'rm'"):
-        plan(encoded, stage="rm")
+        plan(encoded, stage=rules_of("rm"))
 
 
 def test_an_example_longer_than_the_row_is_an_error():
@@ -253,7 +254,7 @@ EVALS = [{}, {"packing": True}, {"batch_shards": 4}, {"batch_shards": 4, "packin
 @pytest.mark.parametrize("case", EVALS)
 def test_evaluation_sees_every_example_once_in_one_shape(case):
     encoded = chat(50)
-    defaults = {"stage": "sft", "per_device_batch_size": 2, "batch_shards": 1, "cutoff_len": 512}
+    defaults = {"stage": rules_of("sft"), "per_device_batch_size": 2, "batch_shards": 1, "cutoff_len": 512}
     evaluation = eval_batches(encoded, **(defaults | case))
     shards = (defaults | case)["batch_shards"]
     seen = []
@@ -273,7 +274,7 @@ def test_evaluation_sees_every_example_once_in_one_shape(case):
 def test_eval_loss_is_the_trainers_mean_of_batch_means(case, stage):
     encoded = chat(50)
     defaults = {"per_device_batch_size": 3, "batch_shards": 1, "cutoff_len": 512}
-    evaluation = eval_batches(encoded, stage=stage, **(defaults | case))
+    evaluation = eval_batches(encoded, stage=rules_of(stage), **(defaults | case))
     token_loss = np.random.default_rng(0).random(encoded.lengths.sum() + 1)
     losses, counts = np.zeros(50), np.zeros(50)
     for arrays, example, indices in evaluation:
@@ -297,24 +298,24 @@ def test_eval_loss_is_the_trainers_mean_of_batch_means(case, stage):
 
 
 def test_a_loss_of_no_targets_is_nan_and_not_zero():
-    evaluation = eval_batches(chat(4), stage="sft", per_device_batch_size=2, batch_shards=1, cutoff_len=512)
+    evaluation = eval_batches(chat(4), stage=rules_of("sft"), per_device_batch_size=2, batch_shards=1, cutoff_len=512)
     evaluation.encoded.first_labelled[:] = 0
     assert np.isnan(evaluation.mean_loss(np.zeros(4), np.zeros(4)))
 
 
 def test_evaluation_of_a_few_rows_is_not_padded_to_a_large_batch():
     evaluation = eval_batches(
-        Examples([60, 60, 60]), stage="sft", per_device_batch_size=64, batch_shards=2, cutoff_len=64
+        Examples([60, 60, 60]), stage=rules_of("sft"), per_device_batch_size=64, batch_shards=2, cutoff_len=64
     )
     assert evaluation.shape == (4, 64)
     with pytest.raises(DataError, match="no evaluation examples"):
-        eval_batches(Examples([]), stage="sft", per_device_batch_size=1, batch_shards=1, cutoff_len=64)
+        eval_batches(Examples([]), stage=rules_of("sft"), per_device_batch_size=1, batch_shards=1, cutoff_len=64)
 
 
 def test_the_divisor_counts_the_first_label_as_the_trainer_does():
     encoded = Examples([10, 20, 30, 40], train_on_all=True)
     batches = plan_batches(
-        encoded, stage="pt", packing=False, cutoff_len=40, per_device_batch_size=2, batch_shards=1, accumulation=2,
+        encoded, stage=rules_of("pt"), packing=False, cutoff_len=40, per_device_batch_size=2, batch_shards=1, accumulation=2,
         seed=0, shuffle=False, num_epochs=1,
     )  # fmt: skip
     arrays = batches.update(0)

@@ -8,6 +8,7 @@ import pytest
 
 from jtune.commands.data import json_rows, marked, show_data
 from jtune.config import load_config
+from jtune.config.stages import rules_of
 from jtune.data import get_template
 from jtune.data.encode.encoded import Encoded, check_vocabulary
 from jtune.data.encode.rows import Rules, encode_documents, encode_rows, label_turns
@@ -36,7 +37,7 @@ def table(*chats, tools="", rejected=None):
 
 def encode(template, *chats, **options):
     rules = {"cutoff_len": 1000, "mask_history": False, "train_on_prompt": False} | options
-    return Encoded(encode_rows(table(*chats), template, "sft", Rules(**rules)))
+    return Encoded(encode_rows(table(*chats), template, rules_of("sft"), Rules(**rules)))
 
 
 def learned(template, row):
@@ -81,7 +82,7 @@ def test_rows_encoded_together_are_what_each_is_by_itself(name, rules, template)
     chats = [[(("user", "assistant")[k % 2], text()) for k in range(2 * int(random.integers(1, 5)))] for _ in range(40)]
     chats[3:3] = [[("user", "no answer")], [("user", ""), ("assistant", "")]]  # one fault, one that is nearly nothing
     for cutoff in (20, 60, 200):
-        encoded = encode_rows(table(*chats), template, "sft", Rules(cutoff, **rules))
+        encoded = encode_rows(table(*chats), template, rules_of("sft"), Rules(cutoff, **rules))
         assert encoded["fault"][3].startswith("1 messages")
         for i, chat in enumerate(chats):
             if i == 3:
@@ -119,7 +120,7 @@ def test_documents_are_joined_by_eos_and_cut_into_blocks(template):
 def test_rows_are_encoded_once(template, monkeypatch, tmp_path):
     table(CHAT).save_to_disk(tmp_path)
     rules = {"cutoff_len": 1000, "mask_history": False, "train_on_prompt": False}
-    again = lambda: Encoded(encode_rows(datasets.load_from_disk(tmp_path), template, "sft", Rules(**rules)))
+    again = lambda: Encoded(encode_rows(datasets.load_from_disk(tmp_path), template, rules_of("sft"), Rules(**rules)))
     first = again()
     monkeypatch.setattr("jtune.data.templates.template.Template.tokenise", lambda *_: pytest.fail("encoded again"))
     np.testing.assert_array_equal(again()[0]["input_ids"], first[0]["input_ids"])

@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 
+from jtune.config.stages import rules_of
 from jtune.data.batching.pack import pack
 from jtune.data.encode.encoded import IGNORED, Encoded
 from jtune.data.encode.rows import Rules, encode_rows
@@ -98,7 +99,7 @@ def test_a_row_is_learned_from_or_left_out_and_only_answers_are_learned(data, te
         mask_history=data.draw(st.booleans()),
         overlong=data.draw(st.sampled_from(["truncate", "drop", "split"])) if kind != "pairs" else "truncate",
     )
-    made = encode_rows(aligned(rows, ENTRIES[kind]), template, "dpo" if kind == "pairs" else "sft", rules)
+    made = encode_rows(aligned(rows, ENTRIES[kind]), template, rules_of("dpo" if kind == "pairs" else "sft"), rules)
     kept = np.flatnonzero([not fault for fault in made["fault"][:]])
     assert set(made["row"][:]) == set(range(len(rows)))
     sides = ("chosen_", "rejected_") if kind == "pairs" else ("",)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from test_sources import load, write
 
+from jtune.config.stages import rules_of
 from jtune.data.cache.shards import in_parts
 from jtune.data.formats.align import ALIGNED, _align_batch, _align_rows, _alpaca_table
 from jtune.data.sources.registry import Columns, Entry
@@ -177,10 +178,10 @@ def test_texts_are_aligned_at_once_as_each_row_is(columns, stage):
     values = [None, "", "x", "é\n ", "more words"]
     rows = [{name: values[random.integers(5)] for name in names} for _ in range(200)]
     table = datasets.Dataset.from_list(rows, features=datasets.Features(dict.fromkeys(names, datasets.Value("string"))))
-    how = {"entry": Entry("a", "file", "a.json", columns=Columns(**columns)), "stage": stage, "index": 3}
+    how = {"entry": Entry("a", "file", "a.json", columns=Columns(**columns)), "stage": rules_of(stage), "index": 3}
     picked = random.permutation(1000)[:200]
     arrow = table.with_format("arrow")
-    assert _alpaca_table(arrow[:], how["entry"], stage) is not None
+    assert _alpaca_table(arrow[:], how["entry"], how["stage"]) is not None
     for rows in (None, picked):
         at_once = _align_rows(table, arrow, 20, 90, rows=rows, **how)
         one_by_one = _align_batch(table[20:90], range(20, 90), rows=rows, **how)
@@ -192,9 +193,16 @@ def test_texts_are_aligned_at_once_as_each_row_is(columns, stage):
 @pytest.mark.parametrize("value", [3, ["x"], True])
 def test_what_is_no_text_is_looked_at_row_by_row(value):
     table = datasets.Dataset.from_list([{"instruction": "q", "output": value}])
-    assert _alpaca_table(table.with_format("arrow")[:], Entry("a", "file", "a.json"), "sft") is None
+    assert _alpaca_table(table.with_format("arrow")[:], Entry("a", "file", "a.json"), rules_of("sft")) is None
     made = _align_rows(
-        table, table.with_format("arrow"), 0, 1, rows=None, entry=Entry("a", "file", "a.json"), stage="sft", index=0
+        table,
+        table.with_format("arrow"),
+        0,
+        1,
+        rows=None,
+        entry=Entry("a", "file", "a.json"),
+        stage=rules_of("sft"),
+        index=0,
     )
     assert made["fault"].to_pylist() == ["output is not text but list" if isinstance(value, list) else ""]
 

@@ -6,12 +6,14 @@ import gzip
 import json
 import logging
 import lzma
+from dataclasses import replace
 
 import datasets
 import pyarrow as pa
 import pytest
 
 from jtune.config import DataArguments
+from jtune.config.stages import rules_of
 from jtune.data import load_datasets
 from jtune.data.formats.align import align, align_row
 from jtune.data.sources import load as loading
@@ -51,15 +53,16 @@ def answers(table):
 
 def read(path, stage="sft", **entry):
     found = Entry("a", "file", str(path), **({"formatting": None} | entry))
+    rules = replace(rules_of("sft"), rows="prompt") if stage == "predict" else rules_of(stage)
     table = load_table(found, cache_dir=str(path.parent / "cache"))
-    return align(table, resolve_format(found, table.column_names, stage, table[0]), stage=stage)
+    return align(table, resolve_format(found, table.column_names, rules, table[0]), stage=rules)
 
 
 def streamed(path, template, **args):
     arguments = DataArguments(
         **{"dataset": (str(path),), "dataset_dir": str(path.parent), "template": "chatml", "streaming": True} | args
     )
-    stream, _ = open_stream(arguments, "sft", 0, template, cache_dir=str(path.parent / "cache"))
+    stream, _ = open_stream(arguments, rules_of("sft"), 0, template, cache_dir=str(path.parent / "cache"))
     return list(stream.rows)
 
 
@@ -171,7 +174,7 @@ def test_a_file_named_directly_gives_all_its_usual_columns(tmp_path):
     ],
 )
 def test_usual_names_are_known(names, stage, formatting, columns):
-    found = resolve_format(Entry("a", "file", "a.json", formatting=None), names, stage)
+    found = resolve_format(Entry("a", "file", "a.json", formatting=None), names, rules_of(stage))
     assert found.formatting == formatting
     assert {key: getattr(found.columns, key) for key in columns} == columns
 
@@ -183,7 +186,7 @@ def test_columns_that_are_not_used_are_named_once(template, tmp_path, caplog):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"a": {"file_name": "a.json"}}))
     arguments = DataArguments(dataset=("a",), dataset_dir=str(tmp_path), template="chatml")
     for _ in range(2):
-        load_datasets(arguments, "sft", 0, template.tokenizer, template, train=True, evaluate=False)
+        load_datasets(arguments, rules_of("sft"), 0, template.tokenizer, template, train=True, evaluate=False)
     said = [(r.levelname, r.getMessage()) for r in caplog.records if "not used" in r.getMessage()]
     assert said == [
         (
@@ -219,7 +222,7 @@ def test_a_column_that_comes_late_and_is_not_used_is_named_once(suffix, template
 def test_preferences_are_no_text_in_other_stages(tmp_path, caplog):
     caplog.set_level(logging.INFO, "jtune")
     entry = resolve_format(Entry("a", "file", "a", formatting=None), ["instruction", "output", "label", "chosen"])
-    loading.say_unused(entry, ["instruction", "output", "label", "chosen"], "sft")
+    loading.say_unused(entry, ["instruction", "output", "label", "chosen"], rules_of("sft"))
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
         ("INFO", "dataset 'a': columns not used: label, chosen")
     ]
@@ -231,7 +234,7 @@ def test_what_stage_pt_leaves_of_a_conversation_is_said(tmp_path, caplog):
     chat = Entry("a", "file", "a", formatting="openai", columns=Columns(messages="messages"))
     history = Entry("b", "file", "b", columns=Columns(history="history"))
     for entry, found in ((chat, ["messages"]), (history, ["instruction", "history"]), (history, ["instruction"])):
-        loading.say_unused(entry, found, "pt")
+        loading.say_unused(entry, found, rules_of("pt"))
     assert [r.getMessage() for r in caplog.records] == [
         f"dataset '{name}': stage pt learns the first message of a row only" for name in ("a", "b")
     ]
@@ -328,12 +331,15 @@ def test_rows_without_an_answer_can_be_predicted_but_not_learned(template, tmp_p
         read(path)
     turns = {"messages": [{"role": "user", "content": "?"}]}
     openai = resolve_format(Entry("a", "file", "a", formatting=None), ["messages"])
-    assert align_row(turns, openai, "predict").messages[-1] == {"role": "assistant", "content": ""}
+    assert align_row(turns, openai, replace(rules_of("sft"), rows="prompt")).messages[-1] == {
+        "role": "assistant",
+        "content": "",
+    }
     arguments = DataArguments(
         eval_dataset=(str(path),), dataset_dir=str(tmp_path), template="chatml", eval_on_each_dataset=False
     )
     how = {"train": False, "evaluate": True, "predict": True}
-    assert len(load_datasets(arguments, "sft", 0, template.tokenizer, template, **how).eval[""]) == 2
+    assert len(load_datasets(arguments, rules_of("sft"), 0, template.tokenizer, template, **how).eval[""]) == 2
 
 
 def test_an_error_is_no_cause_of_itself(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jtune.config import DataArguments
+from jtune.config.stages import rules_of
 from jtune.data import load_datasets
 from jtune.data.cache.shards import alone
 from jtune.data.formats.align import align_row
@@ -62,7 +63,7 @@ def write(folder, name, content, info=None):
 def load(folder, *names, stage="sft", train=True, evaluate=False, seed=0, template=None, team_of=alone, **args):
     arguments = DataArguments(**{"dataset": names, "dataset_dir": str(folder), "template": "chatml", **args})
     how = {"train": train, "evaluate": evaluate, "team_of": team_of}
-    return load_datasets(arguments, stage, seed, template.tokenizer, template, **how)
+    return load_datasets(arguments, rules_of(stage), seed, template.tokenizer, template, **how)
 
 
 def texts(template, encoded):

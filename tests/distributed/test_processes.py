@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from small import case, command, curve, environment, state, train, write_data, write_model
 
 from jtune.commands import simulate
+from jtune.config.stages import rules_of
 from jtune.data.batching.batches import plan_batches
 from jtune.distributed import connect, shutdown
 from jtune.errors import ConfigError
@@ -96,7 +97,7 @@ class Rows:
 def test_the_parts_of_a_batch_are_the_batch_and_read_their_own_examples_only(packing):
     rows = Rows(100)
     plan = plan_batches(
-        rows, stage="sft", packing=packing, cutoff_len=32, per_device_batch_size=2, batch_shards=4, accumulation=2,
+        rows, stage=rules_of("sft"), packing=packing, cutoff_len=32, per_device_batch_size=2, batch_shards=4, accumulation=2,
         seed=0, shuffle=True, num_epochs=3,
     )  # fmt: skip
     for step in (0, plan.max_steps - 1):
@@ -121,7 +122,7 @@ def test_the_parts_of_a_batch_are_the_batch_and_read_their_own_examples_only(pac
 def test_a_part_of_an_update_may_hold_nothing():
     rows = Rows(1)
     plan = plan_batches(
-        rows, stage="sft", packing=False, cutoff_len=32, per_device_batch_size=1, batch_shards=2, accumulation=1,
+        rows, stage=rules_of("sft"), packing=False, cutoff_len=32, per_device_batch_size=1, batch_shards=2, accumulation=1,
         seed=0, shuffle=True, num_epochs=1,
     )  # fmt: skip
     halves = [plan.update(0, (i, i + 1)) for i in range(2)]

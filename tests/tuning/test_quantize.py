@@ -16,7 +16,8 @@ from jtune.config import FinetuningArguments, ModelArguments, load_config
 from jtune.errors import CheckpointError, ConfigError
 from jtune.interop import hf
 from jtune.loading import inference
-from jtune.loading.model import decoder_of, placement
+from jtune.loading.model import placement
+from jtune.loading.source import decoder_of
 from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.models.config import Experts
 from jtune.models.decoder import hidden_states

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from jtune.config.stages import StageRules
 from jtune.data.batching.order import Epochs, plan_epochs
 from jtune.data.batching.pack import Packs, pack
 from jtune.data.batching.shapes import Shape, choose_shapes, costs, place, rows_needed, rung
@@ -160,7 +161,7 @@ def divisor_of(encoded: Examples, examples: np.ndarray) -> int:
     return int(encoded.labelled[examples].sum() + encoded.first_labelled[examples].sum())
 
 
-def packing_windows(encoded: Encoded, data: Any, stage: str) -> np.ndarray | None:
+def packing_windows(encoded: Encoded, data: Any, stage: StageRules) -> np.ndarray | None:
     """Which examples may share a packed row, for `plan_batches` and `eval_batches`; None: all that are near.
 
     With neat_packing, those that LLaMA-Factory encodes, and packs, in one batch: the losses are the same. With packing
@@ -169,7 +170,7 @@ def packing_windows(encoded: Encoded, data: Any, stage: str) -> np.ndarray | Non
     Args:
       data: with LLaMA-Factory's names (jtune.config.DataArguments).
     """
-    if stage == "pt" or not data.neat_packing:
+    if stage.rows == "text" or not data.neat_packing:
         return None
     return encoded.preprocessing_batches(data.preprocessing_batch_size, data.preprocessing_num_workers)
 
@@ -177,7 +178,7 @@ def packing_windows(encoded: Encoded, data: Any, stage: str) -> np.ndarray | Non
 def plan_batches(
     encoded: Examples,
     *,
-    stage: str,
+    stage: StageRules,
     packing: bool,
     cutoff_len: int,
     per_device_batch_size: int,
@@ -201,7 +202,7 @@ def plan_batches(
     `padding_share` does not count these, and the shapes are chosen on the understanding that they cost nothing.
 
     Args:
-      stage: "sft" or "pt".
+      stage: one whose examples are single sequences.
       seed: of the order (`data_seed`, or else `seed`).
       num_epochs, max_steps: the Trainer's; `max_steps` wins when it is positive.
       windows: of `pack`.
@@ -209,8 +210,8 @@ def plan_batches(
     Raises:
       DataError: nothing to train on, or an example that does not fit into a row.
     """
-    if stage not in ("sft", "pt"):
-        raise ValueError(f"stage {stage!r} has no single sequence per example: expected 'sft' or 'pt'")
+    if not stage.learns_tokens:
+        raise ValueError(f"stage {stage.name!r} has no single sequence per example: expected conversations or texts")
     packs = pack(encoded.lengths, filled(encoded, cutoff_len), windows) if packing else None
     epochs = plan_epochs(
         len(encoded) if packs is None else len(packs),
@@ -388,7 +389,7 @@ class EvalPlan:
 def eval_batches(
     encoded: Examples,
     *,
-    stage: str,
+    stage: StageRules,
     per_device_batch_size: int,
     batch_shards: int,
     packing: bool = False,
@@ -402,8 +403,8 @@ def eval_batches(
     Trainer would take for an example.
 
     Args:
-      stage: in "pt" the Trainer's batches count by their size; in "sft" LLaMA-Factory's, a Seq2SeqTrainer, takes all
-        for equal, also the last one, which may be smaller.
+      stage: of texts, the Trainer's batches count by their size; of conversations, those of LLaMA-Factory's
+        Seq2SeqTrainer all count the same, also the last one, which may be smaller.
 
     Raises:
       DataError: there is no example.
@@ -422,7 +423,7 @@ def eval_batches(
     group_of = unit_of // per_device_batch_size
     units = len(packs) if packing else len(encoded)
     sizes = np.bincount(np.arange(units) // per_device_batch_size)
-    weights = sizes if stage == "pt" else np.ones_like(sizes)
+    weights = sizes if stage.rows == "text" else np.ones_like(sizes)
 
     peak = np.add.reduceat(packs.sums(encoded.labelled), np.arange(0, len(packs), per_device)).max()
     slots = 1 + int(np.add.reduceat(np.diff(packs.starts), np.arange(0, len(packs), batch)).max())

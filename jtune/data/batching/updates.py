@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from jtune.config.stages import rules_of
 from jtune.data.batching.batches import BatchPlan, Examples, packing_windows, plan_batches
 from jtune.data.batching.stream import Joined, StreamPlan
 from jtune.data.encode.encoded import Encoded
@@ -23,7 +24,7 @@ def plan_updates(config: Any, encoded: Encoded, shards: int, stream: Stream | No
       stream: the rest, where `encoded` is the first window of it.
     """
     training, data = config.training, config.data
-    windows = packing_windows(encoded, data, config.finetuning.stage)
+    windows = packing_windows(encoded, data, rules_of(config.finetuning.stage))
     if stream is None:
         return _plan(config, encoded, shards, training.max_steps, training.dataloader_drop_last, windows)
     how = shards, min(training.max_steps, MODELLED), False
@@ -41,7 +42,7 @@ def _plan(
     training = config.training
     return plan_batches(
         encoded,
-        stage=config.finetuning.stage,
+        stage=rules_of(config.finetuning.stage),
         packing=rows_are_packed(config),
         cutoff_len=config.data.cutoff_len,
         per_device_batch_size=training.per_device_train_batch_size,
@@ -63,4 +64,4 @@ def order_seed(config: Any) -> int:
 
 def rows_are_packed(config: Any) -> bool:
     """Whether several examples share a row: always with `packing`, but the blocks of stage pt are rows already."""
-    return bool(config.data.neat_packing or (config.data.packing and config.finetuning.stage != "pt"))
+    return bool(config.data.neat_packing or (config.data.packing and rules_of(config.finetuning.stage).rows != "text"))

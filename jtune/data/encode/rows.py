@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jtune.config.stages import StageRules
 from jtune.data.cache.fingerprint import fingerprint
 from jtune.data.cache.shards import ALONE, Team, in_parts
 from jtune.data.encode.encoded import IGNORED
@@ -158,7 +159,7 @@ class Rules:
 def encode_rows(
     table: datasets.Dataset,
     template: Template,
-    stage: str,
+    stage: StageRules,
     rules: Rules,
     *,
     batch_size: int = 1000,
@@ -170,8 +171,8 @@ def encode_rows(
     """Ids and labels of aligned rows: a row for each, empty where `fault` says why it is left out.
 
     Args:
-      stage: "sft": the columns of `CONVERSATIONS`; "predict": the same, but only the last answer is labelled, and all
-        of it; "rm" or "dpo": of `PAIRS`; "kto": of `FEEDBACK`.
+      stage: by its rows, the columns: of conversations, `CONVERSATIONS`; of prompts the same, but only the last answer
+        is labelled, and all of it; of pairs, `PAIRS`; of feedback, `FEEDBACK`.
       team, folder: who shares the work, and where the files lie (see `in_parts`).
 
     Raises:
@@ -191,20 +192,21 @@ def encode_rows(
             WHOLE[template.tool_format],
         )
     encode, features, *more = {
-        "sft": (_encode_conversations, CONVERSATIONS),
-        "predict": (_encode_last_answers, CONVERSATIONS),
-        "kto": (_encode_feedback, FEEDBACK, "desirable"),
-    }.get(stage, (_encode_pairs, PAIRS, "rejected"))
+        "conversation": (_encode_conversations, CONVERSATIONS),
+        "prompt": (_encode_last_answers, CONVERSATIONS),
+        "feedback": (_encode_feedback, FEEDBACK, "desirable"),
+        "pair": (_encode_pairs, PAIRS, "rejected"),
+    }[stage.rows]
     read = _columns(table, "messages", "system", "tools", "fault", "dataset", "row", *more)
     # With kto, an answer is also set against the next question of its batch: rows depend on how they are batched.
     return in_parts(
         partial(_encode_slice, read, encode, template=template, rules=rules),
         table,
         features,
-        name=fingerprint(table, stage, (rules, template.key, told_the_day)),
+        name=fingerprint(table, stage.rows, (rules, template.key, told_the_day)),
         what="Encoding",
         batch_size=batch_size,
-        batched_for=num_proc or 1 if stage == "kto" else 1,
+        batched_for=num_proc or 1 if stage.rows == "feedback" else 1,
         num_proc=num_proc,
         overwrite=overwrite_cache,
         team=team,

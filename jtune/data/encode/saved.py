@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from jtune.config.stages import StageRules
 from jtune.data.cache.shards import open_parts
 from jtune.data.encode.encoded import Encoded
 from jtune.data.report import SetReport, report_of
@@ -29,14 +30,21 @@ NO_MATTER = (
 )
 
 
-def settings_of(data_args: Any, stage: str, seed: int, template: Template, *, evaluated: str | None) -> dict[str, Any]:
+def settings_of(
+    data_args: Any, stage: StageRules, seed: int, template: Template, *, evaluated: str | None
+) -> dict[str, Any]:
     """What encoded sets depend on, as JSON has it.
 
     Args:
       evaluated: the stage that evaluation sets are encoded for; None: there are none.
     """
     given = {key: value for key, value in asdict(data_args).items() if key not in NO_MATTER}
-    made = given | {"stage": stage, "seed": seed, "tokenizer and template": template.key, "evaluation sets": evaluated}
+    made = given | {
+        "stage": stage.name,
+        "seed": seed,
+        "tokenizer and template": template.key,
+        "evaluation sets": evaluated,
+    }
     return json.loads(json.dumps(made, default=str))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from jtune.config.stages import StageRules
 from jtune.data.cache.shards import ALONE, Team, arrow_column
 from jtune.data.encode.encoded import Encoded
 from jtune.data.encode.notes import notes_of
@@ -24,7 +25,7 @@ def encode_set(
     table: datasets.Dataset,
     entries: Sequence[Entry],
     data_args: Any,
-    stage: str,
+    stage: StageRules,
     template: Template,
     most_examples: int = EXAMPLES,
     *,
@@ -34,14 +35,14 @@ def encode_set(
     """Encode aligned rows and count what is left out.
 
     Args:
-      stage: as of `encode_rows`, or "pt".
+      stage: of the run; with rows "prompt" for sets that are to be answered.
       team, folder: who shares the work, and where the files lie (see jtune.data.cache.shards).
 
     Raises:
       DataError: a row is too long, and `overlong` is "error".
     """
     cutoff_len = data_args.cutoff_len
-    if data_args.packing and stage != "predict" and not (stage == "pt" and data_args.neat_packing):
+    if data_args.packing and stage.rows != "prompt" and not (stage.rows == "text" and data_args.neat_packing):
         cutoff_len -= 1  # LLaMA-Factory's packed rows end with one token of padding; only where packing is asked for
     how: dict[str, Any] = {
         "batch_size": data_args.preprocessing_batch_size,
@@ -51,8 +52,8 @@ def encode_set(
         "folder": folder,
     }
     policy = data_args.overlong
-    encoding = "truncate" if policy == "error" or (policy == "split" and stage == "predict") else policy
-    if stage == "pt":
+    encoding = "truncate" if policy == "error" or (policy == "split" and stage.rows == "prompt") else policy
+    if stage.rows == "text":
         packing = data_args.packing is None or data_args.packing
         how |= {"cutoff_len": cutoff_len, "packing": packing, "neat_packing": data_args.neat_packing}
         made = encode_documents(table, template, overlong=encoding, **how)
@@ -74,7 +75,7 @@ def encode_set(
         made = origin = encode_rows(table, template, stage, rules, **how)
         dropped, joined = _count_faults(made, entries, most_examples), False
         faulty = is_faulty(made)
-        prefix = "chosen_" if stage in ("rm", "dpo") else ""
+        prefix = "chosen_" if stage.rows == "pair" else ""
         encoded = Encoded(made, np.flatnonzero(~faulty) if faulty.any() else None, prefix)
         long = np.flatnonzero(arrow_column(made, "cut").to_numpy())
     if policy == "error" and len(long):
@@ -82,7 +83,7 @@ def encode_set(
         raise DataError(
             f"{name}: {found}. Raise it, or say what is to become of them: overlong: truncate, drop or split"
         )
-    parts = [encoded, encoded.rejected] if stage in ("rm", "dpo") else [encoded]
+    parts = [encoded, encoded.rejected] if stage.rows == "pair" else [encoded]
     report = SetReport(
         name=name,
         read=len(table),
@@ -97,7 +98,7 @@ def encode_set(
     return encoded, report
 
 
-def check_report(report: SetReport, data_args: Any, stage: str) -> None:
+def check_report(report: SetReport, data_args: Any, stage: StageRules) -> None:
     """Raise a DataError, with the reasons, if nothing is left of a set, or less than `max_dropped` allows."""
     if report.encoded == 0:
         raise DataError(_nothing_left(report, data_args.cutoff_len, stage))
@@ -118,11 +119,11 @@ def _count_faults(table: datasets.Dataset, entries: Sequence[Entry], most_exampl
     return tuple(dropped)
 
 
-def _nothing_left(report: SetReport, cutoff_len: int, stage: str) -> str:
+def _nothing_left(report: SetReport, cutoff_len: int, stage: StageRules) -> str:
     text = f"{report.name}: nothing is left of {report.read} rows"
     if report.dropped:
         text += f": {reasons(report.dropped)}"
-    elif stage == "pt":
+    elif stage.rows == "text":
         text += (
             f": they do not fill one block of cutoff_len {cutoff_len} tokens. Make it smaller, or set packing: false"
         )

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jtune.config.stages import RULES, StageRules
 from jtune.data.cache.fingerprint import fingerprint
 from jtune.data.cache.shards import ALONE, Team, arrow_column, in_parts
 from jtune.data.formats.messages import (
@@ -73,7 +74,7 @@ def align(
     table: datasets.Dataset,
     entry: Entry,
     *,
-    stage: str,
+    stage: StageRules,
     rows: np.ndarray | None = None,
     index: int = 0,
     num_proc: int | None = None,
@@ -83,7 +84,7 @@ def align(
     """Bring `table` into the form `ALIGNED`, row by row.
 
     Args:
-      stage: as of the run, or "predict": a row needs no answer.
+      stage: of the run; with rows "prompt", a row needs no answer.
       rows: the place in the file of each row of `table`, where some were picked.
       index: what to write into the column `dataset`.
       team: the processes that share the folder where `table` is.
@@ -108,7 +109,7 @@ def align(
 
 
 def align_stream(
-    table: datasets.IterableDataset, names: Sequence[str], entry: Entry, *, stage: str, index: int = 0
+    table: datasets.IterableDataset, names: Sequence[str], entry: Entry, *, stage: StageRules, index: int = 0
 ) -> datasets.IterableDataset:
     """`align` of rows that are read as they are iterated over; `names` are their columns. None is refused."""
     padded = padded_columns(table.features, entry.columns.tools)
@@ -141,7 +142,7 @@ def refuse_missing(aligned: datasets.Dataset, entries: Sequence[Entry] | Mapping
         )
 
 
-def align_row(row: Mapping[Any, Any], entry: Entry, stage: str = "sft") -> Conversation:
+def align_row(row: Mapping[Any, Any], entry: Entry, stage: StageRules = RULES["sft"]) -> Conversation:
     """One row as a conversation.
 
     >>> align_row({"instruction": "Add.", "input": "1 1", "output": "2"}, Entry("a", "file", "a.json")).messages
@@ -189,7 +190,7 @@ def _align_batch(
     indices: Sequence[int],
     *,
     entry: Entry,
-    stage: str,
+    stage: StageRules,
     index: int,
     rows: np.ndarray | None,
     padded: Sequence[str] | None = (),
@@ -211,7 +212,7 @@ def _align_batch(
 # ---------------------------------------------------------------------- alpaca
 
 
-def _alpaca(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[Message], str]:
+def _alpaca(row: Mapping[Any, Any], entry: Entry, stage: StageRules) -> tuple[list[Message], str]:
     columns: Columns = entry.columns
     messages = []
     history = row.get(columns.history) if columns.history else None
@@ -229,17 +230,17 @@ def _alpaca(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[Mess
         raise FaultyRow(f"{MISSING}{asked[0]}")
     parts = [_text(row.get(column), column) for column in asked]
     messages.append({"role": "user", "content": "\n".join(filter(None, parts))})
-    if stage == "pt" or entry.ranking:
+    if stage.rows == "text" or entry.ranking:
         return messages, ""
     answer = row.get(columns.response) if columns.response else None
-    if answer is None and stage == "predict":
+    if answer is None and stage.rows == "prompt":
         answer = ""  # nothing is learned from it, and it may be what is asked for
     if answer is None:
         raise FaultyRow(f"{MISSING}{columns.response}")
     return [*messages, _message("assistant", answer, columns.response)], ""
 
 
-def _alpaca_table(table: pa.Table, entry: Entry, stage: str) -> dict[str, Any] | None:
+def _alpaca_table(table: pa.Table, entry: Entry, stage: StageRules) -> dict[str, Any] | None:
     """`align_row` of all rows of the usual form, texts without history, at once; None: they are not of this form."""
     columns = entry.columns
     if entry.formatting != "alpaca" or entry.ranking or columns.kto_tag:
@@ -255,16 +256,16 @@ def _alpaca_table(table: pa.Table, entry: Entry, stage: str) -> dict[str, Any] |
     asked = [x for x, name in ((prompt, columns.prompt), (query, columns.query)) if name]
     lacking = [np.logical_and.reduce([_is_null(x) for x in asked])]
     reasons = [f"{MISSING}{columns.prompt or columns.query}"]
-    if stage == "predict":
+    if stage.rows == "prompt":
         answer = call("coalesce", [answer, ""])
-    if stage not in ("pt", "predict"):
+    if stage.rows not in ("text", "prompt"):
         lacking, reasons = [*lacking, _is_null(answer)], [*reasons, f"{MISSING}{columns.response}"]
     first, second = (call("coalesce", [x, ""]) for x in (prompt, query))
     both = call("and", [call("not_equal", [first, ""]), call("not_equal", [second, ""])])
     question = call("binary_join_element_wise", [first, call("if_else", [both, "\n", ""]), second, ""])
     fault = np.select(lacking, reasons, "")
     kept = np.flatnonzero(fault == "")
-    roles = ("user",) if stage == "pt" else ("user", "assistant")
+    roles = ("user",) if stage.rows == "text" else ("user", "assistant")
     contents = pa.concat_arrays([question, answer][: len(roles)])
     order = (kept[:, None] + len(table) * np.arange(len(roles))).ravel()
     offsets = np.concatenate([[0], len(roles) * np.cumsum(fault == "")]).astype(np.int32)
@@ -306,7 +307,7 @@ def _is_null(texts: pa.Array) -> np.ndarray:
 # ---------------------------------------------------------------------- sharegpt, openai
 
 
-def _conversation(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[list[Message], str]:
+def _conversation(row: Mapping[Any, Any], entry: Entry, stage: StageRules) -> tuple[list[Message], str]:
     tags, turns = entry.tags, _turns(row, entry)
     column = entry.columns.messages
     if turns is None:
@@ -325,7 +326,7 @@ def _conversation(row: Mapping[Any, Any], entry: Entry, stage: str) -> tuple[lis
             raise FaultyRow(f"role out of turn ({message['role']} as {'an answer' if turn % 2 else 'a question'})")
     if entry.ranking and len(messages) % 2 == 0:
         raise FaultyRow("the conversation does not end with a question, which chosen and rejected answer")
-    if stage == "predict" and len(messages) % 2:
+    if stage.rows == "prompt" and len(messages) % 2:
         messages.append({"role": "assistant", "content": ""})
     if not entry.ranking and (len(messages) % 2 or not messages):
         raise FaultyRow("the conversation does not end with an answer")

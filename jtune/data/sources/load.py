@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import config as datasets_config
 
+from jtune.config.stages import RULES, StageRules
 from jtune.data.cache.shards import arrow_column
 from jtune.data.sources.registry import OPENAI_TAGS, Columns, Entry, Tags
 from jtune.data.sources.rows import (
@@ -241,7 +242,7 @@ def _places(entry: Entry, rows: Sequence[int]) -> dict[int, str]:
 
 
 def resolve_format(
-    entry: Entry, found: Sequence[str], stage: str = "sft", first: Mapping[str, Any] | None = None
+    entry: Entry, found: Sequence[str], stage: StageRules = RULES["sft"], first: Mapping[str, Any] | None = None
 ) -> Entry:
     """For a dataset without an entry: tell its format from its columns, and from the names in its first row.
 
@@ -254,10 +255,10 @@ def resolve_format(
         return entry
     has = set(found)
     columns = Columns(system="system", tools="tools")
-    if stage in ("rm", "dpo") and {"chosen", "rejected"} <= has:
+    if stage.rows == "pair" and {"chosen", "rejected"} <= has:
         entry = replace(entry, ranking=True)
         columns = replace(columns, chosen="chosen", rejected="rejected")
-    if stage == "kto":
+    if stage.rows == "feedback":
         columns = replace(columns, kto_tag=next((name for name in ("kto_tag", "label") if name in has), None))
     for name in ("messages", "conversations"):
         if name in has:
@@ -268,12 +269,12 @@ def resolve_format(
     prompt = present("instruction", "prompt", "question", "query")
     response = present("output", "response", "completion", "answer")
     document = next((name for name in ("text", "content") if name in has), None)
-    asked = "instruction" if stage == "pt" else prompt
+    asked = "instruction" if stage.rows == "text" else prompt
     if document and asked not in has and not entry.ranking:
         columns = Columns(prompt=document, query=None, response=None)
         return replace(entry, formatting="alpaca", columns=columns)
     query = "query" if "input" not in has and "query" in has and prompt != "query" else "input"
-    history = None if stage == "pt" else "history"  # whose first question would be the text
+    history = None if stage.rows == "text" else "history"  # whose first question would be the text
     columns = replace(columns, prompt=prompt, query=query, response=response, history=history)
     return replace(entry, formatting="alpaca", columns=columns)
 
@@ -286,20 +287,20 @@ def _has_roles(turns: Any, default: bool) -> bool:
     return "role" in turn
 
 
-def say_unused(entry: Entry, found: Sequence[str], stage: str) -> None:
+def say_unused(entry: Entry, found: Sequence[str], stage: StageRules) -> None:
     """Name the columns that are not read, once; those that are usually text for the model with a warning."""
-    unread = {"response", "system", "tools"} if stage == "pt" else set()
+    unread = {"response", "system", "tools"} if stage.rows == "text" else set()
     own = {"prompt", "query", "response", "history"}
     unread |= {"messages"} if entry.formatting == "alpaca" else own
     unread |= {"response"} if entry.ranking else {"chosen", "rejected"}
     used = {getattr(entry.columns, field.name) for field in fields(Columns) if field.name not in unread}
-    if stage == "pt" and (entry.formatting != "alpaca" or entry.columns.history in found):
+    if stage.rows == "text" and (entry.formatting != "alpaca" or entry.columns.history in found):
         _note(f"dataset {entry.name!r}: stage pt learns the first message of a row only", logging.WARNING)
     unused = [name for name in found if name not in used]
     if not unused:
         return
     text = [name for name in unused if name in USUAL and name not in PREFERENCES]
-    if text and stage != "pt":
+    if text and stage.rows != "text":
         key = KEYS.get(text[0], text[0])
         _note(
             f"dataset {entry.name!r}: {', '.join(map(repr, text))} {'is' if len(text) == 1 else 'are'} usually text "
@@ -320,28 +321,28 @@ def _say_late(entry: Entry, table: datasets.Dataset) -> None:
         say_late(entry.name, _places(entry, [first])[first], tuple(names))
 
 
-def check_columns(entry: Entry, found: list[str], stage: str) -> None:
+def check_columns(entry: Entry, found: list[str], stage: StageRules) -> None:
     """Columns that the entry names, and those without which nothing can be read, must exist.
 
     Raises:
       DataError: with the columns that there are.
     """
     columns = entry.columns
-    needed = set(entry.listed) - ({"response"} if stage == "predict" else set())
+    needed = set(entry.listed) - ({"response"} if stage.rows == "prompt" else set())
     if entry.formatting == "alpaca":
         needed.add("prompt" if columns.prompt else "query")
-        needed |= {"response"} if stage not in ("pt", "predict") and not entry.ranking else set()
+        needed |= {"response"} if stage.rows not in ("text", "prompt") and not entry.ranking else set()
     else:
         needed.add("messages")
     needed |= {"chosen", "rejected"} if entry.ranking else set()
-    needed |= {"kto_tag"} if stage == "kto" else set()
+    needed |= {"kto_tag"} if stage.rows == "feedback" else set()
     for key in sorted(needed):
         column = getattr(columns, key)
         if column is None or column not in found:
             if key == "response" and column is None:
                 raise DataError(
                     f"dataset {entry.name!r} ({entry.path}) has texts ({columns.prompt}) without answers: they are for "
-                    f"stage pt, not {stage}. Its columns are {', '.join(found)}"
+                    f"stage pt, not {stage.name}. Its columns are {', '.join(found)}"
                 )
             near = difflib.get_close_matches(column or key, found, n=1, cutoff=0.5)
             suggestion = near[0] if near else "the_column"
@@ -352,18 +353,21 @@ def check_columns(entry: Entry, found: list[str], stage: str) -> None:
             )
 
 
-def check_stage(entry: Entry, stage: str) -> None:
-    """Raise a DataError for sets that are not for `stage`; answers that are predicted are those of stage sft."""
-    stage = "sft" if stage == "predict" else stage
+def check_stage(entry: Entry, stage: StageRules) -> None:
+    """Raise a DataError for sets that are not for `stage`."""
     kind = "ranking" if entry.ranking else "kto_tag" if entry.columns.kto_tag else ""
-    if kind and not (stage == "pt" and kind == "kto_tag"):
-        stages = ("rm", "dpo") if kind == "ranking" else ("kto",)
-        if stage not in stages:
-            holds = f"dataset {entry.name!r} holds preferences ({kind})"
-            raise DataError(f"{holds}: it is for stage {' and '.join(stages)}, not {stage}")
-    elif stage in ("rm", "dpo", "kto"):
-        wanted = '"columns": {"kto_tag": "..."}' if stage == "kto" else '"ranking": true'
-        raise DataError(f"dataset {entry.name!r} holds no preferences, and stage {stage} learns from them: {wanted}")
+    if kind and not (stage.rows == "text" and kind == "kto_tag"):
+        wanted = "pair" if kind == "ranking" else "feedback"
+        if stage.rows != wanted:
+            stages = " and ".join(name for name, rules in RULES.items() if rules.rows == wanted)
+            raise DataError(
+                f"dataset {entry.name!r} holds preferences ({kind}): it is for stage {stages}, not {stage.name}"
+            )
+    elif stage.has_preferences:
+        wanted = '"columns": {"kto_tag": "..."}' if stage.rows == "feedback" else '"ranking": true'
+        raise DataError(
+            f"dataset {entry.name!r} holds no preferences, and stage {stage.name} learns from them: {wanted}"
+        )
     media = [key for key in ("images", "videos", "audios") if getattr(entry.columns, key)]
     if media:
         raise DataError(f"dataset {entry.name!r} has {', '.join(media)}; jtune trains on text")
