@@ -13,8 +13,7 @@ from jtune.config import Config
 from jtune.data import template_of
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft
-from jtune.interop.endings import forget_tokenizer, write_generation, write_tokenizer
-from jtune.interop.endings import resolve_endings as settle_endings
+from jtune.interop.endings import forget_tokenizer, resolve_endings, write_generation, write_tokenizer
 from jtune.loading import vocabulary
 from jtune.models import CausalLM, DecoderConfig
 from jtune.models.families import decoder_config
@@ -23,38 +22,37 @@ from jtune.tuning import count
 
 log = logging.getLogger("jtune")
 
-TOKENS = 32  # of the sequence that shows what merging and rounding have changed
+TOKENS = 32  # length of the sequence whose logits are compared
 
 
 def export(config: Config) -> Path:
     """Merge `adapter_name_or_path`, in order, into `model_name_or_path`; write the result to `export_dir`.
 
-    Merging is done in float32, a layer of a kernel at a time as it is written, then rounded to `infer_dtype` (default:
-    what the base is stored in). What was written is read again, and how far its logits are from those of the base with
-    its adapters is told. What is written is for transformers and for everything that reads its checkpoints; until all
-    of it is there, nothing is.
+    Merging is done in float32, a layer of a kernel at a time, and rounded to `infer_dtype` (default: the dtype of the
+    stored base). The written model is read again, and its logits are compared with those of the base with its
+    adapters. transformers, and all that read its checkpoints, read the folder; it appears only when it is complete.
 
     Returns:
       `export_dir`.
 
     Raises:
       ConfigError: `export_dir` is the base's own folder.
-      DataError: what is wrong with the files.
+      DataError: a file is missing or malformed.
     """
     args = config.model
     base, out = hf.fetch(args.model_name_or_path or "", **args.hub), Path(args.export_dir or "")
     if out.resolve() == base.resolve():
         raise ConfigError(f"export_dir: {out} is the folder of the base itself: give another one")
     source = hf.read_config(base)
-    settled = vocabulary.resolve_vocabulary(config, base, decoder_config(source))
-    decoder, tokenizer, source = settled.decoder, settled.tokenizer, settled.source(source)
+    resolved = vocabulary.resolve_vocabulary(config, base, decoder_config(source))
+    decoder, tokenizer, source = resolved.decoder, resolved.tokenizer, resolved.source(source)
     template = None if config.data.template is None else template_of(config.data, tokenizer, for_training=False)
-    endings = settle_endings(config, template, tokenizer, source, base)
+    endings = resolve_endings(config, template, tokenizer, source, base)
 
     log.info("reading weights of %s", args.model_name_or_path)
     mesh = make_mesh()
     read = partial(vocabulary.load_params, decoder=decoder, mesh=mesh, seed=config.training.seed)
-    params = read(base, change=settled.change)
+    params = read(base, change=resolved.change)
     dtype = hf.stored_dtype(source) if args.infer_dtype == "auto" else jnp.dtype(args.infer_dtype)
     for path in args.adapter_name_or_path:
         log.info("reading adapter %s", path)
@@ -73,7 +71,8 @@ def export(config: Config) -> Path:
         difference = np.abs(sample_logits(decoder, params) - before).max()
         forget_tokenizer(out)
     log.info(
-        "largest difference of a logit, what is written beside the base with its adapters: %.3g; largest logit %.3g",
+        "logits of the written model differ by at most %.3g from those of the base with its adapters; "
+        "the largest logit is %.3g",
         difference,
         np.abs(before).max(),
     )

@@ -1,4 +1,4 @@
-"""`jtune inspect`: the parameter tree of a run."""
+"""`jtune inspect CASE.yaml`: the parameter tree of a run."""
 
 from jtune.config import Config
 from jtune.interop import hf
@@ -12,18 +12,18 @@ def inspect_model(config: Config) -> None:
     """Print the parameter tree that `config` trains: paths, shapes, dtypes, bytes, sharding, what trains."""
     folder = fetch_model(config.model)
     source = hf.read_config(folder)
-    settled = vocabulary.resolve_vocabulary(config, folder, decoder_of(source, config.model))
+    resolved = vocabulary.resolve_vocabulary(config, folder, decoder_of(source, config.model))
     mesh = mesh_of(config.training)
     dtype = compute_dtype(config.training, config.finetuning.pure_bf16, hf.stored_dtype(source))
     model = load_model(
         folder,
         config.model,
-        settled.config.finetuning,
-        settled.decoder,
-        settled.source(source),
+        resolved.config.finetuning,
+        resolved.decoder,
+        resolved.source(source),
         mesh,
         dtype=dtype,
         seed=config.training.seed,
-        change=settled.change,
+        change=resolved.change,
     )
     show(model.params, model.mask)
