@@ -165,6 +165,7 @@ class Zsh(ZshComplete):
     name = "zsh"
     source_template = ZshComplete.source_template.replace(
         "_describe -V unsorted completions_with_descriptions -U",
-        "[[ ${completions_with_descriptions[1]%%%%:*} == *= ]] && local -a bare=(-S '')\n"
-        "        _describe -V unsorted completions_with_descriptions -U $bare",
+        "local -a suffix=()\n"
+        "        [[ ${completions_with_descriptions[1]%%%%:*} == *= ]] && suffix=(-S '')\n"
+        '        _describe -V unsorted completions_with_descriptions -U "${suffix[@]}"',
     )
