@@ -65,7 +65,7 @@ def train(words: Words, simulate: str | None) -> int | None:
 
 @case_command()
 @click.option("--rows", type=WholeNumber(), default=3, show_default=True, help="Number of rows to show.")
-@click.option("--html", metavar="FILE", type=click.Path(readable=False), help="Write an HTML page to FILE instead.")
+@click.option("--html", metavar="FILE", type=click.Path(), help="Write an HTML page to FILE instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print token ids and labels, one JSON object a row.")
 @click.option("--check", is_flag=True, help="Read all rows; name each row that is left out, with the reason.")
 def data(words: Words, rows: int, html: str | None, as_json: bool, check: bool) -> int | None:

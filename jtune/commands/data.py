@@ -19,7 +19,7 @@ from jtune.data.report import EXAMPLES, SetReport, add
 from jtune.data.stream import one_pass
 from jtune.data.templates.template import Template, template_of
 from jtune.data.tokens.tokenizer import add_model_tokens, load_tokenizer
-from jtune.errors import DataError
+from jtune.errors import ConfigError, DataError
 
 log = logging.getLogger("jtune")
 
@@ -37,6 +37,7 @@ def show_data(
       0, the exit status.
 
     Raises:
+      ConfigError: `html` cannot be written.
       JtuneError: the errors that `jtune train` raises before it reads weights.
     """
     out = out or sys.stdout
@@ -51,7 +52,10 @@ def show_data(
     else:
         console = Console(file=io.StringIO(), record=True, force_terminal=True, width=120, highlight=False)
         show(config, splits, template, rows, console)
-        Path(html).write_text(console.export_html(theme=MONOKAI), encoding="utf-8")
+        try:
+            Path(html).write_text(console.export_html(theme=MONOKAI), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--html {html}: cannot be written: {error.strerror}") from error
         print(f"wrote {html}", file=out)
     return 0
 
