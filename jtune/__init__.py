@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jtune.data import get_template, load_tokenizer
     from jtune.generation import Sampling, generate
-    from jtune.loading.checkpoint import load_model
+    from jtune.loading.inference import load_model
     from jtune.tuning import lora, trainable_mask
     from jtune.tuning.show import show, tensor
 
@@ -35,7 +35,7 @@ _HOME = {
     "Sampling": "jtune.generation",
     "generate": "jtune.generation",
     "get_template": "jtune.data",
-    "load_model": "jtune.loading.checkpoint",
+    "load_model": "jtune.loading.inference",
     "load_tokenizer": "jtune.data",
     "lora": "jtune.tuning",
     "show": "jtune.tuning.show",

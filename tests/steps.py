@@ -8,8 +8,10 @@ import numpy as np
 
 from jtune import tuning
 from jtune.losses.batch import make_loss_sum
+from jtune.losses.objective import PLAIN
 from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.train.optimizer import make_optimizer
+from jtune.train.program import Program
 from jtune.train.state import init_state
 from jtune.train.step import make_train_step
 
@@ -97,3 +99,9 @@ def same(a, b, rtol=2e-5):
 
 ONE_EACH = [[example] for example in examples()]
 PACKED = [[e for i in group for e in [examples()[i]]] for group in ([7, 6, 4], [3, 1, 2], [5, 0])]
+
+
+def program_of(module, tx, state, constants, **changes):
+    """The program of a step, put together from its parts."""
+    whole = Program(module, PLAIN, tx, params=None, mask=None, state=state, constants=constants, mesh=module.mesh)
+    return whole._replace(**changes)

@@ -12,11 +12,12 @@ import numpy as np
 from jtune.config import Config
 from jtune.data import template_of
 from jtune.errors import ConfigError
-from jtune.interop import hf, peft
+from jtune.interop import hf
 from jtune.interop.endings import forget_tokenizer, resolve_endings, write_generation, write_tokenizer
 from jtune.loading import vocabulary
+from jtune.loading.model import adapter_reader
+from jtune.loading.source import fetch_model, read_source
 from jtune.models import CausalLM, DecoderConfig
-from jtune.models.families import decoder_config
 from jtune.sharding import make_mesh
 from jtune.tuning import count
 
@@ -40,25 +41,23 @@ def export(config: Config) -> Path:
       DataError: a file is missing or malformed.
     """
     args = config.model
-    base, out = hf.fetch(args.model_name_or_path or "", **args.hub), Path(args.export_dir or "")
+    base, out = fetch_model(args), Path(args.export_dir or "")
     if out.resolve() == base.resolve():
         raise ConfigError(f"export_dir: {out} is the folder of the base itself: give another one")
-    source = hf.read_config(base)
-    resolved = vocabulary.resolve_vocabulary(config, base, decoder_config(source))
-    decoder, tokenizer, source = resolved.decoder, resolved.tokenizer, resolved.source(source)
+    source = read_source(config, base, trains=False)
+    decoder, tokenizer = source.decoder, source.tokenizer
     template = None if config.data.template is None else template_of(config.data, tokenizer, for_training=False)
-    endings = resolve_endings(config, template, tokenizer, source, base)
+    endings = resolve_endings(config, template, tokenizer, source.config_json, base)
 
     log.info("reading weights of %s", args.model_name_or_path)
     mesh = make_mesh()
     read = partial(vocabulary.load_params, decoder=decoder, mesh=mesh, seed=config.training.seed)
-    params = read(base, change=resolved.change)
-    dtype = hf.stored_dtype(source) if args.infer_dtype == "auto" else jnp.dtype(args.infer_dtype)
+    params = read(base, change=source.change)
+    dtype = source.stored_dtype if args.infer_dtype == "auto" else jnp.dtype(args.infer_dtype)
+    read_adapter = adapter_reader(args)
     for path in args.adapter_name_or_path:
         log.info("reading adapter %s", path)
-        params, _ = peft.load_adapter(
-            params, decoder, path, subfolder=args.adapter_folder, base=args.model_name_or_path, **args.hub
-        )
+        params, _ = read_adapter(params, decoder, path)
     before = sample_logits(decoder, params)
     with hf.whole_or_absent(out) as unfinished:
         write_tokenizer(unfinished, tokenizer)

@@ -12,7 +12,7 @@ from jtune.commands.train import train
 from jtune.config import load_config
 from jtune.data import get_template, load_tokenizer
 from jtune.generation import Sampling, generate
-from jtune.loading.checkpoint import load_model
+from jtune.loading.inference import load_model
 from jtune.quickstart.make_data import FOLDER as DATA
 from jtune.quickstart.make_model import FOLDER as MODEL
 

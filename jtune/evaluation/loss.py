@@ -15,20 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jtune.config import DataArguments
-from jtune.data import Encoded, EvalBatch, EvalPlan, eval_batches, packing_windows
+from jtune.config import Config
+from jtune.data import Encoded, EvalBatch, EvalPlan, eval_batches, packing_windows, rows_are_packed
 from jtune.losses.batch import Batch
 from jtune.losses.chunked import chunk_elements, chunk_positions, cut, sum_labelled
 from jtune.losses.token import TokenLoss, token_nll
 from jtune.models import CausalLM
 from jtune.models.decoder import hidden_states
-from jtune.sharding import (
-    arrays,
-    batch_sharding,
-    batch_shards,
-    check_row_length,
-    replicated,
-)
+from jtune.sharding import arrays, batch_sharding, batch_shards, check_row_length, replicated
 from jtune.sharding.compiler import compiler_options
 from jtune.tuning import prepared_axes
 
@@ -124,41 +118,33 @@ def evaluate(
     return {f"{prefix}_{key}": value for key, value in found.items()}
 
 
-def make_evaluation(
-    module: CausalLM,
-    sets: Mapping[str, Encoded],
-    mesh: Mesh,
-    *,
-    stage: str,
-    per_device_batch_size: int,
-    packing: bool,
-    data: DataArguments,
-    accuracy: bool,
-    token_loss: TokenLoss = token_nll,
+def make_loss(
+    module: CausalLM, sets: Mapping[str, Encoded], mesh: Mesh, config: Config, token_loss: TokenLoss
 ) -> Callable[[Any], dict[str, float]]:
-    """`measure(params)`: the metrics of every evaluation set, under `eval_` or `eval_<name>_`."""
+    """`loss(params)`: the metrics of every evaluation set, under `eval_` or `eval_<name>_`."""
+    stage, accuracy = config.finetuning.stage, config.finetuning.compute_accuracy
     prepared = {
         name: prepare_evaluation(
             module,
             encoded,
             mesh,
             stage=stage,
-            per_device_batch_size=per_device_batch_size,
-            packing=packing,
+            per_device_batch_size=config.training.per_device_eval_batch_size,
+            packing=rows_are_packed(config),
             token_loss=token_loss,
-            cutoff_len=data.cutoff_len,
-            windows=packing_windows(encoded, data, stage),
+            cutoff_len=config.data.cutoff_len,
+            windows=packing_windows(encoded, config.data, stage),
         )
         for name, encoded in sets.items()
     }
 
-    def measure(params: Any) -> dict[str, float]:
-        found: dict[str, float] = {}
+    def loss(params: Any) -> dict[str, float]:
+        metrics: dict[str, float] = {}
         for name, (plan, step) in prepared.items():
-            found |= evaluate(partial(step, params), plan, prefix=f"eval_{name}".rstrip("_"), accuracy=accuracy)
-        return found
+            metrics |= evaluate(partial(step, params), plan, prefix=f"eval_{name}".rstrip("_"), accuracy=accuracy)
+        return metrics
 
-    return measure
+    return loss
 
 
 def prepare_evaluation(

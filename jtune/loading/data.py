@@ -4,13 +4,7 @@ import dataclasses
 from typing import Any
 
 from jtune.config import Config
-from jtune.data import (
-    Splits,
-    Template,
-    check_vocabulary,
-    load_datasets,
-    template_of,
-)
+from jtune.data import Splits, Template, check_vocabulary, load_datasets, template_of
 from jtune.data.cache.shards import TeamOf, alone
 
 

@@ -1,4 +1,4 @@
-"""From the arguments of a run to a model that can be asked."""
+"""From the arguments of a run to a model that answers: for chat, eval and export, and for the REPL."""
 
 import logging
 from dataclasses import replace
@@ -13,10 +13,10 @@ from jtune.config import Config, ModelArguments
 from jtune.data import Template, template_of
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft
-from jtune.loading import vocabulary
-from jtune.loading.model import compute_dtype, fetch_model, placement, read_base
+from jtune.loading.model import adapter_reader, attention_of, compute_dtype, placement, read_base
+from jtune.loading.source import read_source
+from jtune.loading.vocabulary import load_params, vocabulary_of
 from jtune.models import CausalLM
-from jtune.models.attention.choose import choose
 from jtune.models.families import decoder_config
 from jtune.sharding import check_experts
 from jtune.sharding.compiler import use_compile_cache
@@ -35,42 +35,36 @@ class Loaded(NamedTuple):
 
 
 def load(config: Config, *, for_chat: bool = False) -> Loaded:
-    """The model and its adapters, not merged, on the devices that are there, split as the arguments `mesh_*` say.
+    """The model and its adapters, not merged, on the devices of this machine, split as the arguments `mesh_*` say.
 
-    Where no adapter is given, what the same arguments have trained is taken: see `trained`.
+    Without an adapter among the arguments, `load` takes what the same arguments have trained: see `trained`.
 
     Args:
-      for_chat: the template is wanted, too; it is made before weights are read.
+      for_chat: make the template, too, before weights are read.
 
     Raises:
       ConfigError: there are no weights yet, or no template that is wanted.
       DataError: what is wrong with the files.
     """
-    args = trained(config)
+    config = replace(config, model=trained(config))
+    args = config.model
     use_compile_cache(config.training.compile_cache_dir)
     mesh = mesh_of(config.training)
-    folder = fetch_model(args)
-    source = hf.read_config(folder)
-    settled = vocabulary.resolve_vocabulary(replace(config, model=args), folder, decoder_config(source))
-    decoder, tokenizer = settled.decoder, settled.tokenizer
-    template = template_of(config.data, tokenizer, for_training=False) if for_chat else None
-    check_experts(mesh, decoder.num_experts)
-    if args.infer_dtype == "auto":
-        dtype = compute_dtype(config.training, config.finetuning.pure_bf16, hf.stored_dtype(source))
-    else:
-        dtype = jnp.dtype(args.infer_dtype)
-    params = read_base(folder, args, decoder, settled.change, mesh, seed=config.training.seed)
+    source = read_source(config, trains=False)
+    template = template_of(config.data, source.tokenizer, for_training=False) if for_chat else None
+    check_experts(mesh, source.decoder.num_experts)
+    dtype = compute_dtype(config, source) if args.infer_dtype == "auto" else jnp.dtype(args.infer_dtype)
+    params = read_base(args, source, mesh, seed=config.training.seed)
+    read_adapter = adapter_reader(args)
     for i, path in enumerate(args.adapter_name_or_path):
         log.info("adapter %s", path)
         params = tuning.lora.merge(params) if i else params
-        params, _ = peft.load_adapter(
-            params, decoder, path, subfolder=args.adapter_folder, base=args.model_name_or_path, **args.hub
-        )
+        params, _ = read_adapter(params, source.decoder, path)
     params = in_dtypes(params, jax.tree.map(lambda _: False, params), dtype, dtype)
-    params = jax.device_put(params, placement(params, decoder, mesh))
-    device = mesh.local_devices[0]
-    backend, _ = choose(args.flash_attn, device.platform, decoder, dtype, device)
-    return Loaded(CausalLM(decoder, dtype=dtype, attention=backend, mesh=mesh), params, tokenizer, folder, template)
+    params = jax.device_put(params, placement(params, source.decoder, mesh))
+    backend, _ = attention_of(config, source, mesh, dtype)
+    module = CausalLM(source.decoder, dtype=dtype, attention=backend, mesh=mesh)
+    return Loaded(module, params, source.tokenizer, source.folder, template)
 
 
 def trained(config: Config) -> ModelArguments:
@@ -94,3 +88,32 @@ def trained(config: Config) -> ModelArguments:
             f"({out}) yet: `jtune train` writes one there"
         )
     return args
+
+
+def load_model(path: str, adapter: str | None = None, dtype: str = "float32") -> tuple[CausalLM, dict]:
+    """Read a Hugging Face checkpoint, and a PEFT adapter onto it: a model in one call, for the REPL and for scripts.
+
+    >>> model, params = load_model("path/to/model")                      # doctest: +SKIP
+    >>> logits = model.apply({"params": params}, input_ids)              # doctest: +SKIP
+
+    Args:
+      path: a folder, or a hub id.
+      adapter: a folder, or a hub id; its kernels are `jtune.lora.LoRA` nodes in `params`. An adapter that was trained
+        with another vocabulary brings its rows along.
+      dtype: of the parameters and of the computation.
+
+    Returns:
+      The module and its parameters, on the first device. `model.apply({"params": params}, input_ids, positions=None,
+      segment_ids=None)` with int32 `[batch, seq]` gives logits float32 `[batch, seq, vocab]`.
+
+    Raises:
+      DataError: what is wrong with the files.
+    """
+    folder = hf.fetch(path)
+    adapters = [] if adapter is None else [hf.fetch(adapter)]
+    decoder, change = vocabulary_of(decoder_config(hf.read_config(folder)), folder, adapters)
+    params = load_params(folder, decoder, change, None, seed=0, dtype=jnp.dtype(dtype))
+    if adapter is not None:
+        params, _ = peft.load_adapter(params, decoder, adapter, base=path)
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+    return CausalLM(decoder, dtype=jnp.dtype(dtype)), params

@@ -38,11 +38,11 @@ class Vocabulary(NamedTuple):
     change: Change | None  # from what is stored; None: nothing changes
     resized: bool = False  # rows are not the base's: an adapter must hold them
 
-    def source(self, source: Mapping[str, Any]) -> dict[str, Any]:
-        """The config.json of the model that is trained."""
+    def config_json(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """The config.json of the model that is trained, from the one that is stored."""
         rows = {"vocab_size": self.decoder.vocab_size} if self.change else {}
-        tied = decoder_config(source).tie_word_embeddings and not self.decoder.tie_word_embeddings
-        return {**source, **rows, **({"tie_word_embeddings": False} if tied else {})}
+        tied = decoder_config(stored).tie_word_embeddings and not self.decoder.tie_word_embeddings
+        return {**stored, **rows, **({"tie_word_embeddings": False} if tied else {})}
 
 
 def resolve_vocabulary(config: Config, folder: Path, decoder: DecoderConfig) -> Vocabulary:
@@ -139,40 +139,49 @@ def load_params(
     folder: Path,
     decoder: DecoderConfig,
     change: Change | None,
-    mesh: Mesh,
+    mesh: Mesh | None,
     *,
     seed: int,
     dtype: Any = None,
     form: Form | None = None,
 ) -> Any:
-    """`jtune.interop.hf.load_params` on a mesh, then the rows that `change` adds.
+    """`jtune.interop.hf.load_params`, then the rows that `change` adds.
 
     Args:
       decoder: of the run, its rows and tables those of `change`.
+      mesh: None: everything goes to the first device.
     """
     stored = decoder
     if change is not None:
         tied = change.unties or decoder.tie_word_embeddings
         stored = replace(decoder, vocab_size=change.stored, tie_word_embeddings=tied)
 
-    def lie(config: DecoderConfig) -> Any:
+    def shardings(config: DecoderConfig) -> Any:
+        if mesh is None:
+            return None
         like = jax.eval_shape(partial(apply, form=form), abstract_params(config))
         return tree_shardings(prepared_axes(like, config), like, mesh)
 
-    params = hf.load_params(folder, stored, dtype=dtype, shardings=lie(stored), form=form)
-    return params if change is None else resize(params, change, jax.random.key(seed), lie(decoder))
+    params = hf.load_params(folder, stored, dtype=dtype, shardings=shardings(stored), form=form)
+    return params if change is None else resize(params, change, jax.random.key(seed), shardings(decoder))
 
 
-def as_adapter(params: Any, decoder: DecoderConfig, adapter: Path) -> tuple[DecoderConfig, Any]:
-    """The decoder and its parameters with the rows and tables that an adapter holds, ready for `peft.load_adapter`."""
-    unties = peft.has_own_head(adapter, decoder)
-    decoder = replace(decoder, tie_word_embeddings=decoder.tie_word_embeddings and not unties)
-    rows = max(stored_rows(adapter, decoder) or 0, decoder.vocab_size)
+def vocabulary_of(
+    decoder: DecoderConfig, folder: Path, adapters: Sequence[Path]
+) -> tuple[DecoderConfig, Change | None]:
+    """The decoder with the rows and tables that a model's files and its adapters hold, and the change that makes them.
+
+    The rows are drawn, and those that an adapter holds take their place when it is read.
+
+    Args:
+      decoder: as config.json in `folder` describes it.
+      adapters: folders of adapters that are read onto the model.
+    """
+    decoder, unties = untied(decoder, folder, adapters)
+    rows = max([decoder.vocab_size, *(stored_rows(adapter, decoder) or 0 for adapter in adapters)])
     if rows == decoder.vocab_size and not unties:
-        return decoder, params
-    # The adapter's own take the place of rows that are drawn.
-    change = Change(decoder.vocab_size, rows, unties=unties)
-    return replace(decoder, vocab_size=rows), resize(params, change, jax.random.key(0))
+        return decoder, None
+    return replace(decoder, vocab_size=rows), Change(decoder.vocab_size, rows, unties=unties)
 
 
 def stored_rows(adapter: Path, decoder: DecoderConfig) -> int | None:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jtune.losses.chunked import chunk_elements, chunk_positions, sum_labelled, summed_loss
-from jtune.losses.objective import PLAIN, Objective, embedding_noise, models_of
+from jtune.losses.objective import PLAIN, Objective, embedding_noise
+from jtune.losses.reference import models_of
 from jtune.models import CausalLM
 from jtune.models.decoder import hidden_states
 from jtune.models.moe import balance_loss

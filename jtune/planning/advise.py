@@ -15,12 +15,14 @@ import jax
 from jtune.config import Config
 from jtune.config.arguments import SECTIONS
 from jtune.errors import ConfigError
+from jtune.loading.source import Source
 from jtune.models import DecoderConfig
 from jtune.models.decoder import REMAT
 from jtune.planning.chips import link_speed, peak_flops
 from jtune.planning.estimate import MARGIN, MOST_OFF, Rows, estimate, travelling
-from jtune.planning.shapes import Shapes, abstract_mesh, run_shapes
+from jtune.planning.shapes import abstract_mesh, abstract_program
 from jtune.sharding.mesh import BATCH_AXES
+from jtune.train.program import Program
 
 # A microbatch with fewer tokens on a device leaves its matrix units waiting.
 SMALL_MICROBATCH = 512
@@ -68,26 +70,26 @@ class Work(NamedTuple):
     layers: float
 
 
-def seconds_per_token(shapes: Shapes, rows: Rows, work: Work, device_kind: str, utilisation: float) -> float:
+def seconds_per_token(program: Program, rows: Rows, work: Work, device_kind: str, utilisation: float) -> float:
     """Device time of one token, for comparing settings: computing, and waiting for what cannot be hidden behind it.
 
     Unknown chips count as fast as an H100: only ratios matter.
     """
-    decoder, mesh = shapes.module.config, shapes.mesh
+    decoder, mesh = program.module.config, program.mesh
     peak, speed = peak_flops(device_kind) or 989e12, link_speed(device_kind)
     flops = (
         work.model
-        + {"none": 0.0, "dots": 0.15, "attention": 0.9, "full": 1.0, "offload": 1.0}[shapes.module.remat] * work.layers
+        + {"none": 0.0, "dots": 0.15, "attention": 0.9, "full": 1.0, "offload": 1.0}[program.module.remat] * work.layers
     )
     tokens = rows.per_shard * rows.seq
     starved = 1 + SMALL_MICROBATCH / tokens
     split, fsdp, data = mesh.shape["tensor"], mesh.shape["fsdp"], mesh.shape["data"]
     compute = flops / split / (peak * utilisation) * starved
-    size = shapes.module.dtype.itemsize
-    passes = 3 if shapes.module.remat == "full" else 2
+    size = program.module.dtype.itemsize
+    passes = 3 if program.module.remat == "full" else 2
     # FSDP gathers every layer in each pass and scatters gradients; what is computed meanwhile hides it.
-    weights = travelling(shapes.params, size) / split
-    trained = 4 * sum(x.size for x in jax.tree.leaves(shapes.state.trainable)) / split
+    weights = travelling(program.params, size) / split
+    trained = 4 * sum(x.size for x in jax.tree.leaves(program.state.trainable)) / split
     moved = (passes * weights + trained) * (1 - 1 / fsdp) + 2 * trained * (1 - 1 / data) / rows.accum
     gathering = moved / speed / tokens
     hidden = HIDDEN_COST * min(compute, gathering)
@@ -104,11 +106,11 @@ class Setting(NamedTuple):
 
     config: Config
     devices: int
-    shapes: Shapes
+    program: Program
     rows: Rows
 
 
-def apply(setting: Setting, change: Change, source: Mapping[str, Any], platform: str) -> Setting:
+def apply(setting: Setting, change: Change, source: Source, platform: str) -> Setting:
     """The setting after a change; its rows follow from its arguments.
 
     Raises:
@@ -120,7 +122,7 @@ def apply(setting: Setting, change: Change, source: Mapping[str, Any], platform:
     fixed = math.prod(size for size in sizes.values() if size != -1)
     sizes = {axis: max(1, change.devices // fixed) if size == -1 else size for axis, size in sizes.items()}
     mesh = abstract_mesh(change.devices, data=sizes["data"], tensor=sizes["tensor"])
-    shapes = run_shapes(after, setting.shapes.module.config, dict(source), mesh, platform=platform)
+    program = abstract_program(after, source, mesh, platform=platform)
     share = now.per_device_train_batch_size / before.per_device_train_batch_size
     longer = now.gradient_accumulation_steps / before.gradient_accumulation_steps
     rows = rows._replace(
@@ -128,24 +130,23 @@ def apply(setting: Setting, change: Change, source: Mapping[str, Any], platform:
         per_shard=max(1, math.ceil(rows.per_shard * share)),
         seq=min(rows.seq, after.data.cutoff_len),
     )
-    return Setting(after, change.devices, shapes, rows)
+    return Setting(after, change.devices, program, rows)
 
 
 def advise(
-    config: Config, source: Mapping[str, Any], shapes: Shapes, rows: Rows, measured: Mapping[str, Any], memory: int,
+    config: Config, source: Source, program: Program, rows: Rows, measured: Mapping[str, Any], memory: int,
     *, platform: str,
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:  # fmt: skip
     """The three changes that save most, each by itself, those that are enough first; and, if none is, what three
     changes in a row come to.
 
     Args:
-      source: the model's config.json.
       measured: the run as it is (see `jtune.planning.compile`).
       memory: of a device.
       platform: "tpu", "gpu" or "cpu".
     """
-    start = Setting(config, math.prod(shapes.mesh.shape.values()), shapes, rows)
-    before = estimate(shapes, rows)
+    start = Setting(config, math.prod(program.mesh.shape.values()), program, rows)
+    before = estimate(program, rows)
     scale = measured["temporaries"] / max(1, before["temporaries"])
     if measured["refused"]:  # said before the compiler has tried to make it fit: more than it would need
         scale = min(scale, MOST_OFF)
@@ -153,7 +154,7 @@ def advise(
     enough = memory * MARGIN
 
     def peak(setting: Setting) -> int:
-        after = estimate(setting.shapes, setting.rows)
+        after = estimate(setting.program, setting.rows)
         return int(after["arguments"] + rest + after["temporaries"] * scale)
 
     def ranked(setting: Setting) -> list[tuple[int, Change, Setting]]:
@@ -199,8 +200,8 @@ def advise(
 
 def changes(setting: Setting) -> Iterator[Change]:
     """What could be changed, in each kind from the smallest change to the largest. Rows of an update stay as many."""
-    config, devices, shapes, rows = setting
-    training, mesh = config.training, shapes.mesh
+    config, devices, program, rows = setting
+    training, mesh = config.training, program.mesh
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     accumulation, per_device = training.gradient_accumulation_steps, training.per_device_train_batch_size
 
@@ -214,18 +215,18 @@ def changes(setting: Setting) -> Iterator[Change]:
             per_device_train_batch_size=fewer,
             gradient_accumulation_steps=accumulation * per_device // fewer,
         )
-    if shapes.module.remat not in ("full", "offload"):
+    if program.module.remat not in ("full", "offload"):
         yield change("remat", "compute whole layers again in the backward pass", remat="full")
     if config.finetuning.finetuning_type != "lora":
         yield change("method", "train adapters instead", finetuning_type="lora")
         if not config.finetuning.pure_bf16:
             yield change("precision", "trained parameters in bfloat16", pure_bf16=True)
-    if shapes.module.dtype.itemsize == 4:
+    if program.module.dtype.itemsize == 4:
         yield change("compute", "compute in bfloat16", bf16=True)
     if data > 1:
         yield change("fsdp", "split parameters over all devices", mesh_data=1, mesh_fsdp=data * fsdp)
     for more in (2, 4, 8):
-        if fsdp % more == 0 and shapes.module.config.num_key_value_heads % (tensor * more) == 0:
+        if fsdp % more == 0 and program.module.config.num_key_value_heads % (tensor * more) == 0:
             yield change(
                 "tensor",
                 f"split each matrix product over {tensor * more} devices",
@@ -256,21 +257,21 @@ def _halves(n: int) -> list[int]:
 
 
 def search(
-    config: Config, source: Mapping[str, Any], shapes: Shapes, rows: Rows, work: Work, *, platform: str,
+    config: Config, source: Source, program: Program, rows: Rows, work: Work, *, platform: str,
     device_kind: str, utilisation: float,
 ) -> list[Found]:  # fmt: skip
     """Settings of microbatch, remat and mesh with the same rows in an update, the fastest by estimate first. Whether
     they fit is not looked at here."""
-    devices = math.prod(shapes.mesh.shape.values())
-    decoder, training = shapes.module.config, config.training
-    shards = math.prod(shapes.mesh.shape[axis] for axis in BATCH_AXES)
+    devices = math.prod(program.mesh.shape.values())
+    decoder, training = program.module.config, config.training
+    shards = math.prod(program.mesh.shape[axis] for axis in BATCH_AXES)
     rows_of_one = rows.per_shard / training.per_device_train_batch_size  # fewer than 1 where examples share rows
     examples = training.per_device_train_batch_size * training.gradient_accumulation_steps * shards
     found = []
     for sizes in meshes(devices, decoder):
         mesh = abstract_mesh(devices, **sizes)
         axes = {f"mesh_{axis}": size for axis, size in sizes.items()}
-        then = run_shapes(changed(config, **axes), decoder, dict(source), mesh, platform=platform)
+        then = abstract_program(changed(config, **axes), source, mesh, platform=platform)
         share = examples / (sizes["data"] * sizes["fsdp"])
         if share != int(share):
             continue
@@ -283,9 +284,9 @@ def search(
                 "per_device_train_batch_size": micro,
                 "gradient_accumulation_steps": accumulation,
             }
-            its_shapes = then._replace(module=module)
-            seconds = seconds_per_token(its_shapes, its_rows, work, device_kind, utilisation)
-            found.append(Found(seconds, estimate(its_shapes, its_rows), values, changed(config, **values)))
+            tried = then._replace(module=module)
+            seconds = seconds_per_token(tried, its_rows, work, device_kind, utilisation)
+            found.append(Found(seconds, estimate(tried, its_rows), values, changed(config, **values)))
     return sorted(found, key=lambda entry: (entry.seconds, entry.guess["peak"]))
 
 

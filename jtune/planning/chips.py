@@ -1,4 +1,4 @@
-"""What a chip has: FLOPs, memory, links."""
+"""Figures of chips: FLOP/s, memory, links."""
 
 import os
 import resource
@@ -12,8 +12,8 @@ from jtune.planning.topology import GPUS
 
 GIB = 2**30
 
-# HBM of one device by jax's name of its kind (lower case, a part of it is enough; the first that matches). TPU7x shows
-# the two cores of a chip, with half of its 192 GiB each.
+# HBM of one device, by a part of jax's name of its kind in lower case; the first match counts. A TPU7x chip shows two
+# devices, its cores, with half of its 192 GiB each.
 MEMORY = {
     "tpu v4": 32 * GIB,
     "tpu v5 lite": 16 * GIB,
@@ -23,11 +23,11 @@ MEMORY = {
     "tpu v7": 96 * GIB,
 }
 
-# What the compiler says is not available of it, when it refuses a program.
+# The share of it that the compiler keeps from programs, as it says when it refuses one.
 RESERVED = {"tpu v5 lite": GIB // 4, "tpu v6": 3 * GIB // 4}
 
-# Bytes a second that a device exchanges with its neighbours, all links together, as vendors state them: what a search
-# over meshes weighs communication with.
+# Bytes a second that a device exchanges with its neighbours over all links, as vendors state them, for the search over
+# meshes.
 LINKS = {
     "tpu v4": 300e9,
     "tpu v5 lite": 200e9,
@@ -57,7 +57,7 @@ def device_memory(device: Any) -> int:
     for gpu in GPUS.values():
         if gpu.device_kind == device.device_kind:
             return gpu.memory
-    raise ConfigError(f"{device.device_kind}: how much memory it has is not known")
+    raise ConfigError(f"{device.device_kind}: its memory is not in the table (jtune/planning/chips.py)")
 
 
 def host_memory(proc: Path = Path("/proc/self"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
@@ -96,7 +96,7 @@ def host_memory(proc: Path = Path("/proc/self"), cgroups: Path = Path("/sys/fs/c
 
 
 def _limit(device: Any) -> int | None:
-    """Bytes that programs get of a device that is here."""
+    """Bytes that programs get of a device of this machine."""
     try:
         return (device.memory_stats() or {}).get("bytes_limit")
     except jax.errors.JaxRuntimeError:  # it is of a topology
@@ -117,13 +117,13 @@ def reserved_memory(device_kind: str) -> int:
 
 
 def link_speed(device_kind: str) -> float:
-    """Bytes a second between devices; of what is not in the table, a modest figure."""
+    """Bytes a second between devices; a modest figure for kinds that are not in the table."""
     kind = device_kind.lower()
     return next((speed for name, speed in LINKS.items() if name in kind), 50e9)
 
 
-# Dense bfloat16 FLOP/s of a chip, as its vendor states them, by jax's name of the kind (lower case, a part of it is
-# enough; the first that matches). TPU7x shows its two cores as two devices: half a chip's figure.
+# Dense bfloat16 FLOP/s of a device, as its vendor states them, by a part of jax's name of its kind in lower case; the
+# first match counts. A TPU7x chip shows two devices: half its figure each.
 PEAK_FLOPS = {
     "tpu v4": 275e12,
     "tpu v5 lite": 197e12,
@@ -146,7 +146,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of one device; None for what is not in the table (a CPU).
+    """Dense bfloat16 FLOP/s of one device; None for kinds that are not in the table (CPUs).
 
     >>> peak_flops("TPU v5 lite"), peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("cpu")
     (197000000000000.0, 989000000000000.0, None)

@@ -1,4 +1,4 @@
-"""The memory of the train step, as the compiler has it: compiled ahead of time, for shapes, and kept on disk."""
+"""The memory of the train step by the compiler: compiled ahead of time, for shapes; the result is kept on disk."""
 
 import hashlib
 import json
@@ -15,61 +15,46 @@ from jax.sharding import Mesh
 import jtune
 from jtune.config import Config
 from jtune.distributed import processes
-from jtune.losses.objective import objective_of, step_key
-from jtune.planning.shapes import Shapes, batch_shapes, bytes_by_kind
-from jtune.train import program
+from jtune.planning.shapes import batch_shapes, bytes_by_kind
+from jtune.train import program as train_program
 from jtune.train.optimizer import optimizer_settings
-from jtune.train.program import rounding_key_of
-from jtune.tuning.unstack import unstack_layers
+from jtune.train.program import Program, unstacked
 
 log = logging.getLogger("jtune")
 
 
-def measure(config: Config, shapes: Shapes, shape: tuple[int, int, int], capacity: int, target: str) -> dict[str, Any]:
-    """Compile the step for a shape of batch; what one device holds while it runs, in bytes.
+def measure(
+    config: Config, program: Program, shape: tuple[int, int, int], capacity: int, target: str
+) -> dict[str, Any]:
+    """Compile the step for a shape of batch, and return the bytes that one device holds while it runs.
 
-    Kept on disk: the same step for the same devices is not compiled again. Several processes compile together, and what
-    one of them has kept the others may not have.
+    The result is kept on disk: the same step for the same devices is not compiled again. Several processes always
+    compile, since one may have a result on its disk that the others lack.
     """
-    training = config.training
-    assert isinstance(shapes.mesh, Mesh)
-    settings = (training.max_grad_norm, *optimizer_settings(training, config.finetuning))
-    objective = objective_of(config.finetuning, training)
-    loss = (objective.name, objective.noise_alpha)
-    frozen = unstack_layers(shapes.frozen, shapes.module)
-    step = (shapes.module, settings, loss, _described(shapes.state), _described(frozen))
-    key = fingerprint(step, jax.tree.structure(shapes.params), dict(shapes.mesh.shape), shape, capacity, target)
-    root = Path(training.compile_cache_dir) if training.compile_cache_dir else Path.home() / ".cache" / "jtune"
-    path = root / "plans" / f"{key}.json"
+    assert isinstance(program.mesh, Mesh)
+    settings = (program.max_grad_norm, *optimizer_settings(config.training, config.finetuning))
+    loss = (program.objective.name, program.objective.noise_alpha)
+    program = unstacked(program)
+    step = (program.module, settings, loss, _described(program.state), _described(program.constants))
+    key = fingerprint(step, jax.tree.structure(program.params), dict(program.mesh.shape), shape, capacity, target)
+    path = plans_folder(config) / f"{key}.json"
     if processes.count() == 1:
         try:
             return json.loads(path.read_text()) | {"cached": True}
         except (OSError, ValueError):
             pass
-    log.info("compiling the step for [accum, batch, seq] = %s on %d x %s", list(shape), shapes.mesh.size, target)
+    log.info("compiling the step for [accum, batch, seq] = %s on %d x %s", list(shape), program.mesh.size, target)
     began = time.monotonic()
-    batch = batch_shapes(shape, shapes.mesh)
-    # A kernel in Pallas asks what GPU it is for, which otherwise is the one that is here.
-    with jax.sharding.use_abstract_mesh(shapes.mesh.abstract_mesh):
-        lowered = program.lower_step(
-            shapes.module,
-            shapes.tx,
-            shapes.state,
-            frozen,
-            batch,
-            shapes.mesh,
-            label_capacity=capacity,
-            max_grad_norm=training.max_grad_norm,
-            dropout_key=step_key(objective, shapes.params, training.seed),
-            rounding_key=rounding_key_of(training, config.finetuning),
-            objective=objective,
-        )
+    batch = batch_shapes(shape, program.mesh)
+    # A Pallas kernel asks for the kind of GPU that it is compiled for; without this it finds the GPU of this machine.
+    with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
+        lowered = train_program.lower_step(program, batch, capacity)
     try:
         found = _sizes(lowered.compile().memory_analysis())
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        found = refused(str(error), sum(bytes_by_kind(shapes, batch).values()))
+        found = refused(str(error), sum(bytes_by_kind(program, batch).values()))
     found["seconds"] = round(time.monotonic() - began, 2)
     if processes.is_first():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -77,6 +62,12 @@ def measure(config: Config, shapes: Shapes, shape: tuple[int, int, int], capacit
         partial.write_text(json.dumps(found))
         partial.replace(path)
     return found | {"cached": False}
+
+
+def plans_folder(config: Config) -> Path:
+    """Where measured plans are kept."""
+    folder = config.training.compile_cache_dir
+    return (Path(folder) if folder else Path.home() / ".cache" / "jtune") / "plans"
 
 
 def _sizes(stats: Any) -> dict[str, Any]:
@@ -92,7 +83,7 @@ def _sizes(stats: Any) -> dict[str, Any]:
 
 
 def refused(message: str, arguments: int) -> dict[str, Any]:
-    """What is known of a program that the compiler gave up on, as it needs more memory than the device has.
+    """The sizes of a program that the compiler refused because it needs more memory than the device has.
 
     >>> refused("Ran out of memory in memory space hbm. Used 29.50G of 15.75G hbm.", 2**30)["peak"] / 2**30
     29.5
@@ -111,7 +102,7 @@ def refused(message: str, arguments: int) -> dict[str, Any]:
 
 
 def _described(tree: Any) -> list[Any]:
-    """Everything about a tree of shapes that a compiled program depends on."""
+    """All properties of a tree of shapes that a compiled program depends on."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path), x.shape, x.dtype.name, str(x.sharding.spec)) for path, x in leaves]
 

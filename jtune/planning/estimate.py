@@ -10,20 +10,21 @@ from jtune.losses.chunked import chunk_elements
 from jtune.models import DecoderConfig
 from jtune.models.config import Delta
 from jtune.models.delta import CHUNK, delta_config
-from jtune.planning.shapes import Shapes, batch_shapes, bytes_by_kind
+from jtune.planning.shapes import batch_shapes, bytes_by_kind
 from jtune.sharding.mesh import BATCH_AXES
 from jtune.sharding.rules import ZERO_AXES
+from jtune.train.program import Program
 from jtune.tuning.quantize import Quantized
 
-# An estimate is not called fitting unless it leaves this share of the memory unused.
+# The share of memory that a setting may take by estimate to count as fitting.
 MARGIN = 0.95
-# Temporaries of programs are taken to be at most so many times the estimated ones (for 8B on GPUs they were 0.78 to
-# 1.15 times as large; of tiny models they are more).
+# The most that a program's temporaries exceed their estimate by (8B on GPUs: 0.78 to 1.15 times the estimate; tiny
+# models exceed it by more).
 MOST_OFF = 1.5
 
 
 class Rows(NamedTuple):
-    """The rows of an update as one device's share of the batch sees them."""
+    """The rows of an update in one shard of the batch."""
 
     accum: int
     per_shard: int  # rows of a microbatch on a shard of the batch
@@ -34,10 +35,10 @@ class Rows(NamedTuple):
 # ---------------------------------------------------------------------- estimates
 
 
-def batch_of(rows: Rows, shapes: Shapes) -> Mapping[str, Any]:
+def batch_of(rows: Rows, program: Program) -> Mapping[str, Any]:
     """The batch of an update, as shapes."""
-    shards = math.prod(shapes.mesh.shape[axis] for axis in BATCH_AXES)
-    return batch_shapes((rows.accum, rows.per_shard * shards, rows.seq), shapes.mesh)
+    shards = math.prod(program.mesh.shape[axis] for axis in BATCH_AXES)
+    return batch_shapes((rows.accum, rows.per_shard * shards, rows.seq), program.mesh)
 
 
 def saved_activations(
@@ -50,7 +51,7 @@ def saved_activations(
     attention: str = "splash",
     split: int = 1,
 ) -> int:
-    """Bytes kept of the forward pass for the backward pass, of `tokens` in rows of `seq` on one device.
+    """Bytes that the forward pass keeps for the backward pass, for `tokens` in rows of `seq` on one device.
 
     Args:
       attention: the backend (`jtune.models.attention.choose.choose`).
@@ -92,16 +93,16 @@ def rule_floats(rule: Delta) -> int:
     return rule.value_heads * (8 * rule.key_dim + 6 * rule.value_dim + 6 * CHUNK + states)
 
 
-def estimate(shapes: Shapes, rows: Rows) -> dict[str, int]:
-    """Bytes of one device: `arguments`, `temporaries`, `peak`, and the `floor` that no compiler can go below."""
-    decoder, module, mesh = shapes.module.config, shapes.module, shapes.mesh
+def estimate(program: Program, rows: Rows) -> dict[str, int]:
+    """Bytes of one device: `arguments`, `temporaries`, `peak`, and `floor`, the lower bound: state and layer inputs."""
+    decoder, module, mesh = program.module.config, program.module, program.mesh
     split, size = mesh.shape["tensor"], module.dtype.itemsize
-    kept = sum(bytes_by_kind(shapes, batch_of(rows, shapes)).values())
+    kept = sum(bytes_by_kind(program, batch_of(rows, program)).values())
     tokens = rows.per_shard * rows.seq // mesh.shape["context"]
 
     saved = saved_activations(decoder, module.remat, tokens, rows.seq, size, attention=module.attention, split=split)
     # Gradients and their sum over microbatches, float32, lie where the parameters lie.
-    trained = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(shapes.state.trainable))
+    trained = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(program.state.trainable))
     gradients = 4 * trained * (1 if rows.accum == 1 else 2)
     # One layer at work. Scores: float32, their softmax and its gradient, and weights in the compute dtype.
     d, f = decoder.hidden_size, decoder.active_intermediate_size
@@ -114,12 +115,12 @@ def estimate(shapes: Shapes, rows: Rows) -> dict[str, int]:
     # gradient in float32.
     gathered = 0
     if any(mesh.shape[axis] > 1 for axis in ZERO_AXES):
-        layer = travelling(shapes.params["layers"], size) // decoder.num_hidden_layers
-        head = size + (4 if any(jax.tree.leaves(shapes.mask.get("lm_head", shapes.mask["embed_tokens"]))) else 0)
+        layer = travelling(program.params["layers"], size) // decoder.num_hidden_layers
+        head = size + (4 if any(jax.tree.leaves(program.mask.get("lm_head", program.mask["embed_tokens"]))) else 0)
         gathered = (2 * layer + decoder.vocab_size * d * head) // split
     # Kernels that are kept in few bits are computed for the layer at work.
     is_quantized = lambda x: isinstance(x, Quantized)
-    computed = [x.size for x in jax.tree.leaves(shapes.params["layers"], is_leaf=is_quantized) if is_quantized(x)]
+    computed = [x.size for x in jax.tree.leaves(program.params["layers"], is_leaf=is_quantized) if is_quantized(x)]
     kernels = sum(computed) // decoder.num_hidden_layers * size // split
     chunk = min(chunk_elements(module.mesh), int(tokens * rows.label_share) * decoder.vocab_size) * (8 + size) // split
     temporaries = saved + gradients + max(scores, inside, chunk) + gathered + kernels
@@ -132,21 +133,21 @@ def estimate(shapes: Shapes, rows: Rows) -> dict[str, int]:
 
 
 def travelling(params: Any, itemsize: int) -> int:
-    """Bytes of parameters that are gathered: in the compute dtype, or as they are kept where that is smaller."""
+    """Bytes of parameters in an all-gather: in the compute dtype, or in the stored dtype where that is smaller."""
     return sum(x.size * min(x.dtype.itemsize, itemsize) for x in jax.tree.leaves(params))
 
 
-def largest(shapes: Shapes, capacities: Mapping[tuple[int, int, int], int]) -> tuple[tuple[int, int, int], Rows]:
-    """The shape of batch that needs most memory, and what of it a device sees.
+def largest(program: Program, capacities: Mapping[tuple[int, int, int], int]) -> tuple[tuple[int, int, int], Rows]:
+    """The shape of batch that needs most memory, and its rows in one shard.
 
     Args:
       capacities: `[accum, batch, seq]` of each shape of batch -> labelled positions of a shard of the batch, at most.
     """
-    shards = math.prod(shapes.mesh.shape[axis] for axis in BATCH_AXES)
+    shards = math.prod(program.mesh.shape[axis] for axis in BATCH_AXES)
 
     def seen(shape: tuple[int, int, int]) -> Rows:
         accum, batch, seq = shape
         return Rows(accum, batch // shards, seq, capacities[shape] / (batch // shards * seq))
 
-    shape = max(capacities, key=lambda shape: estimate(shapes, seen(shape))["peak"])
+    shape = max(capacities, key=lambda shape: estimate(program, seen(shape))["peak"])
     return shape, seen(shape)

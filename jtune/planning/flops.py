@@ -1,14 +1,14 @@
-"""How much there is to compute: FLOPs of a token in training, counted from shapes and from what trains; and chips.
+"""Training FLOPs per token, counted from shapes and from the mask of what trains.
 
-A multiply and an add are two FLOPs; a look-up in the embedding is none. These are model FLOPs: what the mathematics of
-the update needs, without what rematerialisation or a flash kernel computes again. XLA's own count is of no use here: it
-counts the body of a loop once, however often it runs, and sees nothing inside kernels.
+A multiply and an add are two FLOPs; a look-up in the embedding is none. These are model FLOPs: those that the
+mathematics of the update needs, without recomputation by remat or by a flash kernel. XLA's own count does not serve:
+it counts the body of a loop once, however often it runs, and sees nothing inside kernels.
 
-With N weights in the matrix products of a layer stack, H = embed * vocab of the head, A the attention's forward pass,
-n the weights of the adapters, r the share of tokens that carry a label (only these reach the head), of a token:
+Per token, with N weights in the matrix products of the layers, H = embed * vocab of the head, A the forward FLOPs of
+attention, n the weights of the adapters, r the share of tokens that carry a label (only these reach the head):
 
     full    6 (N + r H) + 3 A
-    LoRA    4 (N + r H) + 6 n + 3 A        less the gradients by the input of layer 0, which nobody asks for
+    LoRA    4 (N + r H) + 6 n + 3 A        less the gradients by the input of layer 0, which nothing needs
     freeze  2 (N + r H) + 2 r H + A, and for each layer that trains, or lies above one, its backward pass
 
 A kernel has its forward pass (2 a weight); the gradient by its input (2), if anything below it trains; the gradient by
@@ -16,21 +16,24 @@ itself (2), if it trains. These are the rules of arXiv:2001.08361 (appendix B) a
 (arXiv:2204.02311, appendix B), but for causal attention, of which only the half that is not masked counts.
 """
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jtune.models import DecoderConfig
 from jtune.models.config import Layer
 from jtune.models.decoder import numbered, stacks
 from jtune.models.delta import delta_config
+from jtune.planning.chips import peak_flops
 from jtune.tuning import adapter_mask, is_node, lora, partition
 from jtune.tuning.lora import LoRA
 
-# What must have its gradient before what can have: a kernel's input gradient is needed if something earlier trains.
+# The order of the forward pass: a kernel needs its input gradient if something earlier trains.
 _INTO_ATTENTION, _ATTENTION, _OUT_OF_ATTENTION, _INTO_MLP, _OUT_OF_MLP = range(5)
 _STAGES_OF_A_LAYER = 5
 
@@ -48,7 +51,7 @@ def mean_attended(lengths: Sequence[int] | np.ndarray, window: int | None = None
 
 
 class Product(NamedTuple):
-    """One matrix product of the model, as it is met on the way up."""
+    """One matrix product of the model, in the order of the forward pass."""
 
     depth: int  # where it stands: layer * _STAGES_OF_A_LAYER + stage
     weights: float  # multiply-adds of a token
@@ -164,3 +167,19 @@ def _kernels(tree: Any, mask: Any, names: tuple[str, ...] = ()) -> Iterator[tupl
 
 def _any(mask: Any) -> bool:
     return any(jax.tree.leaves(mask))
+
+
+log = logging.getLogger("jtune")
+
+
+def make_rates(flops_per_token: float, mesh: Mesh) -> Callable[[float], dict[str, float]]:
+    """From tokens a second to what is logged of them: model FLOPs a second, and their share of the peak (MFU) of chips
+    whose peak is known. The formula: `jtune.planning.flops`.
+    """
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+
+    def rates(speed: float) -> dict[str, float]:
+        found = {"tokens_per_second": speed, "tflops_per_device": speed * flops_per_token / mesh.size / 1e12}
+        return found | ({"mfu": speed * flops_per_token / (peak * mesh.size)} if peak else {})
+
+    return rates

@@ -1,12 +1,11 @@
-"""`jtune plan`: what a run will take, before it takes it, on these devices or on others.
+"""`jtune plan`: the memory and time of a run, before it runs, on the devices of this machine or on others.
 
-The step that `jtune train` runs is compiled ahead of time, for shapes: no weights are read, no arrays are made. What
-the compiler says of its memory is put beside what follows from arithmetic; time follows from FLOPs.
+jtune compiles the step that `jtune train` runs ahead of time, for shapes: it reads no weights and makes no arrays. The
+compiler gives the memory, arithmetic gives its parts, FLOPs give the time.
 """
 
 import logging
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +16,10 @@ from jtune import tuning
 from jtune.config import Config
 from jtune.data import Splits, plan_updates
 from jtune.errors import DataError
-from jtune.interop import hf
-from jtune.loading import vocabulary
 from jtune.loading.data import load_data
-from jtune.loading.model import decoder_of, with_remat
-from jtune.loading.vocabulary import Vocabulary
-from jtune.losses.objective import WithReference
+from jtune.loading.model import with_remat
+from jtune.loading.source import Source, fetch_model, read_bare_source, read_source
+from jtune.loading.vocabulary import is_changed
 from jtune.models import DecoderConfig
 from jtune.planning.advise import Found, Work, advise, changed, search
 from jtune.planning.chips import device_memory, peak_flops, usable_memory
@@ -30,22 +27,23 @@ from jtune.planning.compile import measure
 from jtune.planning.estimate import estimate, largest
 from jtune.planning.flops import flops_per_token, recomputed_per_token
 from jtune.planning.remat import fitting_remat
-from jtune.planning.shapes import Shapes, batch_shapes, bytes_by_kind, global_bytes, run_shapes
+from jtune.planning.shapes import abstract_program, batch_shapes, bytes_by_kind, global_bytes
 from jtune.planning.topology import topology_devices
 from jtune.sharding import batch_shards
 from jtune.sharding.compiler import use_compile_cache
 from jtune.sharding.mesh import check_row_length, mesh_of
+from jtune.train.program import Program
 
 log = logging.getLogger("jtune")
 
-UTILISATION = 0.4  # of the peak, by model FLOPs: what good training programs reach on most chips
+UTILISATION = 0.4  # share of the peak, by model FLOPs, that good training programs reach on most chips
 MOST_COMPILES = 4  # of a search
 NO_ROWS = "there is no dataset"
 SAMPLED_UPDATES = 64  # whose tokens are counted
 
 
 class Batches(NamedTuple):
-    """What the updates of a run hold."""
+    """The batches of a run."""
 
     shapes: tuple[tuple[int, int, int], ...]  # [accum, batch, seq] that the step is compiled for
     capacities: tuple[int, ...]  # labelled targets of a shard, of each shape
@@ -54,14 +52,13 @@ class Batches(NamedTuple):
     label_share: float
     steps: int | None  # None: not known
     padding_share: float
-    assumed: str | None  # why this is not what the data says
+    assumed: str | None  # why these figures are not those of the data
 
 
 class Case(NamedTuple):
-    """What does not change while settings are tried."""
+    """The constants of a search over settings."""
 
-    source: dict[str, Any]
-    decoder: DecoderConfig
+    source: Source
     splits: Splits | None
     why_no_data: str | None
     devices: list[Any]
@@ -73,12 +70,12 @@ class Case(NamedTuple):
 def plan(
     config: Config, *, topology: str | None = None, fit: bool = False, memory: int | None = None
 ) -> dict[str, Any]:
-    """What the run of `config` takes on `topology`, or on the devices that are here.
+    """The memory and time of the run of `config` on `topology`, or on the devices of this machine.
 
     Args:
-      topology: as `v5p:4x4x4` or `h100:8`; call `compile_here_for` before anything else of jax.
+      topology: such as `v5p:4x4x4` or `h100:8`; call `compile_here_for` before anything else of jax.
       fit: search microbatch, remat and mesh for the fastest setting that fits.
-      memory: bytes of a device, in place of what its kind has.
+      memory: bytes of a device; default: those of its kind.
 
     Returns:
       What `jtune plan --json` prints.
@@ -87,23 +84,18 @@ def plan(
       ConfigError: no such topology, or a mesh that does not match it.
       DataError: no config.json, or one of a model that jtune does not know.
     """
-    assert config.model.model_name_or_path is not None
     devices = topology_devices(topology) if topology else list(jax.devices())
     mesh_of(config.training, devices)  # one that does not match is refused before anything is read
     if topology is None:
         use_compile_cache(config.training.compile_cache_dir)
-    folder = hf.fetch(config.model.model_name_or_path, weights=False, **config.model.hub)
-    source = hf.read_config(folder)
-    decoder = decoder_of(source, config.model)
-    settled, why = settle(config, folder, decoder)
-    splits = None
-    if settled is not None:
-        config, decoder, source = settled.config, settled.decoder, settled.source(source)
-        splits, why = read_rows(config, settled)
+    source, why = planned_source(config, fetch_model(config.model, weights=False))
+    config, splits = source.config, None
+    if source.tokenizer is not None:
+        splits, why = read_rows(config, source)
     kind = devices[0].device_kind
     usable = usable_memory(devices[0]) if memory is None else memory
     memory = device_memory(devices[0]) if memory is None else memory
-    case = Case(source, decoder, splits, why, devices, topology or kind, memory, usable)
+    case = Case(source, splits, why, devices, topology or kind, memory, usable)
     if not fit:
         return plan_case(config, case)
     best, tried = fastest(config, case)
@@ -114,30 +106,30 @@ def plan_case(config: Config, case: Case) -> dict[str, Any]:
     """The plan of one setting."""
     mesh = mesh_of(config.training, case.devices)
     platform, kind = case.devices[0].platform, case.devices[0].device_kind
-    shapes = run_shapes(config, case.decoder, case.source, mesh, platform=platform)
+    program = abstract_program(config, case.source, mesh, platform=platform)
     batches = updates(config, case, batch_shards(mesh))
     capacities = dict(zip(batches.shapes, batches.capacities))
-    shape, rows = largest(shapes, capacities)
+    shape, rows = largest(program, capacities)
     check_row_length(mesh, rows.seq)
-    policy = fitting_remat(config, shapes, capacities, case.target, case.usable)
-    shapes = shapes._replace(module=with_remat(shapes.module, policy, platform))
-    measured = measure(config, shapes, shape, capacities[shape], case.target)
+    policy = fitting_remat(config, program, capacities, case.target, case.usable)
+    program = program._replace(module=with_remat(program.module, policy, platform))
+    measured = measure(config, program, shape, capacities[shape], case.target)
 
-    by_kind = bytes_by_kind(shapes, batch_shapes(shape, mesh))
+    by_kind = bytes_by_kind(program, batch_shapes(shape, mesh))
     peak = measured["peak"]
     fits = peak <= case.usable and not measured["refused"]
-    work = work_of(case.decoder, shapes, batches)
+    work = work_of(case.source.decoder, program, batches)
     flops = work.model * batches.tokens
     chip = peak_flops(kind)
     seconds = flops / (chip * UTILISATION * mesh.size) if chip else None
     advice, together = [], None
     if not fits:
-        advice, together = advise(config, case.source, shapes, rows, measured, case.usable, platform=platform)
-    state = 0 if config.training.save_only_model else global_bytes(shapes.state)
+        advice, together = advise(config, case.source, program, rows, measured, case.usable, platform=platform)
+    state = 0 if config.training.save_only_model else global_bytes(program.state)
     return {
         "model": config.model.model_name_or_path,
         "finetuning_type": config.finetuning.finetuning_type,
-        "remat": shapes.module.remat,
+        "remat": program.module.remat,
         "target": case.target,
         "device_kind": kind,
         "devices": mesh.size,
@@ -149,13 +141,13 @@ def plan_case(config: Config, case: Case) -> dict[str, Any]:
             "label_share": batches.label_share,
             "assumed": batches.assumed,
         },
-        "parameters": tuning.count(shapes.params),
-        "trained_parameters": sum(x.size for x in jax.tree.leaves(shapes.state.trainable)),
+        "parameters": tuning.count(program.params),
+        "trained_parameters": sum(x.size for x in jax.tree.leaves(program.state.trainable)),
         "per_device_bytes": {
             **{key: measured[key] for key in ("arguments", "temporaries", "output", "alias", "code", "peak")},
             "by_kind": by_kind,
         },
-        "floor_bytes": estimate(shapes, rows)["floor"],
+        "floor_bytes": estimate(program, rows)["floor"],
         "device_memory_bytes": case.memory,
         "usable_memory_bytes": case.usable,
         "fits": fits,
@@ -168,7 +160,7 @@ def plan_case(config: Config, case: Case) -> dict[str, Any]:
         "utilisation": UTILISATION,
         "steps": batches.steps,
         "run_seconds": seconds * batches.steps if seconds and batches.steps else None,
-        "checkpoint_bytes": state + model_bytes(config, case.source, shapes),
+        "checkpoint_bytes": state + model_bytes(config, case.source, program),
         "advice": advice,
         "advice_together": together,
         "compile_seconds": measured["seconds"],
@@ -176,48 +168,49 @@ def plan_case(config: Config, case: Case) -> dict[str, Any]:
     }
 
 
-def model_bytes(config: Config, source: Mapping[str, Any], shapes: Shapes) -> int:
-    """Of the files that a checkpoint holds for others: the adapter, or the model as it was stored."""
+def model_bytes(config: Config, source: Source, program: Program) -> int:
+    """Bytes of the model's files in a checkpoint: the adapter, or the model in its stored dtype."""
     if config.finetuning.finetuning_type == "lora":
-        return global_bytes(shapes.state.trainable)
-    return tuning.count(shapes.params) * hf.stored_dtype(source).itemsize
+        return global_bytes(program.state.trainable)
+    return tuning.count(program.params) * source.stored_dtype.itemsize
 
 
-def work_of(decoder: DecoderConfig, shapes: Shapes, batches: Batches) -> Work:
+def work_of(decoder: DecoderConfig, program: Program, batches: Batches) -> Work:
     model = flops_per_token(
         decoder,
-        shapes.params,
-        shapes.mask,
+        program.params,
+        program.mask,
         lengths=batches.lengths,
         label_share=batches.label_share,
-        reference=isinstance(shapes.frozen, WithReference),
+        reference=program.objective.anchored,
     )
-    return Work(model, recomputed_per_token(decoder, shapes.params, lengths=batches.lengths))
+    return Work(model, recomputed_per_token(decoder, program.params, lengths=batches.lengths))
 
 
 # ---------------------------------------------------------------------- the batches
 
 
-def settle(config: Config, folder: Path, decoder: DecoderConfig) -> tuple[Vocabulary | None, str | None]:
-    """The tokenizer and the vocabulary of the run; or None, and why there is no tokenizer.
+def planned_source(config: Config, folder: Path) -> tuple[Source, str | None]:
+    """The model and the vocabulary of the run; without a tokenizer where the model has none, and why.
 
     Raises:
-      DataError: there is none, and what it would say changes the model.
+      DataError: there is no tokenizer, and what it would say changes the model.
     """
     try:
-        return vocabulary.resolve_vocabulary(config, folder, decoder), None
+        return read_source(config, folder), None
     except DataError as error:
-        if vocabulary.is_changed(config.model):
+        if is_changed(config.model):
             raise
-        return None, str(error).splitlines()[0] if config.data.dataset else NO_ROWS
+        bare = read_bare_source(config, folder)
+        return bare, str(error).splitlines()[0] if config.data.dataset else NO_ROWS
 
 
-def read_rows(config: Config, settled: Vocabulary) -> tuple[Splits | None, str | None]:
-    """The encoded sets; or None, and why it cannot be read."""
+def read_rows(config: Config, source: Source) -> tuple[Splits | None, str | None]:
+    """The encoded sets; or None, and why they cannot be read."""
     if not config.data.dataset:
         return None, NO_ROWS
     try:
-        return load_data(changed(config, do_train=True), settled.tokenizer, settled.decoder.vocab_size), None
+        return load_data(changed(config, do_train=True), source.tokenizer, source.decoder.vocab_size), None
     except DataError as error:
         return None, str(error).splitlines()[0]
 
@@ -250,18 +243,18 @@ def updates(config: Config, case: Case, shards: int) -> Batches:
 
 
 def fastest(config: Config, case: Case) -> tuple[Found | None, dict[str, Any]]:
-    """The fastest setting that fits, of the few that arithmetic says are worth compiling; and what was tried.
+    """The fastest setting that fits, of the few that arithmetic ranks highest; and the settings tried.
 
-    Each compilation says by how much the arithmetic is off, which is put right for the next choice.
+    Each compilation shows by how much the arithmetic is off, and corrects it for the next choice.
     """
     platform, kind = case.devices[0].platform, case.devices[0].device_kind
     mesh = mesh_of(config.training, case.devices)
-    shapes = run_shapes(config, case.decoder, case.source, mesh, platform=platform)
+    program = abstract_program(config, case.source, mesh, platform=platform)
     batches = updates(config, case, batch_shards(mesh))
-    _, rows = largest(shapes, dict(zip(batches.shapes, batches.capacities)))
-    work = work_of(case.decoder, shapes, batches)
+    _, rows = largest(program, dict(zip(batches.shapes, batches.capacities)))
+    work = work_of(case.source.decoder, program, batches)
     ranked = search(
-        config, case.source, shapes, rows, work, platform=platform, device_kind=kind, utilisation=UTILISATION
+        config, case.source, program, rows, work, platform=platform, device_kind=kind, utilisation=UTILISATION
     )
     log.info("%d settings of microbatch, remat and mesh; compiling the fastest of those that should fit", len(ranked))
     quickest = ranked[0].seconds if ranked else 1.0
@@ -289,7 +282,7 @@ def fastest(config: Config, case: Case) -> tuple[Found | None, dict[str, Any]]:
         measured = result["per_device_bytes"]["temporaries"]
         off[entry.overrides["remat"]] = measured / max(1, entry.guess["temporaries"])
         if result["fits"]:
-            best, ranked = entry, ranked[:chosen]  # only what is faster is of interest now
+            best, ranked = entry, ranked[:chosen]  # only faster settings are tried from now on
         else:
             del ranked[chosen]
     return best, {"tried": tried}

@@ -7,17 +7,19 @@ from collections.abc import Callable, Mapping
 from jax.sharding import Mesh
 
 from jtune.config import Config
-from jtune.loading.model import asked_remat, with_remat
+from jtune.loading.model import requested_remat, with_remat
 from jtune.planning.compile import measure
 from jtune.planning.estimate import MARGIN, MOST_OFF, Rows, estimate, largest
-from jtune.planning.shapes import Shapes
+from jtune.train.program import Program
+
+log = logging.getLogger("jtune")
 
 
-def sound_remat(shapes: Shapes, rows: Rows, usable: int, compiled: Callable[[str], float]) -> str:
-    """The remat policy that computes least again, of those that fit: what `remat: auto` is.
+def sound_remat(program: Program, rows: Rows, usable: int, compiled: Callable[[str], float]) -> str:
+    """`remat: auto`: the policy that recomputes least, of those that fit.
 
-    Where room is plenty the estimate says so. Where it is not, the compiler is asked, as a run that ends for want of
-    memory costs more than the layers that it computes again.
+    The estimate decides where memory is plentiful. Where it is not, the compiler does: a run that ends out of memory
+    costs more than recomputed layers.
 
     Args:
       usable: bytes of a device that programs get.
@@ -26,7 +28,7 @@ def sound_remat(shapes: Shapes, rows: Rows, usable: int, compiled: Callable[[str
     enough = MARGIN * usable
 
     def fits(policy: str) -> bool:
-        guess = estimate(shapes._replace(module=shapes.module.clone(remat=policy)), rows)
+        guess = estimate(program._replace(module=program.module.clone(remat=policy)), rows)
         if guess["arguments"] + MOST_OFF * guess["temporaries"] <= enough:
             return True
         return guess["peak"] <= usable and compiled(policy) <= enough
@@ -34,32 +36,29 @@ def sound_remat(shapes: Shapes, rows: Rows, usable: int, compiled: Callable[[str
     return next((policy for policy in ("none", "dots", "attention") if fits(policy)), "full")
 
 
-log = logging.getLogger("jtune")
-
-
 def fitting_remat(
-    config: Config, shapes: Shapes, capacities: Mapping[tuple[int, int, int], int], target: str, usable: int
+    config: Config, program: Program, capacities: Mapping[tuple[int, int, int], int], target: str, usable: int
 ) -> str:
-    """What the backward pass computes again: what `config` says, or else as little as memory allows.
+    """The remat policy of a run: the one that `config` names, else as little recomputation as memory allows.
 
     Args:
       capacities: see `jtune.planning.estimate.largest`.
       target: the name of the topology, or of the kind of device.
       usable: bytes of a device that programs get.
     """
-    policy = asked_remat(config.training, config.model)
+    policy = requested_remat(config.training, config.model)
     if policy != "auto":
         return policy
-    assert isinstance(shapes.mesh, Mesh)
-    platform = shapes.mesh.devices.flat[0].platform
-    shape, rows = largest(shapes, capacities)
+    assert isinstance(program.mesh, Mesh)
+    platform = program.mesh.devices.flat[0].platform
+    shape, rows = largest(program, capacities)
 
     def compiled(policy: str) -> float:
         log.info("remat: does %s fit in %.1f GiB? Asking the compiler", policy, usable / 2**30)
-        module = with_remat(shapes.module, policy, platform)
-        found = measure(config, shapes._replace(module=module), shape, capacities[shape], target)
+        module = with_remat(program.module, policy, platform)
+        found = measure(config, program._replace(module=module), shape, capacities[shape], target)
         return math.inf if found["refused"] else found["peak"]
 
-    policy = sound_remat(shapes, rows, usable, compiled)
+    policy = sound_remat(program, rows, usable, compiled)
     log.info("remat: %s (auto: a device has %.1f GiB)", policy, usable / 2**30)
     return policy

@@ -20,7 +20,7 @@ def show(result: Mapping[str, Any], say: Callable[[str], None] = print) -> None:
     else:
         say(f"             {batch['padding_share']:.1%} padding, {batch['label_share']:.0%} of the tokens labelled")
     say("")
-    say("of one device")
+    say("memory of one device")
     names = {
         "frozen_parameters": "frozen parameters",
         "trained_parameters": "trained parameters",
@@ -34,10 +34,10 @@ def show(result: Mapping[str, Any], say: Callable[[str], None] = print) -> None:
     say(f"  {'saved activations and temporaries':38}{human(sizes['temporaries']):>14}")
     rest = sizes["peak"] - sizes["temporaries"] - sum(sizes["by_kind"].values())
     if rest > 0:
-        say(f"  {'results not in place, code, layout':38}{human(rest):>14}")
+        say(f"  {'copied results, code, layout':38}{human(rest):>14}")
     say(f"  {'peak':38}{human(sizes['peak']):>14}   of {human(result['usable_memory_bytes'])} usable: "
         + ("fits" if result["fits"] else "DOES NOT FIT"))  # fmt: skip
-    say(f"  {'floor: what is kept, and layer inputs':38}{human(result['floor_bytes']):>14}")
+    say(f"  {'lower bound: state and layer inputs':38}{human(result['floor_bytes']):>14}")
     if result["refused"]:
         say(f"  the compiler: {result['refused']}")
     say("")
@@ -47,16 +47,16 @@ def show(result: Mapping[str, Any], say: Callable[[str], None] = print) -> None:
         say(f"time         {result['seconds_per_step']:.3f} s an update, {result['tokens_per_second']:,.0f} tokens/s, "
             f"if {result['utilisation']:.0%} of the peak is reached")  # fmt: skip
     else:
-        say(f"time         not known: no figure for the peak of {result['device_kind']}")
+        say(f"time         unknown: no peak FLOP/s on record for {result['device_kind']}")
     run = f", {result['run_seconds'] / 3600:,.2f} hours" if result["run_seconds"] else ""
     steps = f"{result['steps']:,} updates{run}" if result["steps"] else "as many updates as the rows make"
-    say(f"run          {steps}; a checkpoint has {human(result['checkpoint_bytes'])}")
+    say(f"run          {steps}; a checkpoint takes {human(result['checkpoint_bytes'])}")
     say(
         f"compiled in  {result['compile_seconds']:.1f} s"
         + (" (cached: by an earlier plan)" if result["cached"] else "")
     )
     if result["advice"]:
-        say("\nwhat would make it smaller, each by itself:")
+        say("\nchanges that save memory, each alone:")
         for advice in result["advice"]:
             keys = overrides(advice["overrides"])
             enough = "fits" if advice["fits"] else "not enough"

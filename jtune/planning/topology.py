@@ -1,4 +1,4 @@
-"""Devices that need not be here: topologies of TPUs and GPUs by name, and how much memory a device has."""
+"""Devices of other machines: topologies of TPUs and GPUs by name."""
 
 import importlib.util
 import os

@@ -4,11 +4,7 @@ import jax
 from jax.sharding import Mesh
 
 from jtune.data import Plan
-from jtune.sharding import (
-    arrays,
-    batch_sharding,
-    replicated,
-)
+from jtune.sharding import arrays, batch_sharding, replicated
 
 
 def place_batch(index: int, plan: Plan, mesh: Mesh) -> dict[str, jax.Array]:

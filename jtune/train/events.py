@@ -1,4 +1,4 @@
-"""What happens in a run, told to plain functions, which may ask for something back."""
+"""Events of a run. Subscribers are plain functions that get each event and may ask for something back."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,8 +10,10 @@ Ask = Literal["save", "evaluate", "stop"]
 
 @dataclass(frozen=True)
 class Event:
-    """One event. `record` is what was logged or measured: the training log of `log`, the metrics of `evaluate`; of
-    `samples`, a list of {prompt, predict, label}.
+    """One event.
+
+    `record` holds the training log for `log`, the metrics for `evaluate`, and for `samples` the entry "samples": a list
+    of {prompt, predict, label}, beside "step" and "epoch". Of other events it is empty.
     """
 
     kind: Kind
@@ -21,12 +23,12 @@ class Event:
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
-# A subscriber gets every event and may answer with what it wants: "save", "evaluate" or "stop", or several of them.
+# A subscriber gets every event and may answer with requests: "save", "evaluate", "stop", or several of them.
 Subscriber = Callable[[Event], Ask | Iterable[Ask] | None]
 
 
 def tell(subscribers: Iterable[Subscriber], event: Event) -> set[Ask]:
-    """Give `event` to each subscriber in order; the union of what they ask for.
+    """Give `event` to each subscriber in order; return the union of their requests.
 
     >>> stop_at_3 = lambda event: "stop" if event.step == 3 else None
     >>> tell([stop_at_3, print], Event("step", 3, 10, 0.3))

@@ -16,10 +16,16 @@ from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import xxhash
+from jax.sharding import Mesh
 
 from jtune import tuning
 from jtune.config import Config, optimizers
+from jtune.data import Plan, Splits, order_seed, rows_are_packed
+from jtune.loading.source import Source
 from jtune.models import DecoderConfig
+from jtune.sharding import batch_shards
+from jtune.train.digest import data_fingerprint, frozen_fingerprint, tree_fingerprint
+from jtune.train.program import Program
 
 # Entries of an identity that checkpoints of older code lack: compared where both have them.
 LATER = ("base weights", "adapters", "model")
@@ -130,6 +136,42 @@ def arguments_of(config: Config) -> dict[str, Any]:
     values |= {name: sorted(values[name]) for name in _SETS}
     found = {n: values[n] for group in GROUPS if group.kind != "free" and group.matters(v) for n in group.names}
     return json.loads(json.dumps(found, default=str))
+
+
+def identity_of(
+    config: Config, source: Source, program: Program, trainable: Any, splits: Splits, plan: Plan
+) -> dict[str, Any]:
+    """What the data, batches, model and updates of a run are: a checkpoint of another run differs in it.
+
+    Args:
+      trainable: the parameters that train, as they were read.
+    """
+    training, finetuning, change = config.training, config.finetuning, source.change
+    assert splits.train is not None
+    assert isinstance(program.mesh, Mesh)
+    examples = training.per_device_train_batch_size * batch_shards(program.mesh)
+    identity = {
+        "data": data_fingerprint(splits.train),
+        "examples per update": [examples, training.gradient_accumulation_steps],
+        "order": [order_seed(config), not finetuning.disable_shuffling, *stream_order(config)],
+        "rows": [rows_are_packed(config), config.data.cutoff_len],
+        "updates": plan.max_steps,
+        "frozen weights": frozen_fingerprint(program.constants),
+    }
+    if change is not None:
+        identity["vocabulary"] = [source.decoder.vocab_size, list(change.new)]
+    if finetuning.finetuning_type == "full" and change is None and not config.model.train_from_scratch:
+        identity["base weights"] = tree_fingerprint(trainable)
+    return identity | {"adapters": adapters_of(program.params), "model": model_of(source.decoder)}
+
+
+def stream_order(config: Config) -> list[Any]:
+    """What else the order of rows depends on when they are streamed: all that says which row comes when."""
+    data = config.data
+    if not data.streaming:
+        return []
+    mix = [data.mix_strategy, *data.interleave_probs]
+    return ["streaming", list(data.dataset), data.buffer_size, mix, data.max_samples, data.val_size]
 
 
 def model_of(decoder: DecoderConfig) -> dict[str, Any]:

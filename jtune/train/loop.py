@@ -1,7 +1,7 @@
 """The loop over updates: the only place where training touches the outside world.
 
-It feeds batches to the jitted step one update ahead, reads the metrics of an update after the next one has been
-dispatched (so the devices never wait for the host), and tells events to subscribers.
+The host runs exactly one update ahead of the devices: it dispatches an update, then reads the metrics of the one
+before, so the devices never wait for the host. It tells subscribers what happens.
 """
 
 import logging
@@ -110,19 +110,38 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(s, previous)
 
 
-def batches(prepare: Callable[[int], Any], start: int, stop: int, ledger: Timing) -> Iterator[Any]:
+def batches(prepare: Callable[[int], Any], start: int, stop: int, timing: Timing) -> Iterator[Any]:
     """`prepare(start), prepare(start + 1), ...`, each made in a thread while the one before it is being used.
 
-    What is waited for them is booked as "data".
+    Waiting time counts as "data".
     """
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         ahead = deque(pool.submit(prepare, step) for step in range(start, min(start + 2, stop)))
         for step in range(start, stop):
-            with ledger.spent("data"):
+            with timing.spent("data"):
                 batch = ahead.popleft().result()
             if step + 2 < stop:
                 ahead.append(pool.submit(prepare, step + 2))
             yield batch
+
+
+class Dispatched(NamedTuple):
+    """An update whose metrics are still on the device."""
+
+    step: int
+    learning_rate: float
+    tokens: int  # fed up to it
+    metrics: Metrics
+    log_due: bool
+
+
+@dataclass
+class LastLog:
+    """Where the run stood at its last log, for the rates of the next."""
+
+    seconds: float  # of updates (`working`)
+    tokens: int
+    grad_norm: float | None = None  # of the last finite update
 
 
 def run_loop(
@@ -133,13 +152,13 @@ def run_loop(
     hooks: Hooks,
     subscribers: Sequence[Subscriber],
     improvement: Improvement,
-    ledger: Timing | None = None,
+    timing: Timing | None = None,
 ) -> tuple[Any, str]:
-    """Updates `progress.step` .. `cadence.max_steps`.
+    """Run updates `progress.step` .. `cadence.max_steps`.
 
     Args:
-      ledger: where the time is booked. The rates of a log are those of updates: tokens over the time since the last
-        log, without what went into compiling, evaluating and saving.
+      timing: where time is booked. The rates of a log are those of updates: tokens over the time since the last log,
+        without compiling, evaluating and saving.
 
     A log's loss is the mean over the finite updates since the last log, its grad_norm that of the last of them; it has
     neither if all were skipped. `skipped_updates` counts the skipped ones, if there are any.
@@ -152,56 +171,35 @@ def run_loop(
       NonFiniteError: loss or gradients were not finite `MAX_BAD_STEPS` times in a row; those updates were skipped.
         Skipped updates that only lower float16's loss scale do not count.
     """
-    queue: deque[tuple[int, float, int, Metrics, bool]] = deque()
-    ledger = ledger or Timing()
-    clock = [working(ledger), progress.tokens]
-    grad_norm: float | None = None  # of the last finite update
+    queue: deque[Dispatched] = deque()
+    timing = timing or Timing()
+    last = LastLog(working(timing), progress.tokens)
 
     def event(kind, record=None) -> set[Ask]:
         step = record["step"] if record else progress.step  # a log is of the update that it measured, one or more back
         return tell(subscribers, Event(kind, step, cadence.max_steps, hooks.epoch_at(step), record or {}))
 
-    def read(entry) -> set[Ask]:
+    def read_oldest() -> set[Ask]:
         """Take the metrics of a dispatched update to the host, and log if that was due."""
-        nonlocal grad_norm
-        step, rate, tokens, on_device, log_due = entry
-        metrics: Any = Metrics(*(x.item() for x in jax.device_get(on_device)))
-        if metrics.finite:
-            progress.bad_steps = 0
-            progress.total_loss += metrics.loss
-            progress.unlogged_loss += metrics.loss
-            grad_norm = metrics.grad_norm
-        else:
-            _skip(progress, step, metrics, hooks)
-        progress.unlogged_steps += 1
-        if not log_due:
+        entry = queue.popleft()
+        _count(entry, progress, hooks, last)
+        if not entry.log_due:
             return set()
-        now = working(ledger)
-        counted = progress.unlogged_steps - progress.unlogged_skipped
-        record: dict[str, Any] = {}
-        if counted:  # who reads the log looks for "loss", and takes what is there for a number
-            record = {"loss": progress.unlogged_loss / counted, "grad_norm": grad_norm}
-        record |= {"learning_rate": rate, "epoch": hooks.epoch_at(step), "step": step}
-        if progress.unlogged_skipped:
-            record["skipped_updates"] = progress.unlogged_skipped
-        extra = hooks.rates((tokens - clock[1]) / max(1e-9, now - clock[0]))
-        extra |= {"num_input_tokens_seen": tokens, "seconds": ledger.total()}
-        clock[:] = [now, tokens]
+        record, rates = _log_record(entry, progress, hooks, last, timing)
         if cadence.log_tokens:
-            record["num_input_tokens_seen"] = tokens
+            record["num_input_tokens_seen"] = entry.tokens
         progress.log_history.append(record)
-        progress.unlogged_loss, progress.unlogged_steps, progress.unlogged_skipped = 0.0, 0, 0
-        return event("log", record | extra)
+        return event("log", record | rates)
 
     event("train_begin")
     try:
         if cadence.eval_on_start and progress.step == 0:
-            with ledger.spent("evaluation"):
+            with timing.spent("evaluation"):
                 _evaluate(state, progress, hooks, improvement, event)
         outcome = "done"
         with stop_signals() as stopping:
             start = progress.step
-            for index, batch in enumerate(batches(hooks.prepare, start, cadence.max_steps, ledger), start):
+            for index, batch in enumerate(batches(hooks.prepare, start, cadence.max_steps, timing), start):
                 rate = schedule(index)
                 with jax.profiler.StepTraceAnnotation("train", step_num=index + 1):  # for profile_steps
                     state, metrics = hooks.update(state, batch, rate)
@@ -209,34 +207,31 @@ def run_loop(
                 progress.step = index + 1
                 progress.tokens += hooks.tokens(index)
                 due = cadence.due(progress.step, hooks.epoch_at(progress.step))
-                queue.append((progress.step, rate, progress.tokens, metrics, "log" in due))
+                queue.append(Dispatched(progress.step, rate, progress.tokens, metrics, "log" in due))
                 asked: set[Ask] = event("step")
                 due |= asked & {"evaluate", "save"}
                 wait_for_all = due & {"evaluate", "save"} or stop or "stop" in asked
                 while len(queue) > (0 if wait_for_all else 1):
-                    asked |= read(queue.popleft())
+                    asked |= read_oldest()
                 due |= asked & {"evaluate", "save"}
 
                 if "evaluate" in due:
-                    with ledger.spent("evaluation"):
+                    with timing.spent("evaluation"):
                         better, more = _evaluate(state, progress, hooks, improvement, event)
                     asked |= more
                     if cadence.save_strategy == "best" and better:
                         due.add("save")
-                    if improvement.patience is not None and progress.evaluations_without_gain >= improvement.patience:
-                        log.info(
-                            "stopping early: no better %s in %d evaluations", improvement.metric, improvement.patience
-                        )
+                    if _is_patience_over(progress, improvement):
                         asked.add("stop")
                 due |= asked & {"save"}
                 if "save" in due or stop:
                     while queue:
-                        asked |= read(queue.popleft())
-                    with ledger.spent("checkpoint"):
+                        asked |= read_oldest()
+                    with timing.spent("checkpoint"):
                         save = hooks.save_to_stop if stop and hooks.save_to_stop else hooks.save
                         save(state, progress)
                     asked |= event("save")
-                with ledger.spent("checkpoint"):
+                with timing.spent("checkpoint"):
                     hooks.poll()
                 if stop and progress.step < cadence.max_steps:
                     outcome = "preempted"
@@ -245,15 +240,55 @@ def run_loop(
                     outcome = "stopped"
                     break
             while queue:
-                read(queue.popleft())
+                read_oldest()
     finally:
-        event("train_end")  # also of a run that fails: what listens may hold files and the terminal
+        event("train_end")  # also of a run that fails: subscribers may hold files and the terminal
     return state, outcome
 
 
-def working(ledger: Timing) -> float:
+def _count(entry: Dispatched, progress: Progress, hooks: Hooks, last: LastLog) -> None:
+    """Wait for an update, and count it as done or as skipped."""
+    metrics: Any = Metrics(*(x.item() for x in jax.device_get(entry.metrics)))
+    if metrics.finite:
+        progress.bad_steps = 0
+        progress.total_loss += metrics.loss
+        progress.unlogged_loss += metrics.loss
+        last.grad_norm = metrics.grad_norm
+    else:
+        _skip(progress, entry.step, metrics, hooks)
+    progress.unlogged_steps += 1
+
+
+def _log_record(
+    entry: Dispatched, progress: Progress, hooks: Hooks, last: LastLog, timing: Timing
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The record of the updates since the last log, as Trainer has it, and the rates that jtune adds."""
+    now = working(timing)
+    counted = progress.unlogged_steps - progress.unlogged_skipped
+    record: dict[str, Any] = {}
+    if counted:  # readers of the log look for "loss", and expect a number
+        record = {"loss": progress.unlogged_loss / counted, "grad_norm": last.grad_norm}
+    record |= {"learning_rate": entry.learning_rate, "epoch": hooks.epoch_at(entry.step), "step": entry.step}
+    if progress.unlogged_skipped:
+        record["skipped_updates"] = progress.unlogged_skipped
+    rates: dict[str, Any] = hooks.rates((entry.tokens - last.tokens) / max(1e-9, now - last.seconds))
+    rates |= {"num_input_tokens_seen": entry.tokens, "seconds": timing.total()}
+    last.seconds, last.tokens = now, entry.tokens
+    progress.unlogged_loss, progress.unlogged_steps, progress.unlogged_skipped = 0.0, 0, 0
+    return record, rates
+
+
+def _is_patience_over(progress: Progress, improvement: Improvement) -> bool:
+    """Whether early stopping ends the run."""
+    if improvement.patience is None or progress.evaluations_without_gain < improvement.patience:
+        return False
+    log.info("stopping early: no better %s in %d evaluations", improvement.metric, improvement.patience)
+    return True
+
+
+def working(timing: Timing) -> float:
     """Seconds in which updates were computed or waited for their data."""
-    seconds = ledger.total()
+    seconds = timing.total()
     return seconds["step"] + seconds["data"]
 
 

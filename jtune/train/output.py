@@ -1,16 +1,32 @@
-"""What a run leaves in its output folder."""
+"""The files of a trained model, and the state of the run beside them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from jtune import tuning
 from jtune.config import Config
-from jtune.data import Plan
+from jtune.data import Plan, StreamPlan
 from jtune.distributed import processes
 from jtune.interop import hf, peft
 from jtune.interop.endings import Endings, write_generation, write_tokenizer
-from jtune.models import DecoderConfig
+from jtune.loading.source import Source
+from jtune.train import results
 from jtune.train.cadence import Cadence
+from jtune.train.checkpoint import Checkpointer
+from jtune.train.identity import Run
 from jtune.train.loop import Progress
+from jtune.train.state import TrainState
+from jtune.train.timing import Timing
+from jtune.tuning.unstack import restacked_shapes
+
+
+class ModelFiles(NamedTuple):
+    """All that the files of a model are written from, but for its parameters."""
+
+    config: Config
+    source: Source
+    mask: Any  # tree of bool: what trains
+    endings: Endings  # what is written of config.json and generation_config.json
 
 
 def trainer_state(progress: Progress, *, plan: Plan, cadence: Cadence, batch_size: int) -> dict[str, Any]:
@@ -38,44 +54,72 @@ def trainer_state(progress: Progress, *, plan: Plan, cadence: Cadence, batch_siz
     }
 
 
-def check_writable(params: Any, mask: Any, config: Config, decoder: DecoderConfig, resized: bool) -> None:
+def check_writable(params: Any, files: ModelFiles) -> None:
     """Form on shapes what `save_model` is to write.
 
     Raises:
       ConfigError: what trains and cannot be written, by the name of its module.
     """
-    if config.finetuning.finetuning_type == "lora":
-        peft.check_writable(params, mask, decoder, resized=resized)
+    if files.config.finetuning.finetuning_type == "lora":
+        peft.check_writable(params, files.mask, files.source.decoder, resized=files.source.resized)
     else:
-        hf.check_writable(params, decoder)
+        hf.check_writable(params, files.source.decoder)
 
 
-def save_model(
-    folder: Path,
-    params: Any,
-    *,
-    mask: Any,
-    config: Config,
-    decoder: DecoderConfig,
-    endings: Endings,
-    tokenizer: Any,
-    resized: bool = False,
-) -> None:
+def save_model(folder: Path, params: Any, files: ModelFiles) -> None:
     """Write the model as others load it: a PEFT adapter for lora, else a Hugging Face checkpoint; and the tokenizer.
 
     All processes call it, since each has a part of the parameters; the first writes.
-
-    Args:
-      endings: what is written of config.json and generation_config.json.
-      resized: the vocabulary is not the base's: an adapter holds the tables of rows, whether they train or not.
     """
-    model, finetuning = config.model, config.finetuning
+    model, finetuning, decoder = files.config.model, files.config.finetuning, files.source.decoder
     if finetuning.finetuning_type == "lora":
-        name = model.model_name_or_path or ""
-        peft.save_adapter(params, mask, decoder, folder, base=name, use_rslora=finetuning.use_rslora, resized=resized)
+        peft.save_adapter(
+            params,
+            files.mask,
+            decoder,
+            folder,
+            base=model.model_name_or_path or "",
+            use_rslora=finetuning.use_rslora,
+            resized=files.source.resized,
+        )
     else:
-        hf.save_model(params, decoder, endings.source, folder, max_shard_bytes=model.export_size * 10**9)
+        hf.save_model(params, decoder, files.endings.source, folder, max_shard_bytes=model.export_size * 10**9)
         if processes.is_first():
-            write_generation(folder, endings)
+            write_generation(folder, files.endings)
     if processes.is_first():
-        write_tokenizer(folder, tokenizer)
+        write_tokenizer(folder, files.source.tokenizer)
+
+
+class Output(NamedTuple):
+    """What a run writes while it trains: checkpoints, and the model and the state in each."""
+
+    folder: Path
+    files: ModelFiles
+    run: Run
+    plan: Plan
+    cadence: Cadence
+    timing: Timing
+    frozen: Any  # what does not train, unstacked where layers are unrolled
+    checkpointer: Checkpointer
+
+    def save_model(self, folder: Path, state: TrainState) -> None:
+        save_model(folder, tuning.combine(state.trainable, restacked_shapes(self.frozen)), self.files)
+
+    def save_trainer_state(self, folder: Path, progress: Progress) -> None:
+        batch_size = self.files.config.training.per_device_train_batch_size
+        state = trainer_state(progress, plan=self.plan, cadence=self.cadence, batch_size=batch_size)
+        results.write_json(folder / "trainer_state.json", state)
+
+    def save_checkpoint(self, state: TrainState, progress: Progress, *, only_model: bool) -> None:
+        """Begin to write `checkpoint-N`; with `only_model` nothing to go on from is in it."""
+
+        def write_files(folder: Path) -> None:
+            self.save_model(folder, state)
+            self.save_trainer_state(folder, progress)
+
+        if progress.best_step is not None:
+            self.checkpointer.best = self.folder / f"checkpoint-{progress.best_step}"
+        meta = {**self.run._asdict(), "progress": progress.to_dict(), "seconds": self.timing.total()}
+        if isinstance(self.plan, StreamPlan):
+            meta["stream"] = self.plan.position(progress.step)
+        self.checkpointer.save(progress.step, None if only_model else state, meta, write_files)

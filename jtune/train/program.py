@@ -1,126 +1,142 @@
-"""The compiled train step."""
+"""The train step of a run, from the model to the compiled program: what `jtune train` runs and `jtune plan` measures."""
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
-from jtune.config import FinetuningArguments, TrainingArguments
+from jtune import tuning
+from jtune.config import Config
 from jtune.data import Plan
-from jtune.loading.model import abstract_like
+from jtune.loading.model import Model, abstract_like
 from jtune.losses.batch import make_loss_sum
-from jtune.losses.objective import PLAIN, Objective
+from jtune.losses.objective import Objective, step_key
+from jtune.losses.reference import frozen_of, step_constants, with_frozen
 from jtune.models import CausalLM
-from jtune.sharding import (
-    arrays,
-    batch_shards,
-    replicated,
-)
+from jtune.sharding import arrays, batch_shards, replicated
 from jtune.sharding.compiler import compiler_options
-from jtune.train.state import TrainState, shardings_of
+from jtune.train.optimizer import optimizer_of
+from jtune.train.state import TrainState, abstract_state, shardings_of
 from jtune.train.step import Metrics, make_train_step
 from jtune.train.timing import Timing
+from jtune.tuning.unstack import unstack_layers
 
 log = logging.getLogger("jtune")
 
 
-def rounding_key_of(training: TrainingArguments, finetuning: FinetuningArguments) -> jax.Array | None:
-    """The key of the rounding of parameters that are kept in bfloat16."""
-    return jax.random.key(training.seed) if finetuning.pure_bf16 else None
+class Program(NamedTuple):
+    """The train step before it is compiled: all that it depends on but the shape of a batch.
+
+    Attributes:
+      params: the prepared tree, as `jax.ShapeDtypeStruct`s with shardings.
+      mask: tree of bool: what trains.
+      state: what an update changes, as `jax.ShapeDtypeStruct`s with shardings.
+      constants: what a step takes and does not change (`jtune.losses.reference.step_constants`): arrays in a run,
+        `jax.ShapeDtypeStruct`s in a plan.
+      dropout_key: of the random draws of a step; None if it has none.
+      rounding_key: of the rounding of parameters that are kept in bfloat16; None if there are none.
+    """
+
+    module: CausalLM
+    objective: Objective
+    tx: optax.GradientTransformation
+    params: Any
+    mask: Any
+    state: TrainState
+    constants: Any
+    mesh: Mesh | AbstractMesh
+    max_grad_norm: float = 1.0
+    dropout_key: jax.Array | None = None
+    rounding_key: jax.Array | None = None
 
 
-def lower_step(
-    module: CausalLM,
-    tx: optax.GradientTransformation,
-    state_like: TrainState,
-    frozen_like: Any,
-    batch_like: Mapping[str, Any],
-    mesh: Mesh,
-    *,
-    label_capacity: int,
-    max_grad_norm: float,
-    dropout_key: jax.Array | None,
-    rounding_key: jax.Array | None = None,
-    objective: Objective = PLAIN,
-) -> Any:
-    """The train step, lowered for shapes: what `jtune train` runs and what `jtune plan` measures.
+def make_program(config: Config, model: Model, mesh: Mesh | AbstractMesh, objective: Objective) -> Program:
+    """The train step of a model that is ready to train, on arrays or on shapes."""
+    training, finetuning = config.training, config.finetuning
+    trainable, frozen = tuning.partition(model.params, model.mask)
+    dtype = model.module.dtype
+    tx = optimizer_of(training, finetuning, trainable, model.module.config)
+    return Program(
+        module=model.module,
+        objective=objective,
+        tx=tx,
+        params=abstract_like(model.params),
+        mask=model.mask,
+        state=abstract_state(trainable, tx, mesh, float16=dtype == jnp.float16),  # type: ignore[arg-type]
+        constants=step_constants(objective, trainable, frozen, dtype),
+        mesh=mesh,
+        max_grad_norm=training.max_grad_norm,
+        dropout_key=step_key(objective, model.params, training.seed),
+        rounding_key=jax.random.key(training.seed) if finetuning.pure_bf16 else None,
+    )
+
+
+def unstacked(program: Program) -> Program:
+    """The program with its frozen parameters as its layers take them (`jtune.tuning.unstack`); stacks are deleted."""
+    frozen = unstack_layers(frozen_of(program.constants), program.module)
+    return program._replace(constants=with_frozen(program.constants, frozen))
+
+
+def lower_step(program: Program, batch: Mapping[str, jax.ShapeDtypeStruct], label_capacity: int) -> Any:
+    """The train step, lowered for the shapes of a batch.
 
     Args:
-      frozen_like: see `apart`.
+      program: its constants as `jax.ShapeDtypeStruct`s (`unstacked`).
+      label_capacity: see `jtune.losses.batch.make_loss_sum`.
     """
+    mesh = program.mesh
+    assert isinstance(mesh, Mesh)
     everywhere = replicated(mesh)
     loss_sum = make_loss_sum(
-        module, label_capacity=label_capacity, batch_shards=batch_shards(mesh), objective=objective
+        program.module, label_capacity=label_capacity, batch_shards=batch_shards(mesh), objective=program.objective
     )
+    of_state = shardings_of(program.state)
     step = jax.jit(
         make_train_step(
             loss_sum,
-            tx,
-            max_grad_norm=max_grad_norm,
-            dropout_key=dropout_key,
-            gradients=shardings_of(state_like.trainable),
-            rounding_key=rounding_key,
+            program.tx,
+            max_grad_norm=program.max_grad_norm,
+            dropout_key=program.dropout_key,
+            gradients=of_state.trainable,
+            rounding_key=program.rounding_key,
         ),
         donate_argnums=0,
-        in_shardings=(shardings_of(state_like), shardings_of(frozen_like), shardings_of(batch_like), everywhere),
-        out_shardings=(shardings_of(state_like), everywhere),
+        in_shardings=(of_state, shardings_of(program.constants), shardings_of(batch), everywhere),
+        out_shardings=(of_state, everywhere),
         compiler_options=compiler_options(mesh),
     )
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-    return step.lower(state_like, frozen_like, batch_like, rate)
+    return step.lower(program.state, program.constants, batch, rate)
 
 
 def compile_steps(
-    module: CausalLM,
-    tx: optax.GradientTransformation,
-    plan: Plan,
-    frozen: Any,
-    state_like: TrainState,
-    mesh: Mesh,
-    *,
-    max_grad_norm: float,
-    dropout_key: jax.Array | None,
-    rounding_key: jax.Array | None = None,
-    ledger: Timing,
-    objective: Objective = PLAIN,
+    program: Program, plan: Plan, timing: Timing
 ) -> Callable[[TrainState, Any, float], tuple[TrainState, Metrics]]:
     """`update(state, batch, learning_rate)`: the train step, compiled ahead of its first use for each shape of batch.
 
     The state is donated: its new arrays take the place of the old ones. In- and out-shardings are the same and
     explicit; left free, XLA may choose others, which costs a second compilation and the donation.
+
+    Args:
+      program: its constants as arrays.
     """
     compiled: dict[tuple[int, int, int], Any] = {}
-    everywhere = replicated(mesh)
-    frozen_like = abstract_like(frozen)
-
-    def compile_for(shape: tuple[int, int, int], batch: Mapping[str, jax.Array]):
-        log.info("compiling the step for [accum, batch, seq] = %s", list(shape))
-        lowered = lower_step(
-            module,
-            tx,
-            state_like,
-            frozen_like,
-            abstract_like(batch),
-            mesh,
-            label_capacity=plan.label_capacity(shape),
-            max_grad_norm=max_grad_norm,
-            dropout_key=dropout_key,
-            rounding_key=rounding_key,
-            objective=objective,
-        )
-        return lowered.compile()
+    constants, everywhere = program.constants, replicated(program.mesh)  # type: ignore[arg-type]
+    abstract = program._replace(constants=abstract_like(constants))
 
     def update(state: TrainState, batch: Mapping[str, jax.Array], learning_rate: float):
         accum, rows, seq = batch["input_ids"].shape
         shape = accum, rows, seq
         if shape not in compiled:
-            with ledger.spent("compile"):
-                compiled[shape] = compile_for(shape, batch)
-        return compiled[shape](state, frozen, batch, arrays.put(np.float32(learning_rate), everywhere))
+            log.info("compiling the step for [accum, batch, seq] = %s", list(shape))
+            with timing.spent("compile"):
+                lowered = lower_step(abstract, abstract_like(batch), plan.label_capacity(shape))
+                compiled[shape] = lowered.compile()
+        return compiled[shape](state, constants, batch, arrays.put(np.float32(learning_rate), everywhere))
 
     return update

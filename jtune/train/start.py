@@ -18,10 +18,10 @@ from jtune.config import TrainingArguments
 from jtune.distributed import connect, exchange
 from jtune.errors import CheckpointError, ConfigError
 from jtune.train import files
-from jtune.train.checkpoint import Damaged, find_checkpoints, is_ours, read_meta, saved_by_others, saved_by_us
+from jtune.train.checkpoint_folder import Damaged, find_checkpoints, is_ours, read_meta, saved_by_others, saved_by_us
 from jtune.train.identity import Run, changed_arguments, describe_course, differences
 from jtune.train.loop import Progress
-from jtune.train.report import write_json
+from jtune.train.results import write_json
 
 log = logging.getLogger("jtune")
 

@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jtune.sharding import (
-    replicated,
-)
+from jtune.sharding import replicated
 from jtune.train.optimizer import init_optimizer
 from jtune.train.optimizers.leafwise import Moments
 

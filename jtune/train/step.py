@@ -21,7 +21,7 @@ class Metrics(NamedTuple):
 
     loss: jax.Array  # mean over the tokens that count
     grad_norm: jax.Array  # global norm of the trainable gradients, before clipping
-    tokens: jax.Array  # tokens that count
+    tokens: jax.Array  # tokens that count in the loss
     finite: jax.Array  # bool; False: the update was skipped
     loss_scale: jax.Array  # float32, what the loss was multiplied by; 1 unless float16
 
@@ -37,15 +37,15 @@ def make_train_step(
 ):
     """`train_step(state, frozen, batch, learning_rate) -> (state, metrics)`, to be jitted with `state` donated.
 
-    `batch` holds `[accum, batch, seq]`; the losses and gradients of the microbatches are summed in float32 and divided
-    once, by the number of tokens that count in the whole update: accumulation, data parallelism and packing change
-    nothing. Gradients exist for trainable leaves only. A non-finite update is skipped and reported.
+    `batch` holds `[accum, batch, seq]`. The step sums the losses and gradients of the microbatches in float32 and
+    divides once, by the number of tokens that count in the whole update: accumulation, data parallelism and packing
+    change nothing. Gradients exist for trainable leaves only. A non-finite update is skipped and reported.
 
     Args:
-      dropout_key: of dropout and of the noise on embeddings; what is drawn depends on it, the step and the microbatch.
-      gradients: shardings of the gradients and of their sums, a tree like `state.trainable`: where the parameters lie,
-        so that each device reduces and keeps its own part only. None: XLA decides.
-      rounding_key: of the random rounding of bfloat16 parameters. None: they are rounded to the nearest, and stall.
+      dropout_key: of dropout and of the noise on embeddings; draws depend on it, the step and the microbatch.
+      gradients: shardings of the gradients and of their sums, a tree like `state.trainable`: those of the parameters,
+        so that each device reduces and keeps its own shard only. None: XLA decides.
+      rounding_key: of the stochastic rounding of bfloat16 parameters. None: round to nearest, where they stall.
     """
     place = lambda grads: grads if gradients is None else jax.lax.with_sharding_constraint(grads, gradients)
 
@@ -71,7 +71,7 @@ def make_train_step(
         if rows["input_ids"].shape[0] == 1:
             grads, loss = microbatch(0)
         else:
-            # The microbatches that hold anything come first; the others are not computed.
+            # Microbatches with tokens come first; empty ones are not computed.
             used = jnp.sum(jnp.any(rows["segment_ids"] > 0, axis=(1, 2)))
             zeros = place(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)), jnp.float32(0)
             add = lambda index, total: jax.tree.map(jnp.add, total, microbatch(index))

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: a ledger of seconds, kept over interruptions, and the rates that follow from it."""
+"""Where the time of a run goes: seconds by kind, kept over interruptions, and the rates that follow from it."""
 
 import json
 import time
@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Starting up (data, weights, and whatever else comes before the loop), compiling, waiting for a batch, updates, saving,
-# evaluating; and what an interrupted run had done since its last checkpoint, which is done again.
+# startup: data, weights, all that comes before the loop. data: waiting for a batch. step: updates. lost: work of an
+# interrupted run since its last checkpoint, which is done again.
 KINDS = ("startup", "compile", "data", "step", "checkpoint", "evaluation", "lost")
 
 
 class Timing:
-    """Seconds of each kind since it was made; what is not said to be of another kind is of updates."""
+    """Seconds of each kind since it was made. Time that is booked as nothing else counts as "step"."""
 
     def __init__(self):
         self._seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
@@ -22,7 +22,7 @@ class Timing:
 
     @contextmanager
     def spent(self, kind: str) -> Iterator[None]:
-        """Book what happens inside, but for what is booked in there already."""
+        """Book the time of the block, less what the block books itself."""
         begin, booked = time.monotonic(), self._booked()
         try:
             yield
@@ -31,11 +31,11 @@ class Timing:
             self._seconds[kind] += time.monotonic() - begin - inside
 
     def rest(self, kind: str) -> None:
-        """Book all that has not been booked so far."""
+        """Book all time that has not been booked so far."""
         self._seconds[kind] += self._elapsed() - self._booked()
 
     def add(self, seconds: Mapping[str, float]) -> None:
-        """Book what happened before this process began."""
+        """Book time from before this process began."""
         for kind, value in seconds.items():
             self._seconds[kind] += value
             self._earlier += value
@@ -52,7 +52,7 @@ class Timing:
 
 
 def goodput(seconds: Mapping[str, float]) -> float:
-    """The share of the time in which the run got on: that of updates which were not lost.
+    """The share of time that went into updates which were not lost.
 
     >>> goodput({"step": 80.0, "compile": 15.0, "lost": 5.0})
     0.8
@@ -61,10 +61,10 @@ def goodput(seconds: Mapping[str, float]) -> float:
 
 
 def lost(path: Path, saved: Mapping[str, float]) -> float:
-    """Seconds that an interrupted run had spent since the checkpoint that is gone on from.
+    """Seconds that an interrupted run spent after the checkpoint that this run resumes from.
 
     Args:
-      path: its `trainer_log.jsonl`, whose lines tell the `seconds` so far.
+      path: its `trainer_log.jsonl`, whose lines hold the `seconds` so far.
       saved: its seconds when it made the checkpoint.
     """
     seconds = [record["seconds"] for record in read_records(path) if isinstance(record.get("seconds"), dict)]
@@ -73,7 +73,7 @@ def lost(path: Path, saved: Mapping[str, float]) -> float:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects in a log of JSON lines; lines that are torn or garbled are passed over."""
+    """The objects in a log of JSON lines; torn or garbled lines are skipped."""
     return [record for _, record in read_lines(path)]
 
 
@@ -92,9 +92,9 @@ def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def describe_timing(seconds: Mapping[str, float]) -> str:
-    """In words, the largest first.
+    """Shares in words, the largest first.
 
-    >>> describe({"step": 80.0, "compile": 15.0, "lost": 5.0, "data": 0.0})
+    >>> describe_timing({"step": 80.0, "compile": 15.0, "lost": 5.0, "data": 0.0})
     'step 80.0%, compile 15.0%, lost 5.0% of 100 s'
     """
     whole = max(1e-9, sum(seconds.values()))

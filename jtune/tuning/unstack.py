@@ -7,20 +7,19 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jtune import tuning
-from jtune.losses.objective import WithReference
 from jtune.models import CausalLM
 from jtune.models.decoder import is_apart
 
 
 def unstack_layers(frozen: Any, module: CausalLM) -> Any:
-    """What the step takes and does not change, as layers that are unrolled take it: their kernels in lists, where
-    adapters train (`jtune.models.decoder.is_apart`). Stacks of arrays are deleted, as there is no room for both.
+    """The frozen parameters as unrolled layers take them: where adapters train, kernels in lists, one entry a layer.
+
+    XLA copies what a product needs out of a stack, and keeps the copies. Stacks of arrays are deleted, as memory may
+    not hold both.
 
     Args:
-      frozen: see `held`; of arrays or of `jax.ShapeDtypeStruct`s with shardings.
+      frozen: arrays, or `jax.ShapeDtypeStruct`s with shardings.
     """
-    if isinstance(frozen, WithReference):
-        return frozen._replace(frozen=unstack_layers(frozen.frozen, module))
     kernels = [(path, x) for path, x in tuning.kernels(frozen) if path[0] == "layers"]
     if not module.unrolled or not any(tuning.is_adapter(x) for _, x in kernels):
         return frozen
@@ -30,9 +29,9 @@ def unstack_layers(frozen: Any, module: CausalLM) -> Any:
         count = stack.shape[0]
         if not isinstance(stack, jax.Array):
             return [jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=where)] * count
-        parts = jax.jit(lambda x: [x[i] for i in range(count)], out_shardings=[where] * count)(stack)
+        layers = jax.jit(lambda x: [x[i] for i in range(count)], out_shardings=[where] * count)(stack)
         stack.delete()
-        return parts
+        return layers
 
     def of_layers(where: str, path: tuple[str, ...], x: Any) -> Any:
         if tuning.is_adapter(x):
@@ -43,6 +42,6 @@ def unstack_layers(frozen: Any, module: CausalLM) -> Any:
 
 
 def restacked_shapes(frozen: Any) -> Any:
-    """What `apart` was given, lists as `jax.ShapeDtypeStruct`s of their stacks."""
+    """The tree before `unstack_layers`, with `jax.ShapeDtypeStruct`s of stacks in the place of lists."""
     stack = lambda x: jax.ShapeDtypeStruct((len(x), *x[0].shape), x[0].dtype) if is_apart(x) else x
     return jax.tree.map(stack, frozen, is_leaf=is_apart)

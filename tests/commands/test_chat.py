@@ -233,7 +233,7 @@ def test_a_conversation_that_is_too_long_ends_a_pipe_but_not_a_dialogue():
 def test_chat_answers_what_comes_through_a_pipe(parts, tmp_path, devices):
     """As the same model answers when it is asked directly, on one device or split over eight."""
     from jtune.generation import generate
-    from jtune.loading.checkpoint import load_model
+    from jtune.loading.inference import load_model
 
     path = case(tmp_path, *parts, max_new_tokens=8, do_sample=False, mesh_fsdp=-1)
     question = f"{rows()[0]['instruction']} {rows()[0]['input']}"

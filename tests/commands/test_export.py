@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from jtune.cli.main import main
 from jtune.interop import hf, peft
-from jtune.loading.checkpoint import load_model
+from jtune.loading.inference import load_model
 from jtune.models.families import decoder_config
 from jtune.tuning import adapter_mask, lora
 

@@ -11,8 +11,8 @@ from jtune.data import get_template, load_tokenizer
 from jtune.errors import ConfigError
 from jtune.evaluation import text_metrics
 from jtune.generation import Sampling, generate
-from jtune.loading.checkpoint import load_model
 from jtune.loading.data import load_data
+from jtune.loading.inference import load_model
 
 TURNS = {
     "instruction": "3",

@@ -10,7 +10,7 @@ from tiny import make_model
 
 from jtune.generation import Sampling, decode, generate, stream
 from jtune.generation.sampling import allowed
-from jtune.loading.checkpoint import load_model
+from jtune.loading.inference import load_model
 from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.models.config import Experts, Layer
 from jtune.sharding import make_mesh, tree_shardings

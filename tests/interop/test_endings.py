@@ -78,7 +78,7 @@ def settled(base, tmp_path, **options):
     source = hf.read_config(base)
     found = vocabulary.resolve_vocabulary(config, base, decoder_config(source))
     template = template_of(config.data, found.tokenizer, for_training=False) if config.data.template else None
-    return endings.resolve_endings(config, template, found.tokenizer, found.source(source), base), found.tokenizer
+    return endings.resolve_endings(config, template, found.tokenizer, found.config_json(source), base), found.tokenizer
 
 
 # ---------------------------------------------------------------------- folders

@@ -11,7 +11,7 @@ from tiny import CORE, ids, logits_of, make_model
 
 from jtune.errors import DataError
 from jtune.interop.peft import load_adapter, save_adapter
-from jtune.loading.checkpoint import load_model
+from jtune.loading.inference import load_model
 from jtune.models.families import file_names
 from jtune.tuning import adapter_mask, lora, trainable_mask
 from jtune.tuning.prepare import whole_modules

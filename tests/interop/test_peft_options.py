@@ -14,7 +14,7 @@ from tiny import ids, logits_of, make_model
 from jtune.errors import ConfigError, DataError, NonFiniteError
 from jtune.interop.peft import check_writable, load_adapter, save_adapter
 from jtune.interop.peft_options import OPTIONS
-from jtune.loading.checkpoint import load_model
+from jtune.loading.inference import load_model
 from jtune.tuning import adapter_mask, lora
 from jtune.tuning.nodes import Node
 from jtune.tuning.prepare import whole_modules

@@ -8,8 +8,8 @@ from tiny import ids, logits_of, make_model
 
 from jtune.errors import DataError
 from jtune.interop.peft import load_adapter, save_adapter
-from jtune.loading.checkpoint import load_model
-from jtune.loading.vocabulary import as_adapter, stored_rows
+from jtune.loading.inference import load_model
+from jtune.loading.vocabulary import stored_rows, vocabulary_of
 from jtune.tuning import adapter_mask, is_node, lora, select
 from jtune.tuning.expand import on_layers
 from jtune.tuning.prepare import whole_modules
@@ -164,4 +164,4 @@ def test_an_adapter_of_another_vocabulary_is_refused_with_what_to_do(checkpoint,
     save_adapter(half, whole_modules(half, adapter_mask(half), ["embed_tokens"]), config, tmp_path, base="base")
     with pytest.raises(DataError, match=r"lm_head: none.*new rows are lost"):
         load_model(str(checkpoint("llama")), adapter=str(tmp_path))
-    assert as_adapter(base, model.config, tmp_path / "none") == (model.config, base)
+    assert vocabulary_of(model.config, checkpoint("llama"), [tmp_path / "none"]) == (model.config, None)

@@ -148,10 +148,10 @@ def test_what_is_planned_is_what_is_trained(changes, made, tmp_path, monkeypatch
     seen = []
     lower = lower_step
 
-    def record(module, tx, state, frozen, batch, mesh, **options):
-        leaves = jax.tree_util.tree_leaves_with_path((state, frozen))
+    def record(program, batch, label_capacity):
+        leaves = jax.tree_util.tree_leaves_with_path((program.state, program.constants))
         seen.append([(jax.tree_util.keystr(path), x.shape, x.dtype, x.sharding) for path, x in leaves])
-        return lower(module, tx, state, frozen, batch, mesh, **options)
+        return lower(program, batch, label_capacity)
 
     monkeypatch.setattr(program, "lower_step", record)
     plan.plan(configure(tmp_path, made, "plan", **changes))

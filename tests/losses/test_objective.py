@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import CONFIG, ONE_EACH, PACKED, RATE, examples, lay_out, prepared, same
+from steps import CONFIG, ONE_EACH, PACKED, RATE, examples, lay_out, prepared, program_of, same
 
 from jtune import tuning
 from jtune.config import FinetuningArguments, TrainingArguments
 from jtune.evaluation.loss import make_eval_step
 from jtune.loading.model import abstract_like, placement
 from jtune.losses.batch import make_loss_sum
-from jtune.losses.objective import Objective, WithReference, embedding_noise, objective_of, step_constants
+from jtune.losses.objective import Objective, embedding_noise, objective_of
+from jtune.losses.reference import WithReference, step_constants
 from jtune.models import CausalLM
 from jtune.sharding import batch_sharding, batch_shards, make_mesh, replicated
 from jtune.train.optimizer import make_optimizer
@@ -117,10 +118,10 @@ def test_eight_devices_equal_one(kind, method, sizes, monkeypatch):
     like = abstract_state(trainable, tx, mesh, float16=False)
     rows = lambda x: batch_sharding(mesh, accumulated=True) if np.ndim(x) else replicated(mesh)
     batch = {name: jax.device_put(x, rows(x)) for name, x in lay_out(ONE_EACH, 16, accum).items()}
-    step = lower_step(
-        CausalLM(config, mesh=mesh), tx, like, abstract_like(frozen), abstract_like(batch), mesh,
-        label_capacity=len(ONE_EACH) // accum // shards * 16, max_grad_norm=1.0, dropout_key=key, objective=goal,
-    ).compile({"xla_backend_optimization_level": 0})  # fmt: skip
+    program = program_of(CausalLM(config, mesh=mesh), tx, like, abstract_like(frozen), dropout_key=key, objective=goal)
+    step = lower_step(program, abstract_like(batch), len(ONE_EACH) // accum // shards * 16).compile(
+        {"xla_backend_optimization_level": 0}
+    )
     start = tuning.partition(moved(params, mask), mask)[0]
     state, figures = jax.device_put(init_state(start, tx), shardings_of(like)), []
     for _ in range(2):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jtune.models import CausalLM, DecoderConfig, init_params
-from jtune.models.attention import dispatch as attention
+from jtune.models.attention import dispatch
 from jtune.models.attention.blocks import block_size
 from jtune.models.attention.choose import _tried, choose
 from jtune.models.attention.dispatch import attend
@@ -41,8 +41,8 @@ def outputs_and_gradients(call, q, k, v):
 @pytest.fixture
 def interpreted(monkeypatch):
     """The kernels are for TPUs and GPUs; here they are interpreted."""
-    for name in ("_splash", "_flash"):
-        monkeypatch.setattr(attention, name, partial(getattr(attention, name), interpret=True))
+    for name in ("splash_attention", "flash_attention"):
+        monkeypatch.setattr(dispatch, name, partial(getattr(dispatch, name), interpret=True))
 
 
 @pytest.mark.parametrize("backend", ["blocks", "splash", "flash"])
@@ -86,7 +86,7 @@ def test_heads_that_do_not_fit_together_are_computed_in_turn(packed, monkeypatch
     call = partial(attend, scale=0.25, backend="blocks")
     together = outputs_and_gradients(lambda q, k, v: call(q, k, v, segment_ids), q, k, v)
     for heads in (1, 3):  # of the BATCH * KV_HEADS = 4
-        monkeypatch.setattr(attention, "MAPPED_SCORES", heads * HEADS // KV_HEADS * block_size(SEQ) * SEQ)
+        monkeypatch.setattr(dispatch, "MAPPED_SCORES", heads * HEADS // KV_HEADS * block_size(SEQ) * SEQ)
         in_turn = outputs_and_gradients(lambda q, k, v: call(q, k, v, segment_ids), q, k, v)
         assert "scan" in str(jax.make_jaxpr(call)(q, k, v, segment_ids))
         for a, b in zip(in_turn, together):
@@ -128,9 +128,9 @@ def test_the_gpu_kernel_is_tried_before_it_is_chosen(monkeypatch):
         out, sums = right(*args)
         return out.at[:, 128:256].multiply(1.1), sums
 
-    monkeypatch.setattr(attention, "_flash", wrong)
+    monkeypatch.setattr(dispatch, "flash_attention", wrong)
     assert "its gradients are off by" in choice()[1]
-    monkeypatch.setattr(attention, "_flash", right)
+    monkeypatch.setattr(dispatch, "flash_attention", right)
     assert choice()[0] == "flash"
 
 

@@ -11,7 +11,7 @@ from tiny import FAMILIES, LLAMA3, ids, logits_of, make_model, write
 
 from jtune.generation import Sampling, decode, generate
 from jtune.interop import hf
-from jtune.loading.checkpoint import load_model
+from jtune.loading.inference import load_model
 from jtune.models import CausalLM
 from jtune.models.families import FAMILIES as SUPPORTED
 from jtune.models.moe import balance_loss

@@ -10,7 +10,7 @@ from tiny import CORE, LLAMA3, ids, logits_of, make_model, write
 
 from jtune.errors import DataError
 from jtune.interop import hf
-from jtune.loading.checkpoint import load_model
+from jtune.loading.inference import load_model
 from jtune.models import CausalLM
 from jtune.models import decoder as decoder_module
 from jtune.models.decoder import periods

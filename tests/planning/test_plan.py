@@ -18,14 +18,14 @@ from jtune.commands.train import train
 from jtune.config import load_config
 from jtune.interop import hf, weights
 from jtune.loading.model import load_model
+from jtune.loading.source import read_bare_source, read_source
 from jtune.models import DecoderConfig
 from jtune.models.config import Delta, Layer
-from jtune.models.families import decoder_config
 from jtune.planning import plan
 from jtune.planning.advise import changed
 from jtune.planning.estimate import Rows, estimate, saved_activations
 from jtune.planning.remat import sound_remat
-from jtune.planning.shapes import batch_shapes, bytes_by_kind, run_shapes
+from jtune.planning.shapes import abstract_program, batch_shapes, bytes_by_kind
 from jtune.planning.show import overrides, show
 from jtune.planning.topology import _jax_plugins
 from jtune.sharding import make_mesh
@@ -110,12 +110,14 @@ def test_what_is_planned_is_what_is_trained(made, tmp_path, monkeypatch, method)
     seen = []
     lower = lower_step
 
-    def record(module, tx, state, frozen, batch, mesh, **options):
-        leaves = jax.tree_util.tree_leaves_with_path((state, frozen, dict(batch)))
+    def record(program, batch, label_capacity):
+        leaves = jax.tree_util.tree_leaves_with_path((program.state, program.constants, dict(batch)))
         what = [(jax.tree_util.keystr(path), x.shape, x.dtype, x.sharding) for path, x in leaves]
-        options["dropout_key"] = options["dropout_key"] is not None
-        seen.append((module, what, mesh, options))
-        return lower(module, tx, state, frozen, batch, mesh, **options | {"dropout_key": None})
+        keys = [key is not None for key in (program.dropout_key, program.rounding_key)]
+        seen.append(
+            (program.module, what, program.mesh, program.objective, program.max_grad_norm, keys, label_capacity)
+        )
+        return lower(program._replace(dropout_key=None), batch, label_capacity)
 
     monkeypatch.setattr(program, "lower_step", record)
     case = str(small.case(tmp_path, *made, max_steps=1, eval_strategy="no", save_strategy="no", mesh_fsdp=-1, **method))
@@ -150,13 +152,9 @@ def test_an_adapter_is_planned_from_its_config_alone(made, tmp_path):
     config = load_config(
         [f"model_name_or_path={model}", "finetuning_type=lora", f"adapter_name_or_path={config_only}"], command="plan"
     )
-    source = hf.read_config(model)
-    mesh = make_mesh()
-    shapes = run_shapes(config, decoder_config(source), source, mesh, platform="cpu")
-    real = load_model(
-        model, changed(config, adapter_name_or_path=(str(tmp_path / "out"),)).model, config.finetuning,
-        decoder_config(source), source, mesh, dtype=shapes.module.dtype, seed=0,
-    )  # fmt: skip
+    mesh, source = make_mesh(), read_source(config)
+    shapes = abstract_program(config, source, mesh, platform="cpu")
+    real = load_model(changed(config, adapter_name_or_path=(str(tmp_path / "out"),)), source, mesh)
     assert jax.tree.structure(shapes.params) == jax.tree.structure(real.params)
     same = lambda x, y: (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
     assert all(jax.tree.leaves(jax.tree.map(same, shapes.params, real.params)))
@@ -178,8 +176,8 @@ def test_remat_auto_computes_again_what_memory_makes_necessary(only_config, tmp_
 
 def test_remat_auto_asks_the_compiler_where_the_estimate_could_be_wrong(only_config, tmp_path):
     config = configured(only_config, tmp_path, finetuning_type="full")
-    source = hf.read_config(only_config)
-    shapes = run_shapes(config, decoder_config(source), source, make_mesh(), platform="cpu")
+    source = read_bare_source(config, only_config)
+    shapes = abstract_program(config, source, make_mesh(), platform="cpu")
     rows = Rows(accum=2, per_shard=8, seq=512, label_share=1.0)
     peak = {
         policy: estimate(shapes._replace(module=shapes.module.clone(remat=policy)), rows)["peak"]
@@ -324,9 +322,9 @@ def test_a_mesh_that_does_not_match_is_refused_before_anything_is_read(only_conf
 
 def test_bytes_are_those_of_the_shards(only_config, tmp_path):
     config = configured(only_config, tmp_path, finetuning_type="full")
-    source = hf.read_config(only_config)
+    source = read_bare_source(config, only_config)
     mesh = make_mesh(fsdp=4, tensor=2)
-    shapes = run_shapes(config, decoder_config(source), source, mesh, platform="cpu")
+    shapes = abstract_program(config, source, mesh, platform="cpu")
     real = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes.state.trainable)
     here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(real))
     found = bytes_by_kind(shapes, batch_shapes((1, 8, 64), mesh))

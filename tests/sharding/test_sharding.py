@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from steps import program_of
 
 from jtune import tuning
 from jtune.errors import ConfigError
@@ -126,10 +127,8 @@ def lowered(family, method, packed, accum, mesh, remat="none"):
     batch = {key: jax.device_put(x, rows(x)) for key, x in batch_of(packed, accum).items()}
     like = abstract_state(trainable, tx, mesh, float16=False)
     labelled = int(np.asarray(batch["loss_weights"]).reshape(accum * batch_shards(mesh), -1).sum(1).max())
-    step = lower_step(
-        CausalLM(config, mesh=mesh, remat=remat), tx, like, abstract_like(frozen), abstract_like(batch), mesh,
-        label_capacity=labelled, max_grad_norm=1.0, dropout_key=None,
-    )  # fmt: skip
+    program = program_of(CausalLM(config, mesh=mesh, remat=remat), tx, like, abstract_like(frozen))
+    step = lower_step(program, abstract_like(batch), labelled)
     # The state is donated, and weights are shared between tests: copies of them go in.
     copy = jax.jit(lambda t: init_state(jax.tree.map(jnp.copy, t), tx), out_shardings=shardings_of(like))
     return copy(trainable), frozen, batch, step

@@ -9,8 +9,10 @@ from jax.sharding import PartitionSpec as P
 
 from jtune.errors import CheckpointError
 from jtune.train import resume_json
-from jtune.train.checkpoint import Checkpointer, find_checkpoints, read_meta, restore, restore_newest
+from jtune.train.checkpoint import Checkpointer
+from jtune.train.checkpoint_folder import find_checkpoints, read_meta
 from jtune.train.digest import digests
+from jtune.train.restore import restore, restore_newest
 
 STATE = {"a": jnp.arange(12.0).reshape(3, 4), "b": (None, jnp.int32(3)), "c": jnp.ones((7,), jnp.bfloat16)}
 

@@ -14,10 +14,14 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jtune.errors import CheckpointError
-from jtune.train import events, files, report, resume_json
-from jtune.train.checkpoint import Checkpointer, Damaged, find_checkpoints, read_meta, restore, restore_newest
+from jtune.train import events, files, results, resume_json
+from jtune.train.callbacks import logs, terminal
+from jtune.train.callbacks.logs import log_file
+from jtune.train.checkpoint import Checkpointer
+from jtune.train.checkpoint_folder import Damaged, find_checkpoints, read_meta
 from jtune.train.loop import Progress
-from jtune.train.report import log_file, read_results
+from jtune.train.restore import restore, restore_newest
+from jtune.train.results import read_results
 from jtune.train.timing import lost
 
 STATE = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.int32(3)}
@@ -121,7 +125,7 @@ def test_a_save_that_fails_is_never_published_and_deletes_nothing(fail, tmp_path
             write_to_the_end(saver, 8)
         saver.close()  # as a run does on its way out
     assert str(error.value).startswith(f"writing {tmp_path}/checkpoint-8 failed: ")
-    assert "MiB are free there)\nIt is not kept. What was saved before is untouched (checkpoint-4)" in str(error.value)
+    assert "MiB are free there)\nIt is not kept. Earlier checkpoints are untouched (checkpoint-4)" in str(error.value)
     assert names(tmp_path) == ["checkpoint-4"]
     assert newest(tmp_path) == "checkpoint-4"
 
@@ -134,7 +138,7 @@ def test_polling_drops_a_save_that_failed_in_the_background(tmp_path, monkeypatc
         for thread in threading.enumerate():
             if thread.name == "async_save":
                 thread.join()
-        with pytest.raises(CheckpointError, match=r"No space left on device .*\nIt is not kept\. No checkpoint"):
+        with pytest.raises(CheckpointError, match=r"No space left on device .*\nIt is not kept\. There is no earlier"):
             saver.poll()
     saver.poll()
     saver.close()
@@ -376,7 +380,7 @@ def test_a_full_disk_is_explained_wherever_it_is_met_and_its_file_is_named(tmp_p
 
     monkeypatch.setattr(Path, "write_text", fail)
     with pytest.raises(CheckpointError) as found, files.full_disk_explained():
-        report.write_json(tmp_path / "run.json", {})
+        results.write_json(tmp_path / "run.json", {})
     assert str(found.value).startswith(f"No space left on device: {tmp_path / 'run.json'} (")
     assert str(found.value).endswith("\nWhat is saved is whole: make room, and start the same command again.")
     with pytest.raises(FileNotFoundError), files.full_disk_explained():
@@ -389,8 +393,8 @@ def test_lines_that_a_full_disk_does_not_take_are_lost_and_the_run_goes_on(tmp_p
             raise OSError(errno.ENOSPC, "No space left on device")
 
     said = []
-    monkeypatch.setattr(report.log, "warning", lambda text, *values: said.append(text % values))
-    subscribers = [report.samples_file(tmp_path / "samples.jsonl", 0), report.progress_lines(0, out=Full())]
+    monkeypatch.setattr(results.log, "warning", lambda text, *values: said.append(text % values))
+    subscribers = [logs.samples_file(tmp_path / "samples.jsonl", 0), terminal.progress_lines(0, out=Full())]
     monkeypatch.setattr(Path, "open", lambda *args, **more: Full())
     sample = {"prompt": "a", "predict": "b", "label": "c"}
     for kind in ("samples", "log", "samples"):

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 from jtune.errors import NonFiniteError
-from jtune.train import report
+from jtune.train import plot, results
 from jtune.train.cadence import Cadence, Improvement
+from jtune.train.callbacks import logs, terminal
 from jtune.train.loop import Hooks, Progress, run_loop
 from jtune.train.step import Metrics
 
@@ -171,14 +172,14 @@ def test_skipped_updates_before_a_resume_are_not_in_the_mean_after_it():
 
 def test_the_summary_is_of_what_happened():
     progress = Progress(step=10, total_loss=12.0, skipped_steps=4, tokens=1000)
-    found = report.train_summary(
+    found = results.train_summary(
         progress, began=(4, 400), seconds=2.0, examples_per_update=8, epoch=1.0, parameters=3
     )  # fmt: skip
     assert (found["train_loss"], found["train_skipped_updates"]) == (2.0, 4)
     assert (found["train_steps_per_second"], found["train_samples_per_second"]) == (3.0, 24.0)
     assert found["train_tokens_per_second"] == 300.0
     progress.skipped_steps = 10
-    found = report.train_summary(progress, began=(0, 0), seconds=2.0, examples_per_update=8, epoch=1.0, parameters=3)
+    found = results.train_summary(progress, began=(0, 0), seconds=2.0, examples_per_update=8, epoch=1.0, parameters=3)
     assert found["train_loss"] is None
 
 
@@ -195,19 +196,19 @@ def test_evaluation_figures_that_are_not_finite_are_null_and_never_the_best():
 
 def test_files_of_a_run_with_skipped_updates_are_json_and_its_plot_is_drawn(tmp_path):
     strict = lambda text: json.loads(text, parse_constant=lambda name: pytest.fail(name))
-    lines, said = report.log_file(tmp_path / "log.jsonl", 0), io.StringIO()
-    subscribers = [lines, report.progress_lines(0, out=said)]
+    lines, said = logs.log_file(tmp_path / "log.jsonl", 0), io.StringIO()
+    subscribers = [lines, terminal.progress_lines(0, out=said)]
     losses = [1.0, math.nan, 3.0, math.inf]
     progress, _, _ = run(Cadence(4, 100, logging_steps=1, save_strategy="no"), losses=losses, subscribers=subscribers)
     records = [strict(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [r.get("loss") for r in records] == [1.0, None, 3.0, None, None]
     assert [r.get("skipped_updates") for r in records] == [None, 1, None, 1, None]
     assert said.getvalue().count("skipped 1") == 2
-    report.write_json(tmp_path / "state.json", {"log_history": [*progress.log_history, {"x": math.nan}]})
+    results.write_json(tmp_path / "state.json", {"log_history": [*progress.log_history, {"x": math.nan}]})
     assert strict((tmp_path / "state.json").read_text())["log_history"][4] == {"x": None}
-    assert report.plot_losses(progress.log_history, tmp_path / "loss.png", "loss")
+    assert plot.plot_losses(progress.log_history, tmp_path / "loss.png", "loss")
     skipped = [r for r in progress.log_history if "loss" not in r]
-    assert not report.plot_losses(skipped, tmp_path / "none.png", "loss")
+    assert not plot.plot_losses(skipped, tmp_path / "none.png", "loss")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

@@ -11,10 +11,11 @@ from optimizers import DECODER, RATES, arguments, full, gradients
 from jtune.loading.model import placement
 from jtune.planning.shapes import local_bytes
 from jtune.sharding import make_mesh
-from jtune.train.checkpoint import Checkpointer, restore
+from jtune.train.checkpoint import Checkpointer
 from jtune.train.optimizer import apply_update, optimizer_of
 from jtune.train.optimizers.leafwise import whole_matrices
 from jtune.train.optimizers.muon import orthogonalized
+from jtune.train.restore import restore
 from jtune.train.state import abstract_state, init_state, shardings_of
 
 CASES = {

@@ -20,8 +20,8 @@ from jtune.config import load_config
 from jtune.config.arguments import FIELDS
 from jtune.errors import CheckpointError, ConfigError
 from jtune.secrets import redact, remember, words_to_show
-from jtune.train import report, resume_json
-from jtune.train.checkpoint import is_ours
+from jtune.train import results, resume_json
+from jtune.train.checkpoint_folder import is_ours
 from jtune.train.identity import GROUPS, KINDS, Run, arguments_of, describe_course, differences, model_of
 from jtune.train.loop import Progress
 from jtune.train.start import begin, check_start, mark_finished, start_point
@@ -410,7 +410,7 @@ def test_a_run_without_checkpoints_that_is_killed_while_it_writes_begins_again(p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(report, "save_results", killed)
+        patch.setattr(results, "save_results", killed)
         assert run(path) == 130
     assert (tmp_path / "out" / "adapter_config.json").exists()
     assert run(path) == 0

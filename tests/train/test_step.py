@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import CONFIG, ONE_EACH, PACKED, RATE, examples, lay_out, prepared, run, same, step_for, weights
+from steps import CONFIG, ONE_EACH, PACKED, RATE, examples, lay_out, prepared, program_of, run, same, step_for, weights
 
 from jtune import tuning
 from jtune.loading.model import abstract_like, placement, with_remat
@@ -145,9 +145,8 @@ def test_a_second_step_of_a_shape_compiles_nothing_and_the_state_is_donated():
     tx = make_optimizer()
     state_like = abstract_state(trainable, tx, mesh, float16=False)
     plan = type("Plan", (), {"label_capacity": staticmethod(lambda shape: 128)})
-    update = compile_steps(
-        CausalLM(CONFIG), tx, plan, frozen, state_like, mesh, max_grad_norm=1.0, dropout_key=None, ledger=Timing()
-    )
+    program = program_of(CausalLM(CONFIG), tx, state_like, frozen, mesh=mesh)
+    update = compile_steps(program, plan, Timing())
     state = jax.device_put(init_state(trainable, tx), shardings_of(state_like))
     batch = jax.device_put(lay_out(ONE_EACH, 16), replicated(mesh))
     state, _ = update(state, batch, RATE)
@@ -180,14 +179,13 @@ def test_unrolled_layers_take_their_kernels_from_lists_and_the_stacks_are_gone(s
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert shapes(restacked_shapes(held)) == shapes(abstract_like(frozen))
 
-    tx, ledger, plan = make_optimizer(), Timing(), type("Plan", (), {"label_capacity": staticmethod(lambda shape: 128)})
+    tx, plan = make_optimizer(), type("Plan", (), {"label_capacity": staticmethod(lambda shape: 128)})
     like = abstract_state(trainable, tx, mesh, float16=False)
     accum = 2 if sizes else 1
     batch = lay_out(ONE_EACH, 16, accum)
     rows = lambda x: batch_sharding(mesh, accumulated=True) if x.ndim else replicated(mesh)
     batch = {name: jax.device_put(x, rows(x)) for name, x in batch.items()}
-    options = {"max_grad_norm": 1.0, "dropout_key": None, "ledger": ledger}
-    update = compile_steps(module, tx, plan, held, like, mesh, **options)
+    update = compile_steps(program_of(module, tx, like, held), plan, Timing())
     state, losses = jax.device_put(init_state(trainable, tx), shardings_of(like)), []
     for _ in range(2):
         state, metrics = update(state, batch, RATE)

@@ -17,12 +17,7 @@ def flash_attention(q_BTHD, k_BSKD, v_BSKD, segment_ids_BS, scale, window, softc
 
     Rows are filled up to whole blocks with tokens of segment 0, heads to a power of two with zeros.
     """
-    from jtune.models.attention.flash_kernels import (
-        ROW_MULTIPLE,
-        Options,
-        flash,
-        plan_of,  # Pallas takes a moment to import
-    )
+    from jtune.models.attention.flash_kernels import ROW_MULTIPLE, Options, flash, plan_of
 
     T, V = q_BTHD.shape[1], v_BSKD.shape[3]
     width = power_of_two(max(q_BTHD.shape[3], V))

@@ -1,0 +1,90 @@
+"""How good the model of a run is: the losses of its evaluation sets, answers to them, and samples to look at."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from jtune.config import Config
+from jtune.data import Splits
+from jtune.evaluation import predict
+from jtune.evaluation.loss import make_loss
+from jtune.generation.settings import describe_sampling, read_generation_config, sampling_of
+from jtune.loading.source import Source
+from jtune.losses.objective import Objective
+from jtune.models import CausalLM
+from jtune.sharding import batch_shards
+from jtune.train import results
+from jtune.train.callbacks.terminal import describe_sample
+
+log = logging.getLogger("jtune")
+
+
+class Measures(NamedTuple):
+    """What is measured of a model, each a function of its parameters."""
+
+    loss: Callable[[Any], dict[str, float]]  # metrics of every evaluation set
+    answers: Callable[[Any, str], tuple[list[predict.Predicted], dict[str, float]]] | None  # predict_with_generate
+    samples: Callable[[Any], list[dict[str, str]]] | None  # eval_samples
+
+    def metrics(self, params: Any) -> dict[str, float]:
+        """All figures of an evaluation."""
+        losses = self.loss(params)
+        return predict.joined(losses, self.answers(params, "eval")[1]) if self.answers else losses
+
+
+def make_measures(
+    config: Config,
+    source: Source,
+    splits: Splits,
+    module: CausalLM,
+    objective: Objective,
+    *,
+    end_ids: Sequence[int],
+) -> Measures:
+    """The measures that the arguments ask for.
+
+    Args:
+      end_ids: tokens that end an answer, besides those of the tokenizer and of generation_config.json.
+    """
+    training, generating, tokenizer = config.training, config.generating, source.tokenizer
+    mesh = module.mesh
+    assert isinstance(mesh, Mesh)
+    loss = make_loss(module, splits.eval, mesh, config, objective.eval_loss)
+    answers = samples = None
+    if training.predict_with_generate:
+        stop_ids = (*predict.stop_ids(tokenizer), *end_ids)
+        sampling = sampling_of(generating, read_generation_config(source.folder), stop_ids)
+        log.info("answers: %s", describe_sampling(sampling))
+        batch_size = training.per_device_eval_batch_size * batch_shards(mesh)
+        how = {"seed": training.seed, "batch_size": batch_size}
+        answers = predict.make_prediction(module, splits.eval, tokenizer, sampling, generating, **how)
+    shown = next(iter(splits.eval.values()), splits.train)
+    if training.eval_samples and shown is not None:
+        samples = predict.make_samples(module, shown, training.eval_samples, tokenizer, generating)
+    return Measures(loss, answers, samples)
+
+
+def log_samples(measures: Measures, params: Any) -> None:
+    for line in measures.samples(params) if measures.samples else ():
+        log.info("%s", describe_sample(line))
+
+
+def finish(config: Config, source: Source, splits: Splits, measures: Measures, params: Any) -> dict[str, Any]:
+    """Measure the finished model as `do_eval` and `do_predict` say; write and log the figures.
+
+    Returns:
+      The content of `all_results.json`.
+    """
+    training, output_dir = config.training, Path(config.training.output_dir)
+    if training.do_eval and splits.eval:
+        results.finish_evaluation(measures.metrics(params), output_dir)
+    if measures.answers and training.do_predict:
+        answers, metrics = measures.answers(params, "predict")
+        skip = config.generating.skip_special_tokens
+        results.finish_prediction(
+            predict.lines(source.tokenizer, answers, skip_special_tokens=skip), metrics, output_dir
+        )
+    return results.read_results(output_dir)

@@ -1,0 +1,67 @@
+"""The reference model of an objective that has one: the model as it was at the start."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jtune.losses.objective import Objective
+from jtune.tuning import adapter_mask, combine, lora, partition
+
+# ---------------------------------------------------------------------- the reference
+
+
+class WithReference(NamedTuple):
+    """What a step takes and does not change, where the objective is anchored: it stands in the place of `frozen`.
+
+    `start` is what trains, adapters apart, as it was at the start, and None elsewhere. Of an adapter nothing is kept:
+    the reference is the model without it, whose parameters are in `frozen` already.
+    """
+
+    frozen: Any
+    start: Any
+
+
+def start_of(trainable: Any, dtype: Any) -> Any:
+    """A copy of what trains, adapters apart; in `dtype` where that is smaller. To be jitted."""
+    smaller = lambda x: x.astype(dtype) if jnp.dtype(dtype).itemsize < x.dtype.itemsize else x
+    return jax.tree.map(lambda x: jnp.copy(smaller(x)), partition(trainable, adapter_mask(trainable))[1])
+
+
+def start_shardings(trainable: Any) -> Any:
+    """Where the leaves of `start_of` lie: where those that train lie."""
+    return jax.tree.map(lambda x: x.sharding, partition(trainable, adapter_mask(trainable))[1])
+
+
+def models_of(trainable: Any, frozen: Any) -> list[Any]:
+    """The parameters of the model, and, if `frozen` is an `Anchored`, those of the reference."""
+    if not isinstance(frozen, WithReference):
+        return [combine(trainable, frozen)]
+    return [combine(trainable, frozen.frozen), lora.split(combine(frozen.start, frozen.frozen))[0]]
+
+
+def step_constants(objective: Objective, trainable: Any, frozen: Any, dtype: jnp.dtype) -> Any:
+    """What the step takes and does not change: `frozen`, and what the reference of an anchored objective needs besides.
+
+    Args:
+      trainable: as it is at the start, of arrays or of `jax.ShapeDtypeStruct`s with shardings, which give the same.
+      dtype: of the computation: the copy is no wider.
+    """
+    if not objective.anchored:
+        return frozen
+    copied, where = partial(start_of, dtype=dtype), start_shardings(trainable)
+    if any(isinstance(x, jax.Array) for x in jax.tree.leaves(trainable)):
+        return WithReference(frozen, jax.jit(copied, out_shardings=where)(trainable))
+    placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    return WithReference(frozen, jax.tree.map(placed, jax.eval_shape(copied, trainable), where))
+
+
+def frozen_of(constants: Any) -> Any:
+    """The frozen parameters among what a step takes and does not change."""
+    return constants.frozen if isinstance(constants, WithReference) else constants
+
+
+def with_frozen(constants: Any, frozen: Any) -> Any:
+    """The constants of a step with other frozen parameters."""
+    return constants._replace(frozen=frozen) if isinstance(constants, WithReference) else frozen
