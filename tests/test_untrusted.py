@@ -8,11 +8,13 @@ import socket
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from small import case, write_data, write_model
 
 import jtune
-from jtune.cli.main import COMMANDS, Command, main
+from jtune.cli.commands import program
+from jtune.cli.main import main
 from jtune.data import load_tokenizer
 from jtune.data.formats.messages import FaultyRow
 from jtune.data.templates.chat_template import rendered
@@ -106,13 +108,13 @@ def test_commands_read_no_stdin(monkeypatch):
     own = io.StringIO("y\n")
     monkeypatch.setattr("sys.stdin", own)
     heard = []
-    ask = Command(lambda argv: heard.append(sys.stdin.read()) or 0, "")
+    ask = click.Command("ask", callback=lambda: heard.append(sys.stdin.read()))
     for command in ("train", "plan", "data", "inspect", "export", "eval"):
-        monkeypatch.setitem(COMMANDS, command, ask)
+        monkeypatch.setitem(program.commands, command, ask)
         assert main([command]) == 0
     assert heard == [""] * 6
     assert sys.stdin is own
-    monkeypatch.setitem(COMMANDS, "chat", ask)
+    monkeypatch.setitem(program.commands, "chat", ask)
     main(["chat"])
     assert heard[-1] == "y\n"
 
@@ -121,7 +123,7 @@ def test_chat_says_that_stdin_is_closed(parts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", None)
     assert main(["chat", str(case(tmp_path, *parts))]) == 2
     assert "jtune chat: stdin is closed: questions come from the terminal or through a pipe" in capsys.readouterr().err
-    monkeypatch.setitem(COMMANDS, "data", Command(lambda argv: len(sys.stdin.read()), ""))
+    monkeypatch.setitem(program.commands, "data", click.Command("data", callback=lambda: len(sys.stdin.read())))
     assert main(["data"]) == 0
 
 

@@ -1,1 +1,1 @@
-"""The command line: one file, `main.py`, that names each command and where it lives."""
+"""The command line: `commands.py` declares every command with its options, `main.py` runs one."""

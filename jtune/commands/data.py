@@ -1,74 +1,68 @@
-"""What the model is fed, and what is left out: `jtune data CASE.yaml`, for people and, with --json, for programs."""
+"""`jtune data CASE.yaml`: what the model is fed and what is left out, for people and, with --json, for programs."""
 
 import io
-import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
-from itertools import groupby
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-import numpy as np
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
+from jtune.commands.rows import BRACKETS, GIVEN, TRAINED, json_rows, marked, sides, statistics
+from jtune.config import Config
 from jtune.config.stages import rules_of
-from jtune.data.batching.updates import plan_updates
-from jtune.data.encode.encoded import IGNORED, Encoded
 from jtune.data.pipeline import Splits, load_datasets
 from jtune.data.report import EXAMPLES, SetReport, add
-from jtune.data.stream import Stream, one_pass
+from jtune.data.stream import one_pass
 from jtune.data.templates.template import Template, template_of
 from jtune.data.tokens.tokenizer import add_model_tokens, load_tokenizer
-from jtune.errors import DataError
+from jtune.errors import ConfigError, DataError
 
 log = logging.getLogger("jtune")
 
-BINS = 12  # of the histogram of lengths
-BAR = 40  # characters of its longest bar
-
 
 def show_data(
-    config: Any, rows: int = 3, as_json: bool = False, html: str | None = None, out: TextIO | None = None
+    config: Config, rows: int = 3, as_json: bool = False, html: str | None = None, out: TextIO | None = None
 ) -> int:
-    """Encode the training set of `config` (a jtune.config.Config) and show its first `rows` rows.
+    """Encode the training set of `config` and show its first `rows` rows.
 
     Args:
-      html: a file to write what is shown to, instead.
+      as_json: print them as they are encoded, an object a line.
+      html: a file to write the page to, instead of `out`.
 
     Returns:
       0, the exit status.
 
     Raises:
-      JtuneError: what `jtune train` would raise before it reads weights.
+      ConfigError: `html` cannot be written.
+      JtuneError: the errors that `jtune train` raises before it reads weights.
     """
     out = out or sys.stdout
-    with _log_to_stderr(as_json):
-        template, splits = encode_sets(config)
-    encoded = splits.train
-    if encoded is None:
+    template, splits = encode_sets(config)
+    if splits.train is None:
         raise DataError("`dataset` names no set: there is nothing to show")
     if as_json:
-        for line in json_rows(encoded, rows):
+        for line in json_rows(splits.train, rows):
             print(line, file=out)
-        return 0
-    if html is None:
+    elif html is None:
         show(config, splits, template, rows, Console(file=out, highlight=False))
-        return 0
-    console = Console(file=io.StringIO(), record=True, force_terminal=True, width=120, highlight=False)
-    show(config, splits, template, rows, console)
-    Path(html).write_text(console.export_html(theme=MONOKAI), encoding="utf-8")
-    print(f"written to {html}", file=out)
+    else:
+        console = Console(file=io.StringIO(), record=True, force_terminal=True, width=120, highlight=False)
+        show(config, splits, template, rows, console)
+        try:
+            Path(html).write_text(console.export_html(theme=MONOKAI), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--html {html}: cannot be written: {error.strerror}") from error
+        print(f"wrote {html}", file=out)
     return 0
 
 
-def show(config: Any, splits: Splits, template: Template, rows: int, console: Console) -> None:
-    """The first rows, with what is learned marked, and the numbers of all; of a stream, of its first window."""
+def show(config: Config, splits: Splits, template: Template, rows: int, console: Console) -> None:
+    """Print the first rows, trained-on tokens marked, then the statistics of all; of a stream, of its first window."""
     encoded = splits.train
     assert encoded is not None
     for i in range(min(rows, len(encoded))):
@@ -86,19 +80,14 @@ def show(config: Any, splits: Splits, template: Template, rows: int, console: Co
     console.print(Text(statistics(config, encoded, splits.stream)))
 
 
-def sides(encoded: Encoded) -> dict[str, Encoded]:
-    """Of pairs, the chosen and the rejected side; else the examples themselves, without a name."""
-    return {"chosen": encoded, "rejected": encoded.rejected} if encoded.prefix else {"": encoded}
-
-
-def check(config: Any, out: TextIO | None = None) -> int:
+def check_rows(config: Config, out: TextIO | None = None) -> int:
     """Read and encode all sets of `config`, and name every row that is left out, with its place and the reason.
 
     Returns:
       0, or 3 where more is left out than `max_dropped` allows.
 
     Raises:
-      JtuneError: what stops the run whatever the limit is.
+      JtuneError: a fault that stops the run whatever the limit is.
     """
     out = out or sys.stdout
     streaming = config.data.streaming and bool(config.data.dataset)
@@ -112,7 +101,7 @@ def check(config: Any, out: TextIO | None = None) -> int:
         return report
 
     streamed = []
-    if splits.stream is not None:  # a whole pass, window by window, as it is trained on
+    if splits.stream is not None:  # a whole pass, window by window, as in training
         windows = (name_rows(window.report) for window in one_pass(splits.stream))
         streamed = [reduce(add, windows, SetReport("train"))]
         log.info("%s", "\n".join([streamed[0].sentence(), *streamed[0].remarks()]))
@@ -125,11 +114,12 @@ def check(config: Any, out: TextIO | None = None) -> int:
 
 
 def encode_sets(
-    config: Any, *, train: bool = True, evaluate: bool = False, most_examples: int = EXAMPLES
+    config: Config, *, train: bool = True, evaluate: bool = False, most_examples: int = EXAMPLES
 ) -> tuple[Template, Splits]:
-    """The template of `config` and its sets, encoded; without `train` not that to train on."""
+    """The template of `config` and its encoded sets; without `train`, no training set."""
     data, model = config.data, config.model
-    tokenizer = load_tokenizer(model.model_name_or_path, split_special_tokens=model.split_special_tokens, **model.hub)
+    name = model.model_name_or_path or ""
+    tokenizer = load_tokenizer(name, split_special_tokens=model.split_special_tokens, **model.hub)
     add_model_tokens(tokenizer, model)
     template = template_of(data, tokenizer, for_chat=rules_of(config.finetuning.stage).has_prompts)
     return template, load_datasets(
@@ -139,85 +129,10 @@ def encode_sets(
         template.tokenizer,
         template,
         train=train and bool(data.dataset),
-        # What is kept in tokenized_path is for training, too.
+        # tokenized_path holds the evaluation sets of a training run, too.
         evaluate=evaluate or bool(data.tokenized_path and (config.training.do_eval or config.training.do_predict)),
         predict=config.training.predict_with_generate,
         cache_dir=model.cache_dir,
         token=model.hf_hub_token,
         most_examples=most_examples,
     )
-
-
-def json_rows(encoded: Encoded, rows: int) -> Iterator[str]:
-    """The first `rows` rows, as encoded before packing: input_ids and labels; in stage pt, input_ids; in stages of
-    preferences, what LLaMA-Factory has there (chosen_input_ids ..., kto_tags).
-    """
-    for row in encoded.rows.select(range(min(rows, len(encoded)))):
-        yield json.dumps(row)
-
-
-TRAINED, GIVEN = "bold green", "dim"
-BRACKETS = "\u27e6", "\u27e7"  # where there are no colours: rare in text, unlike plain brackets
-
-
-def marked(row: dict[str, np.ndarray], tokenizer: Any, *, styled: bool = True) -> Text:
-    """The text of a row; tokens that are learned stand out. Several tokens may share a character: runs are decoded."""
-    learned = row["labels"] != IGNORED
-    learned[:1] = False  # nothing comes before the first token that could predict it
-    text = Text()
-    for is_learned, show_data in groupby(zip(learned.tolist(), row["input_ids"].tolist()), key=lambda pair: pair[0]):
-        words = tokenizer.decode([token for _, token in show_data])
-        if is_learned and not styled:
-            words = words.join(BRACKETS)
-        text.append(words, style=TRAINED if is_learned else GIVEN)
-    return text
-
-
-def statistics(config: Any, encoded: Encoded, stream: Stream | None = None) -> str:
-    """Tokens, lengths, and what an epoch is on one device; or a run, of a stream whose first window `encoded` is."""
-    lengths = np.concatenate([side.lengths for side in sides(encoded).values()])
-    tokens = int(lengths.sum(dtype=np.int64))
-    learned = sum(int(side.labelled.sum(dtype=np.int64)) for side in sides(encoded).values())
-    lines = [
-        f"{len(encoded)} rows, {tokens} tokens, {learned} of them trained on ({learned / tokens:.1%})",
-        f"tokens in {'an answer and its prompt' if encoded.prefix else 'a row'}: mean {lengths.mean():.0f}, median "
-        f"{np.median(lengths):.0f}, longest {lengths.max()}",
-        *histogram(lengths),
-    ]
-    if not rules_of(config.finetuning.stage).learns_tokens:
-        return "\n".join(lines)
-    plan = plan_updates(config, encoded, 1, stream)
-    shapes = ", ".join("x".join(map(str, shape)) for shape in plan.shapes)
-    steps = f"{plan.updates_per_epoch} steps an epoch, {plan.max_steps} in all" if stream is None else plan.describe()
-    lines.append(f"on one device: {steps}; batches [accum x batch x seq] {shapes}, {plan.padding_share:.1%} padding")
-    return "\n".join(lines)
-
-
-def histogram(lengths: np.ndarray) -> list[str]:
-    """Rows by their length, a line for each bin.
-
-    >>> print(*histogram(np.array([1, 2, 2, 9])), sep="\\n")
-      1-5               3 ████████████████████████████████████████
-      6-9               1 █████████████
-    """
-    width = max(1, -(-int(lengths.max() - lengths.min() + 1) // min(BINS, len(set(lengths.tolist())) - 1 or 1)))
-    first = int(lengths.min())
-    counts = np.bincount((lengths - first) // width)
-    last = int(lengths.max())
-    lines = []
-    for i, count in enumerate(counts.tolist()):
-        label = f"{first + i * width}-{min(first + (i + 1) * width - 1, last)}"
-        lines.append(f"  {label:11} {count:>7} {'█' * round(BAR * count / counts.max())}".rstrip())
-    return lines
-
-
-@contextmanager
-def _log_to_stderr(active: bool):
-    """With --json, standard output holds the rows and nothing else."""
-    handlers = [h for h in log.handlers if isinstance(h, logging.StreamHandler)] if active else []
-    streams = [handler.setStream(sys.stderr) for handler in handlers]
-    try:
-        yield
-    finally:
-        for handler, stream in zip(handlers, streams):
-            handler.setStream(stream or sys.stderr)

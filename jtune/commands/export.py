@@ -23,23 +23,22 @@ from jtune.tuning import count
 
 log = logging.getLogger("jtune")
 
-TOKENS = 32  # of the sequence that shows what merging and rounding have changed
+TOKENS = 32  # length of the sequence whose logits are compared
 
 
 def export(config: Config) -> Path:
     """Merge `adapter_name_or_path`, in order, into `model_name_or_path`; write the result to `export_dir`.
 
-    Merging is done in float32, a layer of a kernel at a time as it is written, then rounded to `infer_dtype` (default:
-    what the base is stored in). What was written is read again, and how far its logits are from those of the base with
-    its adapters is told. What is written is for transformers and for everything that reads its checkpoints; until all
-    of it is there, nothing is.
+    Merging is done in float32, a layer of a kernel at a time, and rounded to `infer_dtype` (default: the dtype of the
+    stored base). The written model is read again, and its logits are compared with those of the base with its
+    adapters. transformers, and all that read its checkpoints, read the folder; it appears only when it is complete.
 
     Returns:
       `export_dir`.
 
     Raises:
       ConfigError: `export_dir` is the base's own folder.
-      DataError: what is wrong with the files.
+      DataError: a file is missing or malformed.
     """
     args = config.model
     base, out = fetch_model(args), Path(args.export_dir or "")
@@ -71,7 +70,8 @@ def export(config: Config) -> Path:
         difference = np.abs(sample_logits(decoder, params) - before).max()
         forget_tokenizer(out)
     log.info(
-        "largest difference of a logit, what is written beside the base with its adapters: %.3g; largest logit %.3g",
+        "logits of the written model differ by at most %.3g from those of the base with its adapters; "
+        "the largest logit is %.3g",
         difference,
         np.abs(before).max(),
     )

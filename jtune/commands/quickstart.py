@@ -22,19 +22,18 @@ SHOWN = 5  # answers printed at the end
 LONGEST = 32  # tokens of an answer
 
 
-def quickstart(argv: Sequence[str] = ()) -> int:
-    """Returns the exit status, 0.
+def quickstart(words: Sequence[str] = ()) -> None:
+    """Write a YAML, evaluate, train, evaluate again, and print answers before what to try next.
 
     Args:
-      argv: where to write (default `out/quickstart`), and arguments that override the YAML's.
+      words: the folder to write to (default: `out/quickstart`), and arguments that replace those of the YAML.
     """
     began = time.monotonic()
-    overrides = [word for word in argv if "=" in word]
-    folder = Path(next((word for word in argv if "=" not in word), "out/quickstart"))
+    folder, overrides = split_folder(words)
     case = folder / "quickstart.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     case.write_text(_with_paths(DATA.with_name("quickstart.yaml").read_text(), folder))
-    log.info("what is run: %s", case)
+    log.info("the case: %s", case)
 
     log.info("\nbefore training:")
     untrained = ["do_train=false", "do_eval=true", "eval_strategy=no", f"output_dir={folder / 'before'}"]
@@ -43,35 +42,40 @@ def quickstart(argv: Sequence[str] = ()) -> int:
     config = load_config([str(case), *overrides], command="train")
     after = train(config)
 
-    output = Path(config.training.output_dir)
-    # As it was typed, so that what is printed can be pasted: jtune may lie in a virtual environment that is not active.
-    command = "jtune" if which("jtune") or Path(sys.argv[0]).name != "jtune" else sys.argv[0]
-    log.info("\nquestions about dates that it has not seen, and its answers:")
-    show_answers(output, DATA / "dates_test.jsonl")
-    log.info(
-        "\nexact match on %d unseen questions: %.0f%% before, %.0f%% after, in %.0f seconds\n"
-        "the loss:      %s\n"
-        "the model:     %s, which transformers loads too\n"
-        "the run:       %s\n"
-        "look at it:    %s data %s\n"
-        "talk to it:    %s chat %s\n"
-        "change it:     %s train %s num_train_epochs=3 output_dir=out/shorter\n"
+    output, questions = Path(config.training.output_dir), DATA / "dates_test.jsonl"
+    # As it was typed, so that a line can be pasted: jtune may be in a virtual environment that is not active.
+    jtune = "jtune" if which("jtune") or Path(sys.argv[0]).name != "jtune" else sys.argv[0]
+    log.info("\nquestions about unseen dates, and the answers of the model:")
+    show_answers(output, questions)
+    number = len(questions.read_text().splitlines())
+    exact = [100 * results["eval_exact_match"] for results in (before, after)]
+    lines = [
+        f"\nexact match on {number} unseen questions: {exact[0]:.0f}% before, {exact[1]:.0f}% after, "
+        f"in {time.monotonic() - began:.0f} seconds",
+        f"the loss:      {output / 'training_loss.png'}",
+        f"the model:     {output}, which transformers loads too",
+        f"the case:      {case}",
+        f"look at it:    {jtune} data {case}",
+        f"talk to it:    {jtune} chat {case}",
+        f"change it:     {jtune} train {case} num_train_epochs=3 output_dir=out/shorter",
         "your own data: see README.md",
-        len((DATA / "dates_test.jsonl").read_text().splitlines()),
-        100 * before["eval_exact_match"],
-        100 * after["eval_exact_match"],
-        time.monotonic() - began,
-        output / "training_loss.png",
-        output,
-        case,
-        command,
-        case,
-        command,
-        case,
-        command,
-        case,
-    )
-    return 0
+    ]
+    log.info("%s", "\n".join(lines))
+
+
+def split_folder(words: Sequence[str]) -> tuple[Path, list[str]]:
+    """The folder among the words, and the other words.
+
+    >>> split_folder(["max_steps=2", "out/a", "--seed", "1"])
+    (PosixPath('out/a'), ['max_steps=2', '--seed', '1'])
+    """
+    rest, after_flag = list(words), False
+    for i, word in enumerate(words):
+        is_argument = "=" in word or word.startswith("--")
+        if not is_argument and not after_flag:
+            return Path(rest.pop(i)), rest
+        after_flag = word.startswith("--") and "=" not in word
+    return Path("out/quickstart"), rest
 
 
 def _with_paths(yaml: str, folder: Path) -> str:

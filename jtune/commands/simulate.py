@@ -1,7 +1,7 @@
-"""`jtune train CASE.yaml --simulate 2x4`: the program of a cluster on this machine, as processes of CPU devices.
+"""`jtune train CASE.yaml --simulate 2x4`: the processes of a cluster on this machine, with CPU devices.
 
-Everything is as on real hosts but for the network: try a YAML, a mesh, or what happens when a host dies, before renting
-any. Kill one of the processes to see it.
+Only the network differs from real hosts. Try a YAML or a mesh before renting hosts; kill one of the processes to see
+what happens when a host dies.
 """
 
 import os
@@ -16,16 +16,16 @@ from typing import Any
 
 from jtune.errors import ConfigError, PeerLost, Preempted
 
-# On few cores one device may come to a collective long after the others; XLA, which aborts after 40 s, is to wait.
+# On few cores one device may reach a collective long after the others. XLA aborts after 40 s by default.
 PATIENCE = {"xla_cpu_collective_call_terminate_timeout_seconds": 300, "xla_cpu_collective_timeout_seconds": 300}
 
 
 def simulate(layout: str, argv: Sequence[str]) -> int:
-    """Start the processes, wait for all, and return the exit status that says most.
+    """Start the processes, wait for all, and return the most telling exit status (see `worst`).
 
     Args:
       layout: PROCESSESxDEVICES, devices of each process.
-      argv: what follows `jtune train`.
+      argv: the words after `jtune train`.
 
     Raises:
       ConfigError: the layout makes no sense.
@@ -43,7 +43,7 @@ def simulate(layout: str, argv: Sequence[str]) -> int:
     before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         for process in range(processes):
-            # In sessions of their own: Ctrl-C reaches them once, from here, and not from the terminal as well.
+            # Each in its own session: Ctrl-C reaches it once, through `forward`, and not from the terminal as well.
             output: dict[str, Any] = {} if process == 0 else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
             env = environment(os.environ, port, processes, devices, process) | {"JTUNE_SIMULATED": layout}
             children.append(subprocess.Popen(command, env=env, start_new_session=True, **output))
@@ -102,7 +102,7 @@ def free_port() -> int:
 
 
 def pass_on(stream, process: int) -> None:
-    """Print what a process says, its number before each line."""
+    """Print the output of a process, with its number before each line."""
     for line in stream:
         text = line.decode(errors="replace").rstrip("\n")
         mark = f"[process {process}] "
@@ -110,7 +110,7 @@ def pass_on(stream, process: int) -> None:
 
 
 def worst(codes: Sequence[int]) -> int:
-    """The status that says most: a cause before what follows from it, and a death (which is negative) as a lost peer.
+    """The most telling status: a cause before its consequences. A death (a negative status) counts as a lost peer.
 
     >>> worst([0, 0]), worst([70, -9]), worst([75, 75]), worst([3, 70]), worst([70, 2])
     (0, 70, 75, 3, 2)

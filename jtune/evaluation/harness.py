@@ -8,7 +8,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -44,8 +43,7 @@ Request = tuple[Any, list[int], list[int]]  # whatever, what is given, what is t
 def run_tasks(
     config: Config, tasks: Sequence[str], *, include_path: str | None = None, limit: float | None = None
 ) -> dict:
-    """Evaluate the model of `config` on tasks of the harness, print its table, and write `eval_tasks.json` into
-    `output_dir` where one is given.
+    """Evaluate the model of `config` on tasks of the harness.
 
     Nothing from the hub, and nothing in the folder of a model or a metric, runs as code (`refuse_code`).
 
@@ -54,7 +52,7 @@ def run_tasks(
       limit: the first so many documents of each task; below 1 a share of them.
 
     Returns:
-      The figures of each task.
+      The harness's own record; the figures of each task are in its `results`.
 
     Raises:
       ConfigError: there is no such task, or it cannot be had, or not without code from elsewhere.
@@ -75,13 +73,7 @@ def run_tasks(
         if (fault := _explained(tasks, error)) is None:
             raise
         raise fault from error
-    print(utils.make_table(found))
-    if "output_dir" in config.origins:
-        path = Path(config.training.output_dir) / "eval_tasks.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found["results"], indent=2, ensure_ascii=False, default=str) + "\n")
-        log.info("wrote %s", path)
-    return found["results"]
+    return found
 
 
 class Refused(BaseException):

@@ -10,6 +10,7 @@ import pytest
 from small import case, environment, rows, write_data, write_model
 
 from jtune.commands import chat
+from jtune.commands.dialogue import Answer, show, talk
 from jtune.config import GeneratingArguments, load_config
 from jtune.data import get_template, load_tokenizer
 from jtune.errors import ConfigError, DataError
@@ -188,10 +189,10 @@ def dialogue(lines, answers, **how):
 
     def ask(messages, system, turn):
         asked.append((system, [m["content"] for m in messages]))
-        return chat.Answer(iter(next(answers)), False, THOUGHT)
+        return Answer(iter(next(answers)), False, THOUGHT)
 
     out, aside = io.StringIO(), io.StringIO()
-    chat.talk(ask, lines, out, aside, **{"keep_going": False, **how})
+    talk(ask, lines, out, aside, **{"keep_going": False, **how})
     return asked, out.getvalue(), aside.getvalue()
 
 
@@ -215,7 +216,7 @@ def test_thoughts_are_dim_at_a_terminal(monkeypatch):
 
     monkeypatch.delenv("NO_COLOR", raising=False)
     out = Terminal()
-    chat.show([Piece("hm", True), Piece("yes", False)], out, out)
+    show([Piece("hm", True), Piece("yes", False)], out, out)
     assert out.getvalue() == "\033[2mhm\033[0m\n\nyes\n"
 
 
@@ -224,8 +225,8 @@ def test_a_conversation_that_is_too_long_ends_a_pipe_but_not_a_dialogue():
         raise DataError("too long")
 
     with pytest.raises(DataError):
-        chat.talk(ask, ["a"], io.StringIO(), io.StringIO(), keep_going=False)
-    chat.talk(ask, ["a", "b"], io.StringIO(), io.StringIO(), keep_going=True)
+        talk(ask, ["a"], io.StringIO(), io.StringIO(), keep_going=False)
+    talk(ask, ["a", "b"], io.StringIO(), io.StringIO(), keep_going=True)
 
 
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])

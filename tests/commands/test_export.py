@@ -69,7 +69,7 @@ def test_a_head_of_its_own_is_read_as_transformers_does_and_written(base, tmp_pa
 
 def told(capsys):
     said = "".join(capsys.readouterr())
-    found = re.search(r"largest difference of a logit, .*: (\S+); largest logit (\S+)", said)
+    found = re.search(r"differ by at most (\S+) from .*; the largest logit is (\S+)", said)
     assert found, said
     return float(found[1]), float(found[2])
 

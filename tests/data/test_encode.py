@@ -6,7 +6,8 @@ import datasets
 import numpy as np
 import pytest
 
-from jtune.commands.data import json_rows, marked, show_data
+from jtune.commands.data import show_data
+from jtune.commands.rows import json_rows, marked
 from jtune.config import load_config
 from jtune.config.stages import rules_of
 from jtune.data import get_template

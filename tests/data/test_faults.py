@@ -5,7 +5,7 @@ import json
 import pytest
 from test_sources import ALPACA, load, texts, write
 
-from jtune.commands.data import check
+from jtune.commands.data import check_rows
 from jtune.config import load_config
 from jtune.data import get_template
 from jtune.errors import DataError
@@ -177,12 +177,12 @@ def test_a_check_names_every_row_and_ends_with_3_past_the_limit(template, tmp_pa
     rows = [chat("human", "gpt")] * 4 + [chat("human"), chat("robot", "gpt")] * 4
     write(tmp_path, "a.jsonl", rows, {"formatting": "sharegpt"})
     words = [f"model_name_or_path={tmp_path / 'model'}", "template=chatml", "dataset=a", f"dataset_dir={tmp_path}"]
-    assert check(load_config(words, command="data")) == 3
+    assert check_rows(load_config(words, command="data")) == 3
     printed = capsys.readouterr().out.splitlines()
     assert "a.jsonl:5: the conversation does not end with an answer" in printed
     assert sum(line.startswith("a.jsonl:") for line in printed) == 8
     assert printed[-1] == "train: 8 of 12 rows are left out, and max_dropped is 0.5"
-    assert check(load_config([*words, "max_dropped=8"], command="data")) == 0
+    assert check_rows(load_config([*words, "max_dropped=8"], command="data")) == 0
 
 
 def test_sets_in_tokenized_path_are_read_again_and_only_with_the_same_settings(template, tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 from test_sources import load, write
 
-from jtune.commands.data import marked
+from jtune.commands.rows import marked
 from jtune.data import get_template
 from jtune.data.encode.encoded import IGNORED
 from jtune.data.templates.tools import FORMATS

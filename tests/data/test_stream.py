@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from test_batches import segments
 
-from jtune.commands.data import check, show
+from jtune.commands.data import check_rows, show
 from jtune.config import DataArguments, FinetuningArguments, TrainingArguments, load_config
 from jtune.config.stages import rules_of
 from jtune.data import StreamPlan, plan_updates
@@ -173,11 +173,11 @@ def test_a_check_reads_all_windows_and_names_every_row(template, tmp_path, capsy
     template.tokenizer.save_pretrained(tmp_path / "model")
     words = [f"model_name_or_path={tmp_path / 'model'}", "template=chatml", f"dataset_dir={folder}", "dataset=a,b"]
     words += ["stage=sft", "streaming=true", "max_steps=1", "buffer_size=8", "val_size=2"]
-    assert check(load_config([*words, "max_dropped=17"], command="data")) == 3
+    assert check_rows(load_config([*words, "max_dropped=17"], command="data")) == 3
     *named, last = capsys.readouterr().out.splitlines()
     assert named == [f"a.jsonl row {n}: no output" for n in range(21, 38)] + ["b.jsonl row 2: no output"]
     assert last == "train: 18 of 40 rows are left out, and max_dropped is 17"
-    assert check(load_config([*words, "max_dropped=18"], command="data")) == 0
+    assert check_rows(load_config([*words, "max_dropped=18"], command="data")) == 0
 
 
 # ---------------------------------------------------------------------- updates

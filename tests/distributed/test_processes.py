@@ -165,12 +165,12 @@ def test_simulated_processes_get_their_devices_and_numbers():
 
 MEETING = """
 import logging, sys, time
-from jtune.cli.main import explain
+from jtune.cli.faults import report_fault
 from jtune.errors import DataError
 from jtune.distributed import connect, exchange, processes, shutdown
 connect.connect(command="jtune train case.yaml")
 print("connected", flush=True)
-with shutdown.together(lambda error: explain("train", error)):
+with shutdown.together(lambda error: report_fault("train", error)):
     assert exchange.all_gather("number", str(processes.index())) == [str(i) for i in range(processes.count())]
     {body}
 """

@@ -13,7 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 from small import case, curve, state, write_data, write_model
 
-from jtune.cli.main import explain, insisting, main
+from jtune.cli.faults import report_fault
+from jtune.cli.interrupt import repeated_interrupt
+from jtune.cli.main import main
 from jtune.config import load_config
 from jtune.config.arguments import FIELDS
 from jtune.errors import CheckpointError, ConfigError
@@ -453,7 +455,7 @@ def test_no_secret_is_shown(parts, tmp_path, cut, capsys):
     remember("hf_hub_token", "wordofmine")
     remember("template", "llama3llama3")
     assert redact("a wordofmine of llama3llama3") == "a *** of llama3llama3"
-    assert explain("train", ConfigError("wordofmine")) == 2
+    assert report_fault("train", ConfigError("wordofmine")) == 2
     assert capsys.readouterr().err == "jtune train: ***\n"
     path = case(tmp_path, *parts, **QUICK, hf_hub_token="secret-in-yaml", overwrite_output_dir=True)
     cut(path, "ms_hub_token=secret-on-line", "--om_hub_token", "secret-as-flag", after=2, signal=True)
@@ -475,7 +477,7 @@ def test_an_interrupt_that_a_library_ignores_is_repeated():
             os.kill(os.getpid(), 2)
             time.sleep(0.1)
 
-    @insisting()
+    @repeated_interrupt()
     def work():
         Callback()
         time.sleep(10)
@@ -495,7 +497,7 @@ def test_a_signal_that_is_lost_before_the_run_begins_ends_it(monkeypatch):
             pass  # as Python does with what a callback raises while jax is imported
 
     monkeypatch.setattr("jtune.distributed.connect.connect", connect)
-    monkeypatch.setattr("jtune.cli.main._load", lambda argv, command: time.sleep(10))
+    monkeypatch.setattr("jtune.cli.start.load", lambda words, command: time.sleep(10))
     began = time.monotonic()
     assert main(["train", "case.yaml"]) == 130
     assert time.monotonic() - began < 5

@@ -1,0 +1,15 @@
+"""`jtune version`: what this installation is made of."""
+
+from importlib.metadata import version
+
+import jax
+
+LIBRARIES = ("jtune", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+
+
+def print_versions() -> None:
+    """Print the versions of jtune and of the libraries it computes with, and the devices that jax finds."""
+    for name in LIBRARIES:
+        print(f"{name:17} {version(name)}")
+    devices = ", ".join(f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices())
+    print(f"{'devices':17} {devices}")
