@@ -11,6 +11,7 @@ from click.shell_completion import shell_complete
 
 from jtune.cli.commands import program
 from jtune.cli.faults import report_fault
+from jtune.cli.interrupt import repeated_interrupt
 from jtune.cli.logs import set_up_logging
 
 COMPLETION = "_JTUNE_COMPLETE"  # the shell's script sets it, to ask for completions
@@ -24,8 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         words[:1] = ["help"]
     set_up_logging(sys.stdout)
+    stdin = nullcontext() if words[0] == "chat" else _empty_stdin()
+    # chat and train handle Ctrl-C themselves: an answer ends but not the dialogue, a run saves first.
+    interrupt = nullcontext() if words[0] in ("chat", "train") else repeated_interrupt()
     try:
-        with nullcontext() if words[0] == "chat" else _empty_stdin():
+        with stdin, interrupt:
             return _run(words)
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():

@@ -1,8 +1,10 @@
 """The words of a command line: help, versions, options in every form, completion, messages and exit statuses."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -200,6 +202,22 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("jtune.cli.commands.load", lambda words, command: {}["missing"])
     with pytest.raises(KeyError):
         main(["inspect", "c.yaml"])
+
+
+def test_an_interrupt_that_a_library_swallows_still_ends_a_command(monkeypatch, capsys):
+    def load(words, command):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+        except KeyboardInterrupt:
+            pass  # Python does this where a callback raises it
+        time.sleep(20)
+
+    monkeypatch.setattr("jtune.cli.commands.load", load)
+    began = time.monotonic()
+    assert main(["inspect", "c.yaml"]) == 130
+    assert time.monotonic() - began < 10
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize(("words", "status"), [("help all", 1), ("help lora_rank", 0)], ids=["long", "short"])
