@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from jtune.config.stages import rules_of
 from jtune.config import Config
+from jtune.config.stages import rules_of
 from jtune.data.batching.updates import plan_updates
 from jtune.data.encode.encoded import IGNORED, Encoded
 from jtune.data.stream import Stream

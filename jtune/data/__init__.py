@@ -5,8 +5,9 @@
 `load_datasets` goes the way from names to encoded sets; each step can be called alone (see pipeline.py).
 """
 
-from jtune.data.batching.batches import EvalBatch, EvalPlan, eval_batches, packing_windows
+from jtune.data.batching.evaluation import EvalBatch, EvalPlan, eval_batches
 from jtune.data.batching.stream import StreamPlan
+from jtune.data.batching.train import packing_windows
 from jtune.data.batching.updates import Plan, order_seed, plan_updates, rows_are_packed
 from jtune.data.encode.encoded import Encoded, check_id, check_vocabulary
 from jtune.data.pipeline import Splits, load_datasets

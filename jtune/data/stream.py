@@ -19,7 +19,8 @@ import pyarrow as pa
 from jtune.config.stages import StageRules
 from jtune.data.encode.encoded import Encoded, check_vocabulary
 from jtune.data.encode.sets import check_report, encode_set
-from jtune.data.formats.align import ALIGNED, align_stream, refuse_missing
+from jtune.data.formats.align import align_stream, refuse_missing
+from jtune.data.formats.fields import ALIGNED
 from jtune.data.report import EXAMPLES, SetReport, add, report_of
 from jtune.data.sources.load import check_columns, check_stage, open_table, resolve_format, say_unused, unreadable
 from jtune.data.sources.mix import merge

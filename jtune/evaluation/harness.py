@@ -22,7 +22,7 @@ from jtune.config import Config
 from jtune.config.stages import RULES
 from jtune.data import Encoded
 from jtune.data.encode.encoded import IGNORED
-from jtune.data.encode.rows import IDS
+from jtune.data.encode.turns import IDS
 from jtune.errors import ConfigError
 from jtune.evaluation.loss import example_sums, prepare_evaluation
 from jtune.generation import Sampling, generate

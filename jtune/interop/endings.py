@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jtune.config import Config
 from jtune.config.stages import rules_of
 from jtune.data import Template
-from jtune.data.encode.rows import document_end
+from jtune.data.encode.pretraining import document_end
 from jtune.data.formats.messages import FaultyRow
 from jtune.data.templates import chat_template
 from jtune.data.templates.chat_format import Pieces

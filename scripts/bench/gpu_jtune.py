@@ -15,7 +15,7 @@ import numpy as np
 
 from jtune.commands.train import train
 from jtune.config import load_config
-from jtune.data.batching.batches import BatchPlan
+from jtune.data.batching.train import BatchPlan
 
 OUT_OF_MEMORY = 9  # see measure.py
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from jtune.config.stages import rules_of
-from jtune.data.batching.batches import eval_batches, plan_batches
+from jtune.data.batching.evaluation import eval_batches
 from jtune.data.batching.shapes import Shape, place
+from jtune.data.batching.train import plan_batches
 from jtune.errors import DataError
 
 

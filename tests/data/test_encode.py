@@ -12,8 +12,10 @@ from jtune.config import load_config
 from jtune.config.stages import rules_of
 from jtune.data import get_template
 from jtune.data.encode.encoded import Encoded, check_vocabulary
-from jtune.data.encode.rows import Rules, encode_documents, encode_rows, label_turns
-from jtune.data.formats.align import ALIGNED
+from jtune.data.encode.pretraining import encode_documents
+from jtune.data.encode.rows import encode_rows
+from jtune.data.encode.turns import Rules, label_turns
+from jtune.data.formats.fields import ALIGNED
 from jtune.errors import DataError
 
 CHAT = [("user", "What is 1 + 1?"), ("assistant", "It is 2."), ("user", "And 2 + 2?"), ("assistant", "It is 4.")]

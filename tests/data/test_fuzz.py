@@ -10,8 +10,10 @@ import pytest
 from jtune.config.stages import rules_of
 from jtune.data.batching.pack import pack
 from jtune.data.encode.encoded import IGNORED, Encoded
-from jtune.data.encode.rows import Rules, encode_rows
-from jtune.data.formats.align import ALIGNED, FaultyRow, align_row
+from jtune.data.encode.rows import encode_rows
+from jtune.data.encode.turns import Rules
+from jtune.data.formats.align import FaultyRow, align_row
+from jtune.data.formats.fields import ALIGNED
 from jtune.data.sources.registry import OPENAI_TAGS, Columns, Entry
 
 hypothesis = pytest.importorskip("hypothesis")

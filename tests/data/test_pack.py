@@ -5,7 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from jtune.data.batching.pack import best_fit_many, pack, preprocessing_batches
+from jtune.data.batching.pack import best_fit_many, pack
+from jtune.data.cache.shards import preprocessing_batches
 from jtune.errors import DataError
 
 

@@ -14,7 +14,9 @@ from test_sources import load, write
 
 from jtune.config.stages import rules_of
 from jtune.data.cache.shards import in_parts
-from jtune.data.formats.align import ALIGNED, _align_batch, _align_rows, _alpaca_table
+from jtune.data.formats.align import _align_batch, _align_rows
+from jtune.data.formats.alpaca import alpaca_table
+from jtune.data.formats.fields import ALIGNED
 from jtune.data.sources.registry import Columns, Entry
 from jtune.distributed import exchange
 from jtune.errors import DataError
@@ -181,7 +183,7 @@ def test_texts_are_aligned_at_once_as_each_row_is(columns, stage):
     how = {"entry": Entry("a", "file", "a.json", columns=Columns(**columns)), "stage": rules_of(stage), "index": 3}
     picked = random.permutation(1000)[:200]
     arrow = table.with_format("arrow")
-    assert _alpaca_table(arrow[:], how["entry"], how["stage"]) is not None
+    assert alpaca_table(arrow[:], how["entry"], how["stage"]) is not None
     for rows in (None, picked):
         at_once = _align_rows(table, arrow, 20, 90, rows=rows, **how)
         one_by_one = _align_batch(table[20:90], range(20, 90), rows=rows, **how)
@@ -193,7 +195,7 @@ def test_texts_are_aligned_at_once_as_each_row_is(columns, stage):
 @pytest.mark.parametrize("value", [3, ["x"], True])
 def test_what_is_no_text_is_looked_at_row_by_row(value):
     table = datasets.Dataset.from_list([{"instruction": "q", "output": value}])
-    assert _alpaca_table(table.with_format("arrow")[:], Entry("a", "file", "a.json"), rules_of("sft")) is None
+    assert alpaca_table(table.with_format("arrow")[:], Entry("a", "file", "a.json"), rules_of("sft")) is None
     made = _align_rows(
         table,
         table.with_format("arrow"),

@@ -16,7 +16,7 @@ from small import case, command, curve, environment, state, train, write_data, w
 
 from jtune.commands import simulate
 from jtune.config.stages import rules_of
-from jtune.data.batching.batches import plan_batches
+from jtune.data.batching.train import plan_batches
 from jtune.distributed import connect, shutdown
 from jtune.errors import ConfigError
 from jtune.sharding import arrays, batch_sharding, make_mesh

@@ -10,7 +10,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from jtune.data.cache.shards import batch_bounds
 from jtune.errors import DataError
 
 # Examples that are packed together: more would hardly waste less.
@@ -97,12 +96,6 @@ def pack(lengths: np.ndarray, row_length: int, windows: np.ndarray | None = None
                 left -= 1
             starts.append(len(examples))
     return Packs(np.frombuffer(examples, np.int32), np.frombuffer(starts, np.int64))
-
-
-def preprocessing_batches(rows: int, batch_size: int, processes: int | None) -> np.ndarray:
-    """The batch of `batch_bounds` of each row, int64 `[rows]`."""
-    sizes = np.diff(batch_bounds(rows, batch_size, processes))
-    return np.repeat(np.arange(len(sizes)), sizes)
 
 
 def best_fit_many(lengths_UN: np.ndarray, row_length: int) -> np.ndarray:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jtune.data.batching.batches import BatchPlan, Examples, Layout, capacity_of, filled, lay_out, packing_windows
 from jtune.data.batching.order import epoch_order
 from jtune.data.batching.pack import Packs, pack
 from jtune.data.batching.shapes import Shape, costs, place, rows_needed, rung
+from jtune.data.batching.train import BatchPlan, Examples, Layout, capacity_of, filled, lay_out, packing_windows
 from jtune.data.encode.encoded import Encoded
 from jtune.data.sources.load import places
 from jtune.data.stream import Position, Stream, windows

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from jtune.config.stages import rules_of
-from jtune.data.batching.batches import BatchPlan, Examples, packing_windows, plan_batches
 from jtune.data.batching.stream import Joined, StreamPlan
+from jtune.data.batching.train import BatchPlan, Examples, packing_windows, plan_batches
 from jtune.data.encode.encoded import Encoded
 from jtune.data.stream import Stream
 

@@ -269,3 +269,9 @@ def batch_bounds(rows: int, batch_size: int, processes: int | None = None) -> np
     size, more = divmod(rows, processes)
     firsts = [i * size + min(i, more) for i in range(processes + 1)]
     return np.array([*(start for run in pairwise(firsts) for start in range(*run, batch_size)), rows], np.int64)
+
+
+def preprocessing_batches(rows: int, batch_size: int, processes: int | None) -> np.ndarray:
+    """The batch of `batch_bounds` of each row, int64 `[rows]`."""
+    sizes = np.diff(batch_bounds(rows, batch_size, processes))
+    return np.repeat(np.arange(len(sizes)), sizes)

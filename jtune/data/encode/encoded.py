@@ -6,7 +6,7 @@ from functools import cached_property
 import datasets
 import numpy as np
 
-from jtune.data.batching.pack import preprocessing_batches
+from jtune.data.cache.shards import preprocessing_batches
 from jtune.errors import DataError
 
 IGNORED = -100  # the label of a token that is not learned

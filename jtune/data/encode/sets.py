@@ -11,7 +11,9 @@ from jtune.config.stages import StageRules
 from jtune.data.cache.shards import ALONE, Team, arrow_column
 from jtune.data.encode.encoded import Encoded
 from jtune.data.encode.notes import notes_of
-from jtune.data.encode.rows import NOTHING_TO_LEARN, Rules, encode_documents, encode_rows, too_long
+from jtune.data.encode.pretraining import encode_documents
+from jtune.data.encode.rows import encode_rows
+from jtune.data.encode.turns import NOTHING_TO_LEARN, Rules, too_long
 from jtune.data.formats.align import is_faulty
 from jtune.data.report import EXAMPLES, Dropped, SetReport, reasons
 from jtune.data.sources.load import places
