@@ -15,8 +15,9 @@ from rich.text import Text
 from jtune.commands.rows import BRACKETS, GIVEN, TRAINED, json_rows, marked, sides, statistics
 from jtune.config import Config
 from jtune.config.stages import rules_of
-from jtune.data.pipeline import Splits, load_datasets
+from jtune.data.pipeline import Splits, Wanted, load_datasets
 from jtune.data.report import EXAMPLES, SetReport, add
+from jtune.data.sources.load import Hub
 from jtune.data.stream import one_pass
 from jtune.data.templates.template import Template, template_of
 from jtune.data.tokens.tokenizer import add_model_tokens, load_tokenizer
@@ -122,17 +123,14 @@ def encode_sets(
     tokenizer = load_tokenizer(name, split_special_tokens=model.split_special_tokens, **model.hub)
     add_model_tokens(tokenizer, model)
     template = template_of(data, tokenizer, for_chat=rules_of(config.finetuning.stage).has_prompts)
+    # tokenized_path holds the evaluation sets of a training run, too.
+    evaluates = evaluate or bool(data.tokenized_path and (config.training.do_eval or config.training.do_predict))
     return template, load_datasets(
         data,
         rules_of(config.finetuning.stage),
         config.training.seed,
-        template.tokenizer,
         template,
-        train=train and bool(data.dataset),
-        # tokenized_path holds the evaluation sets of a training run, too.
-        evaluate=evaluate or bool(data.tokenized_path and (config.training.do_eval or config.training.do_predict)),
-        predict=config.training.predict_with_generate,
-        cache_dir=model.cache_dir,
-        token=model.hf_hub_token,
+        Wanted(train and bool(data.dataset), evaluates, config.training.predict_with_generate),
+        hub=Hub(model.cache_dir, model.hf_hub_token),
         most_examples=most_examples,
     )

@@ -10,24 +10,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import datasets
 import numpy as np
 from datasets import config as datasets_config
 
+from jtune.config import DataArguments
 from jtune.config.stages import RULES, StageRules
-from jtune.data.cache.shards import ALONE, Team, TeamOf, alone
+from jtune.data.cache.shards import GroupOf, alone
 from jtune.data.encode import saved
 from jtune.data.encode.encoded import Encoded
-from jtune.data.encode.sets import check_report, encode_set
+from jtune.data.encode.sets import check_report, encode_set, sharing_of
 from jtune.data.formats.align import align
 from jtune.data.report import EXAMPLES, Report, SetReport
-from jtune.data.sources.load import check_columns, check_stage, load_table, not_utf8, resolve_format, say_unused
+from jtune.data.sources.load import Hub, check_columns, check_stage, load_table, not_utf8, resolve_format, say_unused
 from jtune.data.sources.mix import hold_out, merge, pick_rows
 from jtune.data.sources.registry import Entry, find_datasets
 from jtune.data.stream import Stream, open_stream, windows
 from jtune.data.templates.template import Template
+from jtune.distributed.exchange import ProcessGroup
 from jtune.errors import ConfigError, DataError
 
 log = logging.getLogger("jtune")
@@ -48,33 +50,33 @@ class Splits:
     stream: Stream | None = None
 
 
+class Wanted(NamedTuple):
+    """The sets to encode. Which rows are held out does not depend on it."""
+
+    train: bool
+    evaluate: bool
+    predict: bool = False  # evaluation sets are to be answered: only the last answer of each row is labelled
+
+
 def load_datasets(
-    data_args: Any,
+    data_args: DataArguments,
     stage: StageRules,
     seed: int,
-    tokenizer: Any,
     template: Template,
+    wanted: Wanted,
     *,
-    train: bool,
-    evaluate: bool,
-    predict: bool = False,
-    cache_dir: str | None = None,
-    token: str | None = None,
+    hub: Hub = Hub(),
     most_examples: int = EXAMPLES,
-    team_of: TeamOf = alone,
+    group_of: GroupOf = alone,
 ) -> Splits:
     """Read, mix, split and encode the sets that `data_args` names; what was left out is logged, once, in a sentence.
 
     Args:
-      data_args: with LLaMA-Factory's names (jtune.config.DataArguments).
       stage: which kind of rows to read, and how they are encoded.
       seed: of the draws of num_samples, of interleaving and of val_size.
-      train, evaluate: which sets to encode. Which rows are held out does not depend on it.
-      predict: evaluation sets are to be answered: of each row the last answer is labelled, and nothing else.
-      cache_dir, token: for downloads from the hub.
       most_examples: rows of which the report says where they are, of each reason for which rows are left out.
-      team_of: which processes share a folder. Files are read by the first of those that share the cache, rows are
-        encoded by all that share the folder which they are kept in, each its part.
+      group_of: which processes share a folder. The first of those that share the cache reads files; all that share the
+        folder of the encoded rows encode them, each its shards.
 
     Raises:
       DataError: a set is missing or damaged, or more is left out of it than `max_dropped` allows.
@@ -83,13 +85,11 @@ def load_datasets(
         raise ConfigError(
             f"stage {stage.name!r}: jtune encodes {', '.join(name for name in RULES if RULES[name].encodes)}"
         )
-    if template.tokenizer is not tokenizer:
-        raise ValueError("the template was made for another tokenizer")
     folder = Path(data_args.tokenized_path) if data_args.tokenized_path else None
-    team = team_of(Path(cache_dir or datasets_config.HF_DATASETS_CACHE))
-    keepers = team_of(folder) if folder else team
-    eval_stage = replace(stage, rows="prompt") if predict else stage
-    evaluated = ("predict" if predict else stage.name) if evaluate else None
+    group = group_of(Path(hub.cache_dir or datasets_config.HF_DATASETS_CACHE))
+    keepers = group_of(folder) if folder else group
+    eval_stage = replace(stage, rows="prompt") if wanted.predict else stage
+    evaluated = ("predict" if wanted.predict else stage.name) if wanted.evaluate else None
     settings = saved.settings_of(data_args, stage, seed, template, evaluated=evaluated) if folder else {}
     stream = None
 
@@ -104,26 +104,24 @@ def load_datasets(
                 "tokenized_path, or HF_DATASETS_CACHE, on a file system that all share: each encodes its part",
                 folder or "the cache of datasets",
             )
-        load = {"cache_dir": cache_dir, "token": token}
         sets = {}
-        if data_args.streaming and data_args.dataset and (train or evaluate):
-            stream, held_out = open_stream(data_args, stage, seed, template, most_examples=most_examples, **load)
-            if train:
+        if data_args.streaming and data_args.dataset and (wanted.train or wanted.evaluate):
+            stream, held_out = open_stream(data_args, stage, seed, template, hub=hub, most_examples=most_examples)
+            if wanted.train:
                 first = next(windows(stream))
                 sets["train"] = first.encoded, first.report
                 log.info("streaming: a first look at %d rows", first.report.read)
                 _tell(first.report)
-            tables = {} if held_out is None or not evaluate else {"eval": (held_out, stream.entries)}
+            tables = {} if held_out is None or not wanted.evaluate else {"eval": (held_out, stream.entries)}
             others = replace(data_args, dataset=())
-            tables |= _aligned_sets(others, stage, seed, False, evaluate, predict=predict, team=team, **load)
+            tables |= _aligned_sets(others, stage, seed, wanted._replace(train=False), hub, group)
         else:
-            tables = _aligned_sets(data_args, stage, seed, train, evaluate, predict=predict, team=team, **load)
+            tables = _aligned_sets(data_args, stage, seed, wanted, hub, group)
         to = saved.parts(folder) if folder else None
         for name, (table, entries) in tables.items():
             kind = stage if name == "train" else eval_stage
-            sets[name] = encode_set(
-                name, table, entries, data_args, kind, template, most_examples, team=keepers, folder=to
-            )
+            sharing = sharing_of(data_args, keepers, to)
+            sets[name] = encode_set(name, table, entries, data_args, kind, template, most_examples, sharing)
             check_report(sets[name][1], data_args, kind)
             _tell(sets[name][1])
         if folder:
@@ -155,23 +153,23 @@ def _tell(report: SetReport) -> None:
 
 
 def _aligned_sets(
-    data_args: Any, stage: StageRules, seed: int, train: bool, evaluate: bool, *, predict: bool, **load: Any
+    data_args: DataArguments, stage: StageRules, seed: int, wanted: Wanted, hub: Hub, group: ProcessGroup
 ) -> dict[str, tuple[datasets.Dataset, list[Entry]]]:
     """The rows of each set, and the entries that they come from: "train", "eval", "eval_<name>"."""
-    load |= {"stage": stage, "random": np.random.RandomState(seed)}  # one stream for all sets, training sets first
+    random = np.random.RandomState(seed)  # one stream for all sets, training sets first
     sets: dict[str, tuple[datasets.Dataset, list[Entry]]] = {}
-    if data_args.dataset and (train or evaluate):
-        entries, tables = _load_all(data_args.dataset, data_args, **load)
+    if data_args.dataset and (wanted.train or wanted.evaluate):
+        entries, tables = _load_all(data_args.dataset, data_args, stage, random, hub, group)
         rows, held_out = hold_out(_merge(tables, data_args, seed), data_args.val_size, seed)
-        if train:
+        if wanted.train:
             sets["train"] = rows, entries
-        if evaluate and held_out is not None:
+        if wanted.evaluate and held_out is not None:
             sets["eval"] = held_out, entries
-    elif train:
+    elif wanted.train:
         raise DataError("nothing to train on: `dataset` names no set")
-    if data_args.eval_dataset and evaluate:
-        load |= {"stage": replace(stage, rows="prompt") if predict else stage}
-        entries, tables = _load_all(data_args.eval_dataset, data_args, **load)
+    if data_args.eval_dataset and wanted.evaluate:
+        kind = replace(stage, rows="prompt") if wanted.predict else stage
+        entries, tables = _load_all(data_args.eval_dataset, data_args, kind, random, hub, group)
         if data_args.eval_on_each_dataset:
             sets |= {f"eval_{name}": (table, entries) for name, table in zip(data_args.eval_dataset, tables)}
         else:
@@ -179,53 +177,48 @@ def _aligned_sets(
     return sets
 
 
-def load_aligned(
-    entry: Entry,
-    *,
+def _load_all(
+    names: Sequence[str],
+    data_args: DataArguments,
     stage: StageRules,
     random: np.random.RandomState,
-    index: int = 0,
-    max_samples: int | None = None,
-    num_proc: int | None = None,
-    overwrite_cache: bool = False,
-    cache_dir: str | None = None,
-    token: str | None = None,
-    team: Team = ALONE,
-) -> tuple[Entry, datasets.Dataset]:
-    """One set: its rows read, picked, and brought into one form. The entry comes back with its format resolved."""
-    read = partial(load_table, entry, cache_dir=cache_dir, token=token, num_proc=num_proc)
-    table = team.first(f"reading {entry.name}", read)
-    entry = resolve_format(entry, table.column_names, stage, table[0])
-    check_stage(entry, stage)
-    check_columns(entry, table.column_names, stage)
-    say_unused(entry, table.column_names, stage)
-    rows = pick_rows(len(table), entry.num_samples, max_samples, random)
-    if rows is not None:
-        table = table.select(rows)
-    options: dict[str, Any] = {"num_proc": num_proc, "overwrite_cache": overwrite_cache, "team": team}
-    try:
-        return entry, align(table, entry, stage=stage, rows=rows, index=index, **options)
-    except UnicodeDecodeError as error:
-        raise not_utf8(entry, error) from error
-
-
-def _load_all(names: Sequence[str], data_args: Any, **load: Any) -> tuple[list[Entry], list[datasets.Dataset]]:
+    hub: Hub,
+    group: ProcessGroup,
+) -> tuple[list[Entry], list[datasets.Dataset]]:
     entries, tables = [], []
     found = find_datasets(names, data_args.dataset_dir, allow_outside=data_args.allow_outside_dataset_dir)
     for index, entry in enumerate(found):
         log.info("reading dataset %s", entry.name)
-        entry, table = load_aligned(
-            entry,
-            index=index,
-            max_samples=data_args.max_samples,
-            num_proc=data_args.preprocessing_num_workers,
-            overwrite_cache=data_args.overwrite_cache,
-            **load,
-        )
+        entry, table = load_aligned(entry, index, data_args, stage, random, hub, group)
         entries.append(entry)
         tables.append(table)
     return entries, tables
 
 
-def _merge(tables: Sequence[datasets.Dataset], data_args: Any, seed: int) -> datasets.Dataset:
+def load_aligned(
+    entry: Entry,
+    index: int,
+    data_args: DataArguments,
+    stage: StageRules,
+    random: np.random.RandomState,
+    hub: Hub,
+    group: ProcessGroup,
+) -> tuple[Entry, datasets.Dataset]:
+    """One set: its rows read, picked, and brought into one form. The entry comes back with its format resolved."""
+    read = partial(load_table, entry, hub, num_proc=data_args.preprocessing_num_workers)
+    table = group.first(f"reading {entry.name}", read)
+    entry = resolve_format(entry, table.column_names, stage, table[0])
+    check_stage(entry, stage)
+    check_columns(entry, table.column_names, stage)
+    say_unused(entry, table.column_names, stage)
+    rows = pick_rows(len(table), entry.num_samples, data_args.max_samples, random)
+    if rows is not None:
+        table = table.select(rows)
+    try:
+        return entry, align(table, entry, stage=stage, rows=rows, index=index, sharing=sharing_of(data_args, group))
+    except UnicodeDecodeError as error:
+        raise not_utf8(entry, error) from error
+
+
+def _merge(tables: Sequence[datasets.Dataset], data_args: DataArguments, seed: int) -> datasets.Dataset:
     return merge(tables, data_args.mix_strategy, data_args.interleave_probs, seed)

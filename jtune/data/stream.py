@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import datasets
 import pyarrow as pa
 
+from jtune.config import DataArguments
 from jtune.config.stages import StageRules
 from jtune.data.encode.encoded import Encoded, check_vocabulary
 from jtune.data.encode.sets import check_report, encode_set
 from jtune.data.formats.align import align_stream, refuse_missing
 from jtune.data.formats.fields import ALIGNED
 from jtune.data.report import EXAMPLES, SetReport, add, report_of
-from jtune.data.sources.load import check_columns, check_stage, open_table, resolve_format, say_unused, unreadable
+from jtune.data.sources.load import Hub, check_columns, check_stage, open_table, resolve_format, say_unused, unreadable
 from jtune.data.sources.mix import merge
 from jtune.data.sources.registry import Entry, find_datasets
 from jtune.data.templates.template import Template
@@ -47,7 +48,7 @@ class Stream:
 
     rows: datasets.IterableDataset
     entries: tuple[Entry, ...]
-    data_args: Any
+    data_args: DataArguments
     stage: StageRules
     template: Template
     most_examples: int = EXAMPLES
@@ -71,13 +72,12 @@ class Window(NamedTuple):
 
 
 def open_stream(
-    data_args: Any,
+    data_args: DataArguments,
     stage: StageRules,
     seed: int,
     template: Template,
     *,
-    cache_dir: str | None = None,
-    token: str | None = None,
+    hub: Hub = Hub(),
     most_examples: int = EXAMPLES,
 ) -> tuple[Stream, datasets.Dataset | None]:
     """The sets of `dataset` as a stream; and the rows held out for evaluation, the first `val_size` ones, if any.
@@ -94,7 +94,7 @@ def open_stream(
                 "set max_samples for the first so many rows, or streaming: false"
             )
         log.info("opening dataset %s", entry.name)
-        table, names, first = open_table(entry, cache_dir=cache_dir, token=token)
+        table, names, first = open_table(entry, hub)
         entry = resolve_format(entry, names, stage, first)
         check_stage(entry, stage)
         check_columns(entry, names, stage)

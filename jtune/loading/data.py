@@ -6,7 +6,9 @@ from typing import Any
 from jtune.config import Config
 from jtune.config.stages import rules_of
 from jtune.data import Splits, Template, check_vocabulary, load_datasets, template_of
-from jtune.data.cache.shards import TeamOf, alone
+from jtune.data.cache.shards import GroupOf, alone
+from jtune.data.pipeline import Wanted
+from jtune.data.sources.load import Hub
 
 
 def data_template(config: Config, tokenizer: Any) -> Template:
@@ -18,12 +20,12 @@ def data_template(config: Config, tokenizer: Any) -> Template:
 
 
 def load_data(
-    config: Config, tokenizer: Any, vocab_size: int, team_of: TeamOf = alone, template: Template | None = None
+    config: Config, tokenizer: Any, vocab_size: int, group_of: GroupOf = alone, template: Template | None = None
 ) -> Splits:
     """The encoded training and evaluation sets, every id of them inside the vocabulary.
 
     Args:
-      team_of: which processes share a folder, and so the work (see `load_datasets`).
+      group_of: which processes share a folder, and so the work (see `load_datasets`).
       template: default: `data_template`.
     """
     data, training = config.data, config.training
@@ -31,15 +33,11 @@ def load_data(
     splits = load_datasets(
         data,
         rules_of(config.finetuning.stage),
-        config.training.seed,
-        tokenizer,
+        training.seed,
         template,
-        train=training.do_train,
-        evaluate=training.do_eval or training.do_predict,
-        predict=training.predict_with_generate,
-        cache_dir=config.model.cache_dir,
-        token=config.model.hf_hub_token,
-        team_of=team_of,
+        Wanted(training.do_train, training.do_eval or training.do_predict, training.predict_with_generate),
+        hub=Hub(config.model.cache_dir, config.model.hf_hub_token),
+        group_of=group_of,
     )
     for encoded in (splits.train, *splits.eval.values()):
         if encoded is not None:

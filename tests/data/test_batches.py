@@ -8,7 +8,7 @@ import pytest
 from jtune.config.stages import rules_of
 from jtune.data.batching.evaluation import eval_batches
 from jtune.data.batching.shapes import Shape, place
-from jtune.data.batching.train import plan_batches
+from jtune.data.batching.train import Order, Size, plan_batches
 from jtune.errors import DataError
 
 
@@ -36,6 +36,12 @@ def chat(n, cap=512, seed=0, mean=4.7):
     return Examples(np.clip(np.random.default_rng(seed).lognormal(mean, 0.8, n), 2, cap))
 
 
+def planned(encoded, stage, per_device_batch_size, batch_shards, accumulation, seed, shuffle, num_epochs, **more):
+    order = {name: more.pop(name) for name in ("max_steps", "drop_last") if name in more}
+    size = Size(per_device_batch_size, batch_shards, accumulation)
+    return plan_batches(encoded, stage, size, Order(seed, shuffle, num_epochs, **order), **more)
+
+
 def plan(encoded, **kw):
     defaults = {
         "stage": rules_of("sft"),
@@ -48,7 +54,7 @@ def plan(encoded, **kw):
         "shuffle": True,
         "num_epochs": 1,
     }
-    return plan_batches(encoded, **(defaults | kw))
+    return planned(encoded, **(defaults | kw))
 
 
 CASES = [
@@ -315,7 +321,7 @@ def test_evaluation_of_a_few_rows_is_not_padded_to_a_large_batch():
 
 def test_the_divisor_counts_the_first_label_as_the_trainer_does():
     encoded = Examples([10, 20, 30, 40], train_on_all=True)
-    batches = plan_batches(
+    batches = planned(
         encoded, stage=rules_of("pt"), packing=False, cutoff_len=40, per_device_batch_size=2, batch_shards=1, accumulation=2,
         seed=0, shuffle=False, num_epochs=1,
     )  # fmt: skip

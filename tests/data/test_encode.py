@@ -104,17 +104,14 @@ def test_rows_encoded_together_are_what_each_is_by_itself(name, rules, template)
 
 def test_documents_are_joined_by_eos_and_cut_into_blocks(template):
     texts = [[("user", f"Document {n} says this.")] for n in range(12)]
-    shared = {"batch_size": 1000, "num_proc": None, "overwrite_cache": False}
-    joined = Encoded(
-        encode_documents(table(*texts), template, cutoff_len=16, packing=True, neat_packing=False, **shared)
-    )
+    joined = Encoded(encode_documents(table(*texts), template, cutoff_len=16, packing=True, neat_packing=False))
     assert set(joined.lengths.tolist()) == {16}
     text = template.tokenizer.decode(np.concatenate([joined[i]["input_ids"] for i in range(len(joined))]))
     assert text.startswith("Document 0 says this.<|im_end|>Document 1 says this.<|im_end|>")
     assert (joined.labelled == 15).all()
     assert (joined.first_labelled == 1).all()
-    neat = Encoded(encode_documents(table(*texts), template, cutoff_len=5, packing=True, neat_packing=True, **shared))
-    alone = encode_documents(table(*texts), template, cutoff_len=1000, packing=False, neat_packing=False, **shared)
+    neat = Encoded(encode_documents(table(*texts), template, cutoff_len=5, packing=True, neat_packing=True))
+    alone = encode_documents(table(*texts), template, cutoff_len=1000, packing=False, neat_packing=False)
     assert len(alone) == 12
     assert neat.lengths.max() == 5
     assert neat.lengths.sum() == Encoded(alone).lengths.sum()

@@ -13,7 +13,7 @@ import pytest
 from test_sources import load, write
 
 from jtune.config.stages import rules_of
-from jtune.data.cache.shards import in_parts
+from jtune.data.cache.shards import Sharing, make_in_shards
 from jtune.data.formats.align import _align_batch, _align_rows
 from jtune.data.formats.alpaca import alpaca_table
 from jtune.data.formats.fields import ALIGNED
@@ -48,7 +48,7 @@ class Pair:
 
 
 def both(work):
-    """`work(team_of)` of two hosts at a time, and how many rows each of them has made, by what it did."""
+    """`work(group_of)` of two hosts at a time, and how many rows each of them has made, by what it did."""
     counted, meeting = {}, threading.Barrier(2, timeout=60)
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda i: work(lambda folder: Pair(i, meeting, counted)), range(2)))
@@ -74,7 +74,9 @@ def table(tmp_path):
 
 
 def made(table, make=numbers, **options):
-    return in_parts(make, table, NUMBERS, name="x", what="Counting", **{"batch_size": 10, **options})
+    named = {name: options.pop(name) for name in ("name", "batched_for") if name in options}
+    sharing = Sharing(**{"batch_size": 10, **options})
+    return make_in_shards(make, table, NUMBERS, sharing, what="Counting", **{"name": "x", **named})
 
 
 @pytest.mark.parametrize("workers", [None, 2])
@@ -135,11 +137,11 @@ def test_two_hosts_make_the_rows_of_one_each_its_share(stage, kept, template, tm
     cache("cache-1")
     one = load(tmp_path, "a", **args, **where("kept-1"))
     cache("cache-2")
-    pair, counted = both(lambda team_of: load(tmp_path, "a", **args, **where("kept-2"), team_of=team_of))
+    pair, counted = both(lambda group_of: load(tmp_path, "a", **args, **where("kept-2"), group_of=group_of))
     assert counted.keys() == {"Aligning a", "Encoding"}
     assert sorted(counted["Aligning a"]) == [23, 30]
     assert sorted(counted["Encoding"]) == [1, 10, 20, 22]  # of 42 rows, and of the 11 that are held out
-    again, counted = both(lambda team_of: load(tmp_path, "a", **args, **where("kept-2"), team_of=team_of))
+    again, counted = both(lambda group_of: load(tmp_path, "a", **args, **where("kept-2"), group_of=group_of))
     assert not any(sum(counts) for counts in counted.values()), "all is there"
     later = load(tmp_path, "a", **args, **where("kept-2"))
     for two in (*pair, *again, later):

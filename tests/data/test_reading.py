@@ -16,8 +16,9 @@ from jtune.config import DataArguments
 from jtune.config.stages import rules_of
 from jtune.data import load_datasets
 from jtune.data.formats.align import align, align_row
+from jtune.data.pipeline import Wanted
 from jtune.data.sources import load as loading
-from jtune.data.sources.load import load_table, resolve_format
+from jtune.data.sources.load import Hub, load_table, resolve_format
 from jtune.data.sources.registry import Columns, Entry, entry_of, find_datasets
 from jtune.data.sources.rows import CELLS, CHUNK, json_rows
 from jtune.data.stream import open_stream
@@ -54,7 +55,7 @@ def answers(table):
 def read(path, stage="sft", **entry):
     found = Entry("a", "file", str(path), **({"formatting": None} | entry))
     rules = replace(rules_of("sft"), rows="prompt") if stage == "predict" else rules_of(stage)
-    table = load_table(found, cache_dir=str(path.parent / "cache"))
+    table = load_table(found, Hub(str(path.parent / "cache")))
     return align(table, resolve_format(found, table.column_names, rules, table[0]), stage=rules)
 
 
@@ -62,7 +63,7 @@ def streamed(path, template, **args):
     arguments = DataArguments(
         **{"dataset": (str(path),), "dataset_dir": str(path.parent), "template": "chatml", "streaming": True} | args
     )
-    stream, _ = open_stream(arguments, rules_of("sft"), 0, template, cache_dir=str(path.parent / "cache"))
+    stream, _ = open_stream(arguments, rules_of("sft"), 0, template, hub=Hub(str(path.parent / "cache")))
     return list(stream.rows)
 
 
@@ -186,7 +187,7 @@ def test_columns_that_are_not_used_are_named_once(template, tmp_path, caplog):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"a": {"file_name": "a.json"}}))
     arguments = DataArguments(dataset=("a",), dataset_dir=str(tmp_path), template="chatml")
     for _ in range(2):
-        load_datasets(arguments, rules_of("sft"), 0, template.tokenizer, template, train=True, evaluate=False)
+        load_datasets(arguments, rules_of("sft"), 0, template, Wanted(True, False))
     said = [(r.levelname, r.getMessage()) for r in caplog.records if "not used" in r.getMessage()]
     assert said == [
         (
@@ -208,7 +209,7 @@ def test_a_column_that_comes_late_and_is_not_used_is_named_once(suffix, template
         zipped.write_bytes(gzip.compress(path.read_bytes()))
         path = zipped
     for _ in range(2):
-        assert "notes" not in load_table(Entry("a", "file", str(path)), cache_dir=str(tmp_path)).column_names
+        assert "notes" not in load_table(Entry("a", "file", str(path)), Hub(str(tmp_path))).column_names
     place = f"{path.name} row {CELLS + 1}" if suffix == "json" else f"{path.name}:{CELLS + 1}"
     said = [r.getMessage() for r in caplog.records if "not used" in r.getMessage()]
     assert said == [f"dataset 'a': columns not used: notes, mood (first: {place})"]
@@ -338,15 +339,15 @@ def test_rows_without_an_answer_can_be_predicted_but_not_learned(template, tmp_p
     arguments = DataArguments(
         eval_dataset=(str(path),), dataset_dir=str(tmp_path), template="chatml", eval_on_each_dataset=False
     )
-    how = {"train": False, "evaluate": True, "predict": True}
-    assert len(load_datasets(arguments, rules_of("sft"), 0, template.tokenizer, template, **how).eval[""]) == 2
+    wanted = Wanted(train=False, evaluate=True, predict=True)
+    assert len(load_datasets(arguments, rules_of("sft"), 0, template, wanted).eval[""]) == 2
 
 
 def test_an_error_is_no_cause_of_itself(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"instruction": "Say \xe9.", "output": "x"}\n')
     with pytest.raises(DataError, match="not UTF-8") as found:
-        load_table(Entry("rows", "file", str(path)), cache_dir=str(tmp_path / "cache"))
+        load_table(Entry("rows", "file", str(path)), Hub(str(tmp_path / "cache")))
     error, length = found.value, 0
     while error is not None and length < 100:  # who looks for what an error follows from would look for ever
         error, length = error.__cause__ or error.__context__, length + 1

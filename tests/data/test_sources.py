@@ -11,6 +11,7 @@ from jtune.config.stages import rules_of
 from jtune.data import load_datasets
 from jtune.data.cache.shards import alone
 from jtune.data.formats.align import align_row
+from jtune.data.pipeline import Wanted
 from jtune.data.sources.load import resolve_format
 from jtune.data.sources.registry import Entry, entry_of, find_datasets
 from jtune.errors import DataError
@@ -60,10 +61,9 @@ def write(folder, name, content, info=None):
     index.write_text(json.dumps(known | {name.split(".")[0]: {"file_name": name} | (info or {})}))
 
 
-def load(folder, *names, stage="sft", train=True, evaluate=False, seed=0, template=None, team_of=alone, **args):
+def load(folder, *names, stage="sft", train=True, evaluate=False, seed=0, template=None, group_of=alone, **args):
     arguments = DataArguments(**{"dataset": names, "dataset_dir": str(folder), "template": "chatml", **args})
-    how = {"train": train, "evaluate": evaluate, "team_of": team_of}
-    return load_datasets(arguments, rules_of(stage), seed, template.tokenizer, template, **how)
+    return load_datasets(arguments, rules_of(stage), seed, template, Wanted(train, evaluate), group_of=group_of)
 
 
 def texts(template, encoded):

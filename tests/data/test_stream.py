@@ -14,7 +14,7 @@ from jtune.commands.data import check_rows, show
 from jtune.config import DataArguments, FinetuningArguments, TrainingArguments, load_config
 from jtune.config.stages import rules_of
 from jtune.data import StreamPlan, plan_updates
-from jtune.data.pipeline import load_datasets
+from jtune.data.pipeline import Wanted, load_datasets
 from jtune.data.stream import open_stream, windows
 from jtune.errors import ConfigError, DataError
 
@@ -81,9 +81,7 @@ def test_a_pass_has_every_row_once_and_the_next_pass_again(two, template):
 def test_the_rows_are_those_of_the_sets_on_disk(mix, two, template):
     args = {**MIXES[mix], "val_size": 0}
     on_disk = arguments(two, **args, streaming=False)
-    expected = load_datasets(
-        on_disk, rules_of("sft"), 3, template.tokenizer, template, train=True, evaluate=False
-    ).train
+    expected = load_datasets(on_disk, rules_of("sft"), 3, template, Wanted(True, False)).train
     one_pass = next(windows(stream(two, template, **args, buffer_size=1000)))
     assert asked(template, one_pass.encoded) == asked(template, expected)
 
@@ -101,7 +99,7 @@ def test_a_position_leads_to_the_same_windows(mix, two, template):
 
 def test_the_first_val_size_rows_are_held_out_in_every_pass(two, template):
     args = arguments(two, val_size=7)
-    splits = load_datasets(args, rules_of("sft"), 3, template.tokenizer, template, train=True, evaluate=True)
+    splits = load_datasets(args, rules_of("sft"), 3, template, Wanted(True, True))
     assert asked(template, splits.eval[""]) == [f"a {n}" for n in range(7)]
     trained = [q for w in islice(windows(splits.stream), 8) for q in asked(template, w.encoded)]
     assert len(trained) == 126
@@ -111,7 +109,7 @@ def test_the_first_val_size_rows_are_held_out_in_every_pass(two, template):
 
 def test_an_evaluation_set_is_read_whole(two, template):
     args = arguments(two, dataset=("a",), eval_dataset=("b",))
-    splits = load_datasets(args, rules_of("sft"), 3, template.tokenizer, template, train=True, evaluate=True)
+    splits = load_datasets(args, rules_of("sft"), 3, template, Wanted(True, True))
     assert len(splits.eval[""]) == 20
 
 
@@ -192,7 +190,7 @@ class Config:
 
 def planned(folder, template, *, shards=1, stage="sft", training=None, **args) -> StreamPlan:
     data = arguments(folder, **args)
-    splits = load_datasets(data, rules_of(stage), 3, template.tokenizer, template, train=True, evaluate=False)
+    splits = load_datasets(data, rules_of(stage), 3, template, Wanted(True, False))
     defaults = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 30}
     config = Config(data, TrainingArguments(**{**defaults, **(training or {})}), FinetuningArguments(stage=stage))
     made = plan_updates(config, splits.train, shards, splits.stream)
@@ -334,7 +332,7 @@ def test_arguments_that_say_nothing_are_noted():
 
 def test_a_preview_is_of_the_first_window_and_says_so(two, template):
     data = arguments(two)
-    splits = load_datasets(data, rules_of("sft"), 3, template.tokenizer, template, train=True, evaluate=False)
+    splits = load_datasets(data, rules_of("sft"), 3, template, Wanted(True, False))
     config = Config(data, TrainingArguments(max_steps=-1))
     out = StringIO()
     show(config, splits, template, 1, Console(file=out, width=200))

@@ -16,7 +16,7 @@ from small import case, command, curve, environment, state, train, write_data, w
 
 from jtune.commands import simulate
 from jtune.config.stages import rules_of
-from jtune.data.batching.train import plan_batches
+from jtune.data.batching.train import Order, Size, plan_batches
 from jtune.distributed import connect, shutdown
 from jtune.errors import ConfigError
 from jtune.sharding import arrays, batch_sharding, make_mesh
@@ -96,10 +96,7 @@ class Rows:
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_parts_of_a_batch_are_the_batch_and_read_their_own_examples_only(packing):
     rows = Rows(100)
-    plan = plan_batches(
-        rows, stage=rules_of("sft"), packing=packing, cutoff_len=32, per_device_batch_size=2, batch_shards=4, accumulation=2,
-        seed=0, shuffle=True, num_epochs=3,
-    )  # fmt: skip
+    plan = plan_batches(rows, rules_of("sft"), Size(2, 4, 2), Order(0, True, 3), packing=packing, cutoff_len=32)
     for step in (0, plan.max_steps - 1):
         whole = plan.update(step)
         shape = plan.shape(step)
@@ -121,10 +118,7 @@ def test_the_parts_of_a_batch_are_the_batch_and_read_their_own_examples_only(pac
 
 def test_a_part_of_an_update_may_hold_nothing():
     rows = Rows(1)
-    plan = plan_batches(
-        rows, stage=rules_of("sft"), packing=False, cutoff_len=32, per_device_batch_size=1, batch_shards=2, accumulation=1,
-        seed=0, shuffle=True, num_epochs=1,
-    )  # fmt: skip
+    plan = plan_batches(rows, rules_of("sft"), Size(1, 2, 1), Order(0, True, 1), packing=False, cutoff_len=32)
     halves = [plan.update(0, (i, i + 1)) for i in range(2)]
     assert sorted(int(h["segment_ids"].sum()) for h in halves) == [0, rows.lengths[0]]
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from jtune.config import DataArguments
 from jtune.config.stages import StageRules
 from jtune.data.batching.order import Epochs, plan_epochs
 from jtune.data.batching.pack import Packs, pack
@@ -160,40 +161,51 @@ def divisor_of(encoded: Examples, examples: np.ndarray) -> int:
     return int(encoded.labelled[examples].sum() + encoded.first_labelled[examples].sum())
 
 
-def packing_windows(encoded: Encoded, data: Any, stage: StageRules) -> np.ndarray | None:
+def packing_windows(encoded: Encoded, data: DataArguments, stage: StageRules) -> np.ndarray | None:
     """Which examples may share a packed row, for `plan_batches` and `eval_batches`; None: all that are near.
 
     With neat_packing, those that LLaMA-Factory encodes, and packs, in one batch: the losses are the same. With packing
     alone it lets examples see each other, so that its losses differ anyway; rows are filled better then.
 
     Args:
-      data: with LLaMA-Factory's names (jtune.config.DataArguments).
     """
     if stage.rows == "text" or not data.neat_packing:
         return None
     return encoded.preprocessing_batches(data.preprocessing_batch_size, data.preprocessing_num_workers)
 
 
+class Size(NamedTuple):
+    """How many rows an update has."""
+
+    per_device: int  # of a microbatch, on each shard of the batch
+    shards: int
+    accumulation: int
+
+
+class Order(NamedTuple):
+    """Which rows come when; `max_steps` wins over `num_epochs` when it is positive, as in the Trainer."""
+
+    seed: int  # `data_seed`, or else `seed`
+    shuffle: bool
+    num_epochs: float
+    max_steps: int = -1
+    drop_last: bool = False
+
+
 def plan_batches(
     encoded: Examples,
-    *,
     stage: StageRules,
+    size: Size,
+    order: Order,
+    *,
     packing: bool,
     cutoff_len: int,
-    per_device_batch_size: int,
-    batch_shards: int,
-    accumulation: int,
-    seed: int,
-    shuffle: bool,
-    num_epochs: float,
-    max_steps: int = -1,
-    drop_last: bool = False,
     windows: np.ndarray | None = None,
 ) -> BatchPlan:
     """Plan all updates of a run.
 
     With `packing`, rows of `cutoff_len` tokens are made once, and are what is then shuffled and counted:
-    `per_device_batch_size` rows on each shard. The blocks of stage pt, `cutoff_len` long, are
+    `size.per_device` rows on each shard. The blocks of stage pt, `cutoff_len` long, are
     such rows as they are. Without, an update holds the examples that LLaMA-Factory's would, laid out in at most four
     shapes. A microbatch never has more tokens on a shard than `per_device_batch_size` rows of the longest example.
 
@@ -202,8 +214,6 @@ def plan_batches(
 
     Args:
       stage: one whose examples are single sequences.
-      seed: of the order (`data_seed`, or else `seed`).
-      num_epochs, max_steps: the Trainer's; `max_steps` wins when it is positive.
       windows: of `pack`.
 
     Raises:
@@ -214,27 +224,27 @@ def plan_batches(
     packs = pack(encoded.lengths, filled(encoded, cutoff_len), windows) if packing else None
     epochs = plan_epochs(
         len(encoded) if packs is None else len(packs),
-        batch=per_device_batch_size * batch_shards,
-        accumulation=accumulation,
-        num_train_epochs=num_epochs,
-        max_steps=max_steps,
-        drop_last=drop_last,
-        seed=seed,
-        shuffle=shuffle,
+        batch=size.per_device * size.shards,
+        accumulation=size.accumulation,
+        num_train_epochs=order.num_epochs,
+        max_steps=order.max_steps,
+        drop_last=order.drop_last,
+        seed=order.seed,
+        shuffle=order.shuffle,
     )
     tables = list(_tables(epochs))
     if packs is None:
-        shapes, shape_of, peaks, slots = _plan_layouts(encoded, epochs, tables, per_device_batch_size, batch_shards)
+        shapes, shape_of, peaks, slots = _plan_layouts(encoded, epochs, tables, size.per_device, size.shards)
         lengths = np.append(encoded.lengths, 0)
     else:
-        shapes, shape_of = [Shape(accumulation, epochs.batch, cutoff_len)], np.zeros(epochs.max_steps, np.uint8)
+        shapes, shape_of = [Shape(size.accumulation, epochs.batch, cutoff_len)], np.zeros(epochs.max_steps, np.uint8)
         labelled = np.append(packs.sums(encoded.labelled), 0)
-        peaks = [max(labelled[t].reshape(-1, per_device_batch_size).sum(axis=1).max() for t in tables)]
+        peaks = [max(labelled[t].reshape(-1, size.per_device).sum(axis=1).max() for t in tables)]
         slots = sum(int((t[:, :: epochs.batch] >= 0).sum()) for t in tables) * epochs.batch * cutoff_len
         lengths = np.append(packs.sums(encoded.lengths), 0)
-    capacities = {s: capacity_of(peak, s.batch * s.seq // batch_shards) for s, peak in zip(shapes, peaks)}
+    capacities = {s: capacity_of(peak, s.batch * s.seq // size.shards) for s, peak in zip(shapes, peaks)}
     real = sum(int(lengths[t].sum()) for t in tables)
-    return BatchPlan(encoded, epochs, batch_shards, packs, tuple(shapes), shape_of, capacities, 1 - real / slots)
+    return BatchPlan(encoded, epochs, size.shards, packs, tuple(shapes), shape_of, capacities, 1 - real / slots)
 
 
 def _tables(epochs: Epochs) -> Iterator[np.ndarray]:

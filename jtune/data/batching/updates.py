@@ -1,12 +1,11 @@
 """The updates of a run, from what its user said: the one place that reads arguments for them."""
 
-from typing import Any
-
 import numpy as np
 
+from jtune.config import Config
 from jtune.config.stages import rules_of
 from jtune.data.batching.stream import Joined, StreamPlan
-from jtune.data.batching.train import BatchPlan, Examples, packing_windows, plan_batches
+from jtune.data.batching.train import BatchPlan, Examples, Order, Size, packing_windows, plan_batches
 from jtune.data.encode.encoded import Encoded
 from jtune.data.stream import Stream
 
@@ -15,7 +14,7 @@ Plan = BatchPlan | StreamPlan
 MODELLED = 1000  # updates over the first window of a stream, by which shapes are chosen
 
 
-def plan_updates(config: Any, encoded: Encoded, shards: int, stream: Stream | None = None) -> Plan:
+def plan_updates(config: Config, encoded: Encoded, shards: int, stream: Stream | None = None) -> Plan:
     """All updates of a run of `config` (a jtune.config.Config) over `encoded`, for `shards` parts of the batch axis.
 
     What `jtune train` runs, `jtune plan` counts and `jtune data` tells.
@@ -37,31 +36,26 @@ def plan_updates(config: Any, encoded: Encoded, shards: int, stream: Stream | No
 
 
 def _plan(
-    config: Any, encoded: Examples, shards: int, max_steps: int, drop_last: bool, windows: np.ndarray | None
+    config: Config, encoded: Examples, shards: int, max_steps: int, drop_last: bool, windows: np.ndarray | None
 ) -> BatchPlan:
     training = config.training
+    shuffle = not config.finetuning.disable_shuffling
     return plan_batches(
         encoded,
-        stage=rules_of(config.finetuning.stage),
+        rules_of(config.finetuning.stage),
+        Size(training.per_device_train_batch_size, shards, training.gradient_accumulation_steps),
+        Order(order_seed(config), shuffle, training.num_train_epochs, max_steps, drop_last),
         packing=rows_are_packed(config),
         cutoff_len=config.data.cutoff_len,
-        per_device_batch_size=training.per_device_train_batch_size,
-        batch_shards=shards,
-        accumulation=training.gradient_accumulation_steps,
-        seed=order_seed(config),
-        shuffle=not config.finetuning.disable_shuffling,
-        num_epochs=training.num_train_epochs,
-        max_steps=max_steps,
-        drop_last=drop_last,
         windows=windows,
     )
 
 
-def order_seed(config: Any) -> int:
+def order_seed(config: Config) -> int:
     """The seed of the order of rows."""
     return config.training.seed if config.training.data_seed is None else config.training.data_seed
 
 
-def rows_are_packed(config: Any) -> bool:
+def rows_are_packed(config: Config) -> bool:
     """Whether several examples share a row: always with `packing`, but the blocks of stage pt are rows already."""
     return bool(config.data.neat_packing or (config.data.packing and rules_of(config.finetuning.stage).rows != "text"))

@@ -1,8 +1,8 @@
-"""Rows in parts: each part is made of whole batches of rows by one process, and kept in a file of its own.
+"""Rows in shards: one process makes each shard from whole batches of rows, and keeps it in a file of its own.
 
-Which rows a part holds depends on the rows and the size of a batch alone. So one process, the workers of a host, and
-several hosts that share a folder make the same files; what is there already is not made again, and what was cut short
-goes on where it was. A file gets its name when it is whole.
+The rows of a shard depend on the table and the size of a batch alone. So one process, the workers of a host, and several
+hosts that share a folder make the same files. Files that exist are not made again, and interrupted work resumes where it
+was. A file gets its name when it is whole.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -28,103 +28,85 @@ import xxhash
 from datasets.table import MemoryMappedTable, concat_tables
 from datasets.utils import tqdm
 
+from jtune.distributed.exchange import ProcessGroup
 from jtune.errors import DataError
 
 log = logging.getLogger("jtune")
 
-T = TypeVar("T")
 Make = Callable[[int, int], pa.Table]  # of the rows from one number up to another; it goes to other processes
 Beat = Callable[[], None]  # to be called now and then: others wait no longer than it is
 
-MOST = 256  # parts of a table
+MOST = 256  # shards of a table
 SEEN_WITHIN = 60.0  # seconds in which a network file system shows what another host has written
 
 
-class Team(Protocol):
-    """The processes that share a folder (see jtune.distributed.exchange)."""
-
-    @property
-    def apart(self) -> bool:
-        """Whether there are processes outside."""
-        ...
-
-    def first(self, what: str, work: Callable[[], T]) -> T:
-        """What `work()` gives: of the first process, then of each of the others, which finds what the first left."""
-        ...
-
-    def share(self, what: str, sign: str, work: Callable[[int, int, Beat], int]) -> list[int]:
-        """`work(place, of, beat)` of each process that means the same by `sign`; what each did, when all is done."""
-        ...
+ALONE = ProcessGroup("", (0,))  # one process
+GroupOf = Callable[[Path], ProcessGroup]  # who shares a folder: every process of the program asks, in the same order
 
 
-class Alone(NamedTuple):
-    """One process."""
-
-    apart: bool = False
-
-    def first(self, what: str, work: Callable[[], T]) -> T:
-        return work()
-
-    def share(self, what: str, sign: str, work: Callable[[int, int, Beat], int]) -> list[int]:
-        return [work(0, 1, lambda: None)]
-
-
-ALONE = Alone()
-TeamOf = Callable[[Path], Team]  # who shares a folder: every process of the program asks, in the same order
-
-
-def alone(folder: Path) -> Team:
-    """The team of one process."""
+def alone(folder: Path) -> ProcessGroup:
+    """The group of one process."""
     return ALONE
 
 
-def in_parts(
+class Sharing(NamedTuple):
+    """How the rows of a table are shared out, and where the results lie.
+
+    Attributes:
+      batch_size: rows of a batch.
+      num_proc: worker processes of this process.
+      overwrite: make also the shards that exist.
+      group: the processes that share `folder`: each makes its shards.
+      folder: default: the folder of the table.
+    """
+
+    batch_size: int = 1000
+    num_proc: int | None = None
+    overwrite: bool = False
+    group: ProcessGroup = ALONE
+    folder: Path | None = None
+
+
+def make_in_shards(
     make: Make,
     table: datasets.Dataset,
     features: datasets.Features,
+    sharing: Sharing,
     *,
     name: str,
     what: str,
-    batch_size: int,
     batched_for: int = 1,
-    num_proc: int | None = None,
-    overwrite: bool = False,
-    team: Team = ALONE,
-    folder: Path | None = None,
 ) -> datasets.Dataset:
-    """What `make` gives for every batch of rows of `table`, one after the other, read from files.
+    """The results of `make` for every batch of rows of `table`, in order, read from files.
 
     Args:
-      name: of the result: a digest of all that it depends on, but for how rows are put into batches.
-      what: what is done, for people, as in "Encoding".
-      batch_size, batched_for: how they are put into batches (see `batch_bounds`).
-      num_proc: processes that work on it here.
-      overwrite: make also what is there.
-      team: the processes that have `folder` in common: each makes its share of the parts.
-      folder: where files are kept; default: where `table` is.
+      name: a digest of all that the result depends on, but for the batches.
+      what: the name of the work in messages, as in "Encoding".
+      batched_for: see `batch_bounds`.
 
     Raises:
       DataError: a worker was killed; a file is damaged, or does not show up.
     """
-    bounds = batch_bounds(len(table), batch_size, batched_for)
+    num_proc, folder, overwrite = sharing.num_proc, sharing.folder, sharing.overwrite
+    bounds = batch_bounds(len(table), sharing.batch_size, batched_for)
     batches = list(zip(bounds[:-1].tolist(), bounds[1:].tolist()))
     name = xxhash.xxh64(name.encode() + bounds.tobytes()).hexdigest()
-    if not table.cache_files and folder is None:  # rows in memory: nothing is left behind, no progress is shown
+    if not table.cache_files and folder is None:  # rows in memory: no files, no progress bar
         made = [make(*batch) for batch in batches]
         return datasets.Dataset(pa.concat_tables(made or [features.arrow_schema.empty_table()]), fingerprint=name)
     folder = folder or Path(table.cache_files[0]["filename"]).parent
     folder.mkdir(parents=True, exist_ok=True)
     count = min(MOST, len(batches))
-    cuts = [len(batches) * part // count for part in range(count + 1)] if count else [0]
-    parts = [
-        (folder / f"cache-{name}-{part:05}-of-{count:05}.arrow", batches[cuts[part] : cuts[part + 1]])
-        for part in range(count)
+    cuts = [len(batches) * shard // count for shard in range(count + 1)] if count else [0]
+    shards = [
+        (folder / f"cache-{name}-{shard:05}-of-{count:05}.arrow", batches[cuts[shard] : cuts[shard + 1]])
+        for shard in range(count)
     ]
 
     def work(place: int, of: int, beat: Beat) -> int:
-        mine = parts[count * place // of : count * (place + 1) // of]
-        mine = [part for part in mine if overwrite or not part[0].exists()]
-        rows = sum(end - start for _, part in mine for start, end in part)
+        mine = shards[count * place // of : count * (place + 1) // of]
+        mine = [shard for shard in mine if overwrite or not shard[0].exists()]
+        rows = sum(end - start for _, shard in mine for start, end in shard)
         if rows:
             quiet = not log.isEnabledFor(logging.INFO)
             # Rows are many short-lived lists: without this, the garbage collector looks through all that was ever
@@ -137,25 +119,25 @@ def in_parts(
                 gc.unfreeze()
         return rows
 
-    done = team.share(what, name, work)
+    done = sharing.group.share(what, name, work)
     if len(done) > 1 and any(done):
         log.info("%s: %s rows by the processes that share %s", what, " + ".join(map(str, done)), folder)
-    if not parts:
+    if not shards:
         return datasets.Dataset(features.arrow_schema.empty_table(), fingerprint=name)
-    return open_parts([path for path, _ in parts], name)
+    return open_shards([path for path, _ in shards], name)
 
 
 def _make_all(
-    parts: Sequence[tuple[Path, list[tuple[int, int]]]],
+    shards: Sequence[tuple[Path, list[tuple[int, int]]]],
     make: Make,
     schema: pa.Schema,
     workers: int,
     done: Callable[[int], Any],
 ) -> None:
-    """Write the files of `parts`; `done(rows)` is told on the way."""
-    workers = min(workers, len(parts))
+    """Write the files of `shards`; `done(rows)` is told on the way."""
+    workers = min(workers, len(shards))
     if workers == 1:
-        for path, batches in parts:
+        for path, batches in shards:
             _write(path, batches, make, schema, done)
         return
     counter, told = multiprocessing.Value("q", 0), 0
@@ -167,7 +149,7 @@ def _make_all(
             ProcessPoolExecutor(workers, initializer=_begin, initargs=(make, schema, counter, os.getpid())) as pool,
         ):
             warnings.filterwarnings("ignore", r"os\.fork", RuntimeWarning)  # jax's, which no worker calls
-            waiting = {pool.submit(_work, *part) for part in parts}
+            waiting = {pool.submit(_work, *shard) for shard in shards}
             try:
                 while waiting:
                     finished, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
@@ -227,7 +209,7 @@ def _write(
         partial.unlink(missing_ok=True)
 
 
-def open_parts(paths: Sequence[Path], name: str) -> datasets.Dataset:
+def open_shards(paths: Sequence[Path], name: str) -> datasets.Dataset:
     """The rows of these files, mapped; `name` is the fingerprint of all of them."""
     return datasets.Dataset(concat_tables([_open(path) for path in paths]), fingerprint=name)
 

@@ -2,14 +2,13 @@
 
 import logging
 from functools import partial
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
 from jtune.data.cache.fingerprint import fingerprint
-from jtune.data.cache.shards import ALONE, Team, in_parts
+from jtune.data.cache.shards import Sharing, make_in_shards
 from jtune.data.encode.rows import _columns, _encode_slice
 from jtune.data.encode.turns import IDS, NOTED, Aligned, arrow_list
 from jtune.data.templates.template import Template
@@ -29,21 +28,17 @@ def encode_documents(
     packing: bool = True,
     neat_packing: bool = False,
     overlong: str = "truncate",
-    batch_size: int = 1000,
-    num_proc: int | None = None,
-    overwrite_cache: bool = False,
-    team: Team = ALONE,
-    folder: Path | None = None,
+    sharing: Sharing = Sharing(),
 ) -> datasets.Dataset:
     """Ids of the texts of aligned rows; every token is learned, so there is no column of labels.
 
     With `packing`, the texts of each batch of rows are joined by eos and cut every `cutoff_len` tokens, and what is
     left at the end of a batch is dropped. Without, each text is a row, and one of more than `cutoff_len` tokens becomes
-    what `overlong` says (see `Rules`); with `neat_packing` it is split.
+    what `overlong` asks for (see `Rules`); with `neat_packing` it is split.
     """
     form = "split" if neat_packing else "blocks" if packing else overlong
     args = {"cutoff_len": cutoff_len, "form": form, "eos": document_end(template)}
-    return in_parts(
+    return make_in_shards(
         partial(
             _encode_slice,
             _columns(table, "messages", "fault", "dataset", "row"),
@@ -53,14 +48,10 @@ def encode_documents(
         ),
         table,
         DOCUMENTS,
+        sharing,
         name=fingerprint(table, "pt", (args, template.key)),
         what="Encoding",
-        batch_size=batch_size,
-        batched_for=num_proc or 1 if form == "blocks" else 1,
-        num_proc=num_proc,
-        overwrite=overwrite_cache,
-        team=team,
-        folder=folder,
+        batched_for=sharing.num_proc or 1 if form == "blocks" else 1,
     )
 
 

@@ -10,7 +10,6 @@ The rules are LLaMA-Factory's, except:
 import logging
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -19,7 +18,7 @@ import pyarrow.compute as pc
 
 from jtune.config.stages import StageRules
 from jtune.data.cache.fingerprint import fingerprint
-from jtune.data.cache.shards import ALONE, Team, in_parts
+from jtune.data.cache.shards import Sharing, make_in_shards
 from jtune.data.encode.notes import column_of
 from jtune.data.encode.preference import FEEDBACK, PAIRS, encode_feedback, encode_pairs
 from jtune.data.encode.supervised import CONVERSATIONS, encode_conversations, encode_last_answers
@@ -36,19 +35,13 @@ def encode_rows(
     template: Template,
     stage: StageRules,
     rules: Rules,
-    *,
-    batch_size: int = 1000,
-    num_proc: int | None = None,
-    overwrite_cache: bool = False,
-    team: Team = ALONE,
-    folder: Path | None = None,
+    sharing: Sharing = Sharing(),
 ) -> datasets.Dataset:
     """Ids and labels of aligned rows: a row for each, empty where `fault` says why it is left out.
 
     Args:
       stage: by its rows, the columns: of conversations, `CONVERSATIONS`; of prompts the same, but only the last answer
         is labelled, and all of it; of pairs, `PAIRS`; of feedback, `FEEDBACK`.
-      team, folder: who shares the work, and where the files lie (see `in_parts`).
 
     Raises:
       DataError: `train_on_prompt` with a template that cannot.
@@ -74,18 +67,14 @@ def encode_rows(
     }[stage.rows]
     read = _columns(table, "messages", "system", "tools", "fault", "dataset", "row", *more)
     # With kto, an answer is also set against the next question of its batch: rows depend on how they are batched.
-    return in_parts(
+    return make_in_shards(
         partial(_encode_slice, read, encode, template=template, rules=rules),
         table,
         features,
+        sharing,
         name=fingerprint(table, stage.rows, (rules, template.key, told_the_day)),
         what="Encoding",
-        batch_size=batch_size,
-        batched_for=num_proc or 1 if stage.rows == "feedback" else 1,
-        num_proc=num_proc,
-        overwrite=overwrite_cache,
-        team=team,
-        folder=folder,
+        batched_for=sharing.num_proc or 1 if stage.rows == "feedback" else 1,
     )
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from jtune.config import DataArguments
 from jtune.config.stages import StageRules
-from jtune.data.cache.shards import open_parts
+from jtune.data.cache.shards import open_shards
 from jtune.data.encode.encoded import Encoded
 from jtune.data.report import SetReport, report_of
 from jtune.data.templates.template import Template
@@ -31,7 +32,7 @@ NO_MATTER = (
 
 
 def settings_of(
-    data_args: Any, stage: StageRules, seed: int, template: Template, *, evaluated: str | None
+    data_args: DataArguments, stage: StageRules, seed: int, template: Template, *, evaluated: str | None
 ) -> dict[str, Any]:
     """What encoded sets depend on, as JSON has it.
 
@@ -105,6 +106,6 @@ def load(folder: Path, settings: Mapping[str, Any]) -> dict[str, tuple[Encoded, 
     for name, about in index["sets"].items():
         kept = None if about["all"] else np.load(folder / f"{name}.npy", allow_pickle=False)
         report = report_of(about["report"])
-        table = open_parts([parts(folder) / file for file in about["files"]], about["fingerprint"])
+        table = open_shards([parts(folder) / file for file in about["files"]], about["fingerprint"])
         sets[name] = Encoded(table, kept, about["prefix"]), report
     return sets

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 
+from jtune.config import DataArguments
 from jtune.config.stages import StageRules
-from jtune.data.cache.shards import ALONE, Team, arrow_column
+from jtune.data.cache.shards import ALONE, Sharing, arrow_column
 from jtune.data.encode.encoded import Encoded
 from jtune.data.encode.notes import notes_of
 from jtune.data.encode.pretraining import encode_documents
@@ -19,26 +19,36 @@ from jtune.data.report import EXAMPLES, Dropped, SetReport, reasons
 from jtune.data.sources.load import places
 from jtune.data.sources.registry import Entry
 from jtune.data.templates.template import Template
+from jtune.distributed.exchange import ProcessGroup
 from jtune.errors import DataError
+
+
+def sharing_of(data_args: DataArguments, group: ProcessGroup = ALONE, folder: Path | None = None) -> Sharing:
+    """How the arguments share out the work of encoding."""
+    return Sharing(
+        data_args.preprocessing_batch_size,
+        data_args.preprocessing_num_workers,
+        data_args.overwrite_cache,
+        group,
+        folder,
+    )
 
 
 def encode_set(
     name: str,
     table: datasets.Dataset,
     entries: Sequence[Entry],
-    data_args: Any,
+    data_args: DataArguments,
     stage: StageRules,
     template: Template,
     most_examples: int = EXAMPLES,
-    *,
-    team: Team = ALONE,
-    folder: Path | None = None,
+    sharing: Sharing | None = None,
 ) -> tuple[Encoded, SetReport]:
     """Encode aligned rows and count what is left out.
 
     Args:
       stage: of the run; with rows "prompt" for sets that are to be answered.
-      team, folder: who shares the work, and where the files lie (see jtune.data.cache.shards).
+      sharing: default: as `data_args` says, by this process alone.
 
     Raises:
       DataError: a row is too long, and `overlong` is "error".
@@ -46,19 +56,13 @@ def encode_set(
     cutoff_len = data_args.cutoff_len
     if data_args.packing and stage.rows != "prompt" and not (stage.rows == "text" and data_args.neat_packing):
         cutoff_len -= 1  # LLaMA-Factory's packed rows end with one token of padding; only where packing is asked for
-    how: dict[str, Any] = {
-        "batch_size": data_args.preprocessing_batch_size,
-        "num_proc": data_args.preprocessing_num_workers,
-        "overwrite_cache": data_args.overwrite_cache,
-        "team": team,
-        "folder": folder,
-    }
+    sharing = sharing_of(data_args) if sharing is None else sharing
     policy = data_args.overlong
     encoding = "truncate" if policy == "error" or (policy == "split" and stage.rows == "prompt") else policy
     if stage.rows == "text":
         packing = data_args.packing is None or data_args.packing
-        how |= {"cutoff_len": cutoff_len, "packing": packing, "neat_packing": data_args.neat_packing}
-        made = encode_documents(table, template, overlong=encoding, **how)
+        blocks = {"packing": packing, "neat_packing": data_args.neat_packing, "overlong": encoding}
+        made = encode_documents(table, template, cutoff_len=cutoff_len, sharing=sharing, **blocks)
         encoded = Encoded(made)
         short = np.flatnonzero(encoded.labelled == 0)
         if len(short):
@@ -74,7 +78,7 @@ def encode_set(
         origin = table
     else:
         rules = Rules(cutoff_len, data_args.mask_history, data_args.train_on_prompt, encoding)
-        made = origin = encode_rows(table, template, stage, rules, **how)
+        made = origin = encode_rows(table, template, stage, rules, sharing)
         dropped, joined = _count_faults(made, entries, most_examples), False
         faulty = is_faulty(made)
         prefix = "chosen_" if stage.rows == "pair" else ""
@@ -100,7 +104,7 @@ def encode_set(
     return encoded, report
 
 
-def check_report(report: SetReport, data_args: Any, stage: StageRules) -> None:
+def check_report(report: SetReport, data_args: DataArguments, stage: StageRules) -> None:
     """Raise a DataError, with the reasons, if nothing is left of a set, or less than `max_dropped` allows."""
     if report.encoded == 0:
         raise DataError(_nothing_left(report, data_args.cutoff_len, stage))

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from jtune.config.stages import RULES, StageRules
 from jtune.data.cache.fingerprint import fingerprint
-from jtune.data.cache.shards import ALONE, Team, arrow_column, in_parts
+from jtune.data.cache.shards import Sharing, arrow_column, make_in_shards
 from jtune.data.formats.alpaca import alpaca_messages, alpaca_table
 from jtune.data.formats.chat import (
     ANSWER_ROLES,
@@ -65,9 +65,7 @@ def align(
     stage: StageRules,
     rows: np.ndarray | None = None,
     index: int = 0,
-    num_proc: int | None = None,
-    overwrite_cache: bool = False,
-    team: Team = ALONE,
+    sharing: Sharing = Sharing(),
 ) -> datasets.Dataset:
     """Bring `table` into the form `ALIGNED`, row by row.
 
@@ -75,22 +73,18 @@ def align(
       stage: of the run; with rows "prompt", a row needs no answer.
       rows: the place in the file of each row of `table`, where some were picked.
       index: what to write into the column `dataset`.
-      team: the processes that share the folder where `table` is.
 
     Raises:
       DataError: a row has nothing in a column that it must have.
     """
     args = {"entry": entry, "stage": stage, "index": index}
-    aligned = in_parts(
+    aligned = make_in_shards(
         partial(_align_rows, table, table.with_format("arrow"), rows=rows, **args),
         table,
         ALIGNED,
+        sharing._replace(batch_size=BATCH),
         name=fingerprint(table, "align", args, rows),
         what=f"Aligning {entry.name}",
-        batch_size=BATCH,
-        num_proc=num_proc,
-        overwrite=overwrite_cache,
-        team=team,
     )
     refuse_missing(aligned, {index: entry})
     return aligned

@@ -8,10 +8,7 @@ from typing import Any
 
 import datasets
 
-from jtune.data.formats.messages import (
-    FaultyRow,
-    Message,
-)
+from jtune.data.formats.messages import FaultyRow, Message
 
 TEXT = datasets.Value("string")
 MESSAGE = {"role": TEXT, "content": TEXT, "original": TEXT, "learned": datasets.Value("bool"), "unused": TEXT}
@@ -49,7 +46,7 @@ def text_message(role: str, content: Any, what: str | None) -> Message:
 def text_of(value: Any, what: str | None) -> str:
     """A text as it is, a number, a date or a truth value as it is written.
 
-    >>> _text(2, "x"), _text(True, "x"), _text(datetime.date(2031, 5, 9), "x")
+    >>> text_of(2, "x"), text_of(True, "x"), text_of(datetime.date(2031, 5, 9), "x")
     ('2', 'true', '2031-05-09')
     """
     if value is None:

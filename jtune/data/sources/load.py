@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -71,9 +71,14 @@ KEYS = {"instruction": "prompt", "input": "query", "output": "response", "conver
 KEYS |= {"question": "prompt", "completion": "response", "answer": "response"}
 
 
-def load_table(
-    entry: Entry, *, cache_dir: str | None = None, token: str | None = None, num_proc: int | None = None
-) -> datasets.Dataset:
+class Hub(NamedTuple):
+    """How data sets are downloaded, and where they are kept."""
+
+    cache_dir: str | None = None
+    token: str | None = None
+
+
+def load_table(entry: Entry, hub: Hub = Hub(), *, num_proc: int | None = None) -> datasets.Dataset:
     """All rows of one dataset, unchanged.
 
     Raises:
@@ -81,7 +86,7 @@ def load_table(
     """
     try:
         if entry.source == "hub":
-            table = datasets.load_dataset(entry.path, **_hub(entry, cache_dir, token), num_proc=num_proc)
+            table = datasets.load_dataset(entry.path, **_hub_options(entry, hub), num_proc=num_proc)
         else:
             files = data_files(entry)
             # datasets cannot split fewer files than processes, and says so each time
@@ -89,7 +94,7 @@ def load_table(
             kind = _reader(files, entry)
             if kind in OURS:
                 names = column_names(files)
-                builder = reader(_literal(files, entry), [*_read_columns(names, entry), LATE], cache_dir)
+                builder = reader(_literal(files, entry), [*_read_columns(names, entry), LATE], hub.cache_dir)
                 builder.download_and_prepare(num_proc=processes)
                 table: Any = builder.as_dataset(split=entry.split)
                 _say_late(entry, table)
@@ -98,7 +103,7 @@ def load_table(
                 unread = (x for x in others if x == LATE or columns(x).null_count == len(columns(x)))
                 table = table.remove_columns(sorted(unread))
             else:
-                how: dict[str, Any] = {"split": entry.split, "cache_dir": cache_dir}
+                how: dict[str, Any] = {"split": entry.split, "cache_dir": hub.cache_dir}
                 table = datasets.load_dataset(kind, data_files=_literal(files, entry), num_proc=processes, **how)
     except Exception as error:
         raise unreadable([entry], error) from error
@@ -107,9 +112,7 @@ def load_table(
     return table
 
 
-def open_table(
-    entry: Entry, *, cache_dir: str | None = None, token: str | None = None
-) -> tuple[datasets.IterableDataset, list[str], Mapping[str, Any]]:
+def open_table(entry: Entry, hub: Hub = Hub()) -> tuple[datasets.IterableDataset, list[str], Mapping[str, Any]]:
     """The rows of one dataset, unchanged, read as they are iterated over; the names of its columns; its first row.
 
     Raises:
@@ -118,17 +121,17 @@ def open_table(
     try:
         names: list[str] = []
         if entry.source == "hub":
-            table = datasets.load_dataset(entry.path, **_hub(entry, cache_dir, token), streaming=True)
+            table = datasets.load_dataset(entry.path, **_hub_options(entry, hub), streaming=True)
         else:
             files = data_files(entry)
             kind = _reader(files, entry)
             if kind in OURS:
                 names = column_names(files)
                 typed = kind == "json" and not any(map(is_array, files))  # as positions in checkpoints were written
-                builder = reader(_literal(files, entry), _read_columns(names, entry), cache_dir, typed=typed)
+                builder = reader(_literal(files, entry), _read_columns(names, entry), hub.cache_dir, typed=typed)
                 table: Any = builder.as_streaming_dataset(split=entry.split)
             else:
-                how: dict[str, Any] = {"split": entry.split, "cache_dir": cache_dir}
+                how: dict[str, Any] = {"split": entry.split, "cache_dir": hub.cache_dir}
                 table = datasets.load_dataset(kind, data_files=_literal(files, entry), streaming=True, **how)
         first = next(iter(table), None)
     except Exception as error:
@@ -160,10 +163,10 @@ def unreadable(entries: Sequence[Entry], error: Exception) -> DataError:
     return DataError(f"cannot read dataset {names}: {_deepest(error)}")
 
 
-def _hub(entry: Entry, cache_dir: str | None, token: str | None) -> dict[str, Any]:
-    """What the reader of `datasets` is told of a set on the hub."""
-    where = {"name": entry.subset, "data_dir": entry.folder, "revision": entry.revision, "token": token}
-    return where | {"split": entry.split, "cache_dir": cache_dir}
+def _hub_options(entry: Entry, hub: Hub) -> dict[str, Any]:
+    """The options of `datasets.load_dataset` for a set on the hub."""
+    where = {"name": entry.subset, "data_dir": entry.folder, "revision": entry.revision, "token": hub.token}
+    return where | {"split": entry.split, "cache_dir": hub.cache_dir}
 
 
 def _read_columns(names: Sequence[str], entry: Entry) -> list[str]:

@@ -21,10 +21,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date as Date
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jtune.config import DataArguments
 from jtune.data.cache.fingerprint import tokenizer_key
 from jtune.data.formats.align import as_messages
 from jtune.data.formats.messages import THOUGHTS
@@ -167,19 +168,31 @@ class Template:
         return {name: value for name, value in self.__dict__.items() if name != "_fast"}
 
 
-def get_template(
-    name: str | None,
-    tokenizer: Any,
-    *,
-    tool_format: str | None = None,
-    default_system: str | None = None,
-    enable_thinking: bool | None = True,
-    preserve_thinking: bool = False,
-    date: Date | None = None,
-    backend: str = "huggingface",
-    for_training: bool = True,
-    for_chat: bool = True,
-) -> Template:
+class TemplateOptions(NamedTuple):
+    """What a template is made with, besides its name.
+
+    Attributes:
+      tool_format: how tools and calls are written, if not as the template does. As in LLaMA-Factory, calls then lose
+        the text that the template puts around them, but for eos.
+      default_system: system message of rows that have none; "" for none.
+      enable_thinking, preserve_thinking: see `ChatFormat`; only for templates of thinking models.
+      date: the day that tools are told; default: today.
+      backend: see `Template`.
+      for_training: False: only prompts are wanted, for which the tokenizer's own chat template need give no loss mask.
+      for_chat: False: no messages are written: there need be no template.
+    """
+
+    tool_format: str | None = None
+    default_system: str | None = None
+    enable_thinking: bool | None = True
+    preserve_thinking: bool = False
+    date: Date | None = None
+    backend: str = "huggingface"
+    for_training: bool = True
+    for_chat: bool = True
+
+
+def get_template(name: str | None, tokenizer: Any, **options: Any) -> Template:
     """The template `name`, or the tokenizer's own for None. Adds to `tokenizer` the special tokens that it needs.
 
     >>> template = get_template("llama3", tokenizer)                                              # doctest: +SKIP
@@ -187,36 +200,49 @@ def get_template(
     ...                                         {"role": "assistant", "content": "Hello"}])       # doctest: +SKIP
 
     Args:
-      tool_format: how tools and calls are written, if not as the template does. As in LLaMA-Factory, calls then lose
-        what the template puts around them, but for eos.
-      default_system: system message of rows that have none; "" for none.
-      enable_thinking, preserve_thinking: see `ChatFormat`; only for templates of thinking models.
-      backend: see `Template`.
-      for_training: False: only prompts are wanted, for which the tokenizer's own chat template need give no loss mask.
-      for_chat: False: no messages are written: there need be no template.
+      options: fields of `TemplateOptions`.
 
     Raises:
       ConfigError: an unknown name; no name, and no chat template.
       DataError: the tokenizer's own chat template gives no sound loss mask.
     """
+    return make_template(name, tokenizer, TemplateOptions(**options))
+
+
+def make_template(name: str | None, tokenizer: Any, options: TemplateOptions) -> Template:
+    """`get_template` with its options as a record."""
     if name is None and not chat_template.exists(tokenizer):
-        if for_chat:
+        if options.for_chat:
             raise ConfigError(_no_template(tokenizer))
         name = "empty"
-    if name is None:
-        if tool_format is not None:
-            raise ConfigError("tool_format needs a template by name; the tokenizer's own writes tools in its own way")
-        fix_special_tokens(tokenizer)
-        options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        own = partial(chat_template.render, tokenizer, default_system=default_system or "", options=options)
-        if for_training:
-            chat_template.check(tokenizer, own)
-        own_ask = partial(chat_template.ask, tokenizer, default_system=default_system or "", options=options)
-        key = f"{tokenizer.chat_template!r} {default_system!r} {options} {backend}"
-        keys = chat_template.keys_read(tokenizer)
-        bound = _bind(None, tokenizer, own, own_ask, (), key)
-        return _guarded(replace(bound, backend=backend, keys=keys, has_thoughts=not keys.isdisjoint(THOUGHTS)))
+    return _own_template(tokenizer, options) if name is None else _named_template(name, tokenizer, options)
 
+
+def _own_template(tokenizer: Any, options: TemplateOptions) -> Template:
+    """The tokenizer's own chat template."""
+    if options.tool_format is not None:
+        raise ConfigError("tool_format needs a template by name; the tokenizer's own writes tools in its own way")
+    fix_special_tokens(tokenizer)
+    how = _thinking(options)
+    system = options.default_system or ""
+    own = partial(chat_template.render, tokenizer, default_system=system, options=how)
+    if options.for_training:
+        chat_template.check(tokenizer, own)
+    own_ask = partial(chat_template.ask, tokenizer, default_system=system, options=how)
+    key = f"{tokenizer.chat_template!r} {options.default_system!r} {how} {options.backend}"
+    keys = chat_template.keys_read(tokenizer)
+    bound = _bind(None, tokenizer, own, own_ask, (), key)
+    return _guarded(replace(bound, backend=options.backend, keys=keys, has_thoughts=not keys.isdisjoint(THOUGHTS)))
+
+
+def _thinking(options: TemplateOptions) -> dict[str, bool]:
+    """What the tokenizer's own chat template is told of thinking."""
+    return {} if options.enable_thinking is None else {"enable_thinking": options.enable_thinking}
+
+
+def _named_template(name: str, tokenizer: Any, options: TemplateOptions) -> Template:
+    """A template of LLaMA-Factory's."""
+    tool_format, default_system = options.tool_format, options.default_system
     form = chat_format(name)
     if tool_format is not None:
         if tool_format not in FORMATS:
@@ -225,17 +251,19 @@ def get_template(
     if default_system is not None:
         form = replace(form, default_system=default_system)
     if form.thinking:
-        form = replace(form, enable_thinking=enable_thinking, preserve_thinking=preserve_thinking)
-    own = chat_template.first_turn(tokenizer, {} if enable_thinking is None else {"enable_thinking": enable_thinking})
+        form = replace(form, enable_thinking=options.enable_thinking, preserve_thinking=options.preserve_thinking)
+    own = chat_template.first_turn(tokenizer, _thinking(options))
     fix_special_tokens(tokenizer, form.stop_words, replace_eos=form.replace_eos)
     if own is not None and (difference := chat_template.difference(tokenizer, own, form)):
         log.info("template %s is not the model's own chat template: it writes %s", name, difference)
-    day = date or Date.today()  # one day for the whole run, also over midnight
+    day = options.date or Date.today()  # one day for the whole run, also over midnight
     today = replace(form, day=day)
-    template = _bind(name, tokenizer, partial(render, today), partial(ask, today), form.stop_words, f"{form} {backend}")
+    template = _bind(
+        name, tokenizer, partial(render, today), partial(ask, today), form.stop_words, f"{form} {options.backend}"
+    )
     bound = replace(
         template,
-        backend=backend,
+        backend=options.backend,
         efficient_eos=form.efficient_eos,
         preserve_thinking=form.preserve_thinking,
         thought=form.thought,
@@ -265,16 +293,15 @@ def _no_template(tokenizer: Any) -> str:
     )
 
 
-def template_of(data_args: Any, tokenizer: Any, *, for_training: bool = True, for_chat: bool = True) -> Template:
+def template_of(
+    data_args: DataArguments, tokenizer: Any, *, for_training: bool = True, for_chat: bool = True
+) -> Template:
     """`get_template` of the arguments of a run.
 
     Args:
-      data_args: with LLaMA-Factory's names (jtune.config.DataArguments).
       for_training, for_chat: see `get_template`.
     """
-    return get_template(
-        data_args.template,
-        tokenizer,
+    options = TemplateOptions(
         tool_format=data_args.tool_format,
         default_system=data_args.default_system,
         enable_thinking=data_args.enable_thinking,
@@ -283,6 +310,7 @@ def template_of(data_args: Any, tokenizer: Any, *, for_training: bool = True, fo
         for_training=for_training,
         for_chat=for_chat,
     )
+    return make_template(data_args.template, tokenizer, options)
 
 
 def chat_format(name: str) -> ChatFormat:
