@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -250,7 +250,7 @@ def _read_leaf(
     axis = 0 if parts[0].index or not parts[0].transposed else len(shape) - 1  # of layers, or of a file's rows
     size = shape[axis]
     step = max(1, PIECE_BYTES * size // (math.prod(shape) * jnp.dtype(dtype).itemsize))
-    read = partial(_read_piece, stored, by_index, shape, sharding, dtype, damaged, axis)
+    read = partial(_read_piece, _Leaf(stored, by_index, shape, sharding, dtype, damaged), axis)
     if step >= size or sharding.shard_shape(shape)[axis] < size:
         return read(0, size)
     whole = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
@@ -290,7 +290,7 @@ def _read_quantized(
     whole = jax.tree.map(zeros, like, shardings)
     for first in range(0, shape[0], step):
         stop = min(first + step, shape[0])
-        piece = make(_read_piece(stored, by_index, shape, of_kernel, dtype, damaged, 0, first, stop))
+        piece = make(_read_piece(_Leaf(stored, by_index, shape, of_kernel, dtype, damaged), 0, first, stop))
         at = np.int32(first)
         grown = [
             _put(where, 0)(x, part, at) for x, part, where in zip(*map(jax.tree.leaves, (whole, piece, shardings)))
@@ -299,22 +299,24 @@ def _read_quantized(
     return whole
 
 
-def _read_piece(
-    stored: Mapping[str, Stored],
-    by_index: Mapping[tuple[int, ...], Tensor],
-    shape: tuple[int, ...],
-    sharding,
-    dtype,
-    damaged: set[str],
-    axis: int,
-    first: int,
-    stop: int,
-) -> jax.Array:
-    """`leaf[first:stop]` along `axis`; each device's part is put together from what it needs, and nothing else.
+class _Leaf(NamedTuple):
+    """A leaf of the parameter tree that is being read."""
+
+    stored: Mapping[str, Stored]
+    by_index: Mapping[tuple[int, ...], Tensor]  # index along the leading axes, of layers and experts -> tensor
+    shape: tuple[int, ...]
+    sharding: Any
+    dtype: Any
+    damaged: set[str]  # names of tensors with NaN or infinity, of all leaves
+
+
+def _read_piece(leaf: _Leaf, axis: int, first: int, stop: int) -> jax.Array:
+    """`leaf[first:stop]` along `axis`; each device's shard is put together from the tensors that it needs alone.
 
     Tensors that hold NaN or infinity there join `damaged`: processes read other parts, so all of them read on, and the
     end of reading tells all (`load_params`).
     """
+    stored, by_index, shape, sharding, dtype, damaged = leaf
     dims = len(next(iter(by_index)))  # leading axes, of layers and experts
     transposed = next(iter(by_index.values())).transposed
     needed = (part.name for i, part in by_index.items() if not i or first <= i[0] < stop)

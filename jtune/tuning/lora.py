@@ -10,7 +10,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -186,20 +186,34 @@ def _folded_backward(scale, residuals, dy):
 folded.defvjp(_folded_forward, _folded_backward)
 
 
+class AdapterOptions(NamedTuple):
+    """How adapters are made.
+
+    Attributes:
+      alpha: default 2 * rank.
+      form: `LoRA`, `DoRA` or `PiSSA`.
+      svd_iterations: PiSSA: of the randomised decomposition; -1: an exact one, which takes far longer.
+      rank_pattern, alpha_pattern: a rank or an alpha of their own for the modules that a name means, as in `targets`;
+        the first that fits counts. An alpha that is not given stays as it is, as in PEFT.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    use_rslora: bool = False
+    form: Literal["lora", "dora", "pissa"] = "lora"
+    svd_iterations: int = 16
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+
+
 def add(
     params: PyTree,
     targets: Sequence[str] | str = ("all",),
     *,
-    rank: int = 8,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    use_rslora: bool = False,
-    form: Literal["lora", "dora", "pissa"] = "lora",
-    svd_iterations: int = 16,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
     key: jax.Array | None = None,
     names: Names | None = None,
+    **options: Any,
 ) -> PyTree:
     """Put an adapter on each kernel that `targets` select; the model computes the same as before.
 
@@ -207,42 +221,39 @@ def add(
 
     Args:
       targets: see `jtune.tuning.nodes.select`; a string may have commas.
-      alpha: default 2 * rank.
-      form: `LoRA`, `DoRA` or `PiSSA`.
-      svd_iterations: PiSSA: of the randomised decomposition; -1: an exact one, which takes far longer.
-      rank_pattern, alpha_pattern: a rank or an alpha of their own for the modules that a name means, as in `targets`;
-        the first that fits counts. An alpha that is not given stays as it is, as in PEFT.
-      key: of the random `a`, uniform in +-1/sqrt(in) as PEFT draws it; default `jax.random.key(0)`. What a kernel
-        gets depends on its path only.
+      key: of the random `a`, uniform in +-1/sqrt(in) as PEFT draws it; default `jax.random.key(0)`. The draw of a
+        kernel depends on the key and its path only.
+      options: fields of `AdapterOptions`.
 
     Raises:
       ConfigError: a name that matches nothing; DoRA for experts.
     """
+    how = AdapterOptions(**options)
     names = names or Names()
     chosen = select(params, targets, names)
     key = jax.random.key(0) if key is None else key
-    alpha = 2 * rank if alpha is None else alpha
-    ranks, alphas = rank_pattern or {}, alpha_pattern or {}
+    alpha = 2 * how.rank if how.alpha is None else how.alpha
+    ranks, alphas = how.rank_pattern or {}, how.alpha_pattern or {}
     _check_patterns(chosen, [*ranks, *alphas], names)
 
     def adapt(where: str, module: Path, kernel: Any) -> Node:
         if is_adapter(kernel):
             raise ValueError(f"{'.'.join(module)} has an adapter already; merge it first")
-        r = next((value for name, value in ranks.items() if knows(module, name, names)), rank)
+        r = next((value for name, value in ranks.items() if knows(module, name, names)), how.rank)
         its_alpha = next((value for name, value in alphas.items() if knows(module, name, names)), alpha)
-        scale = its_alpha / math.sqrt(r) if use_rslora else its_alpha / r
+        scale = its_alpha / math.sqrt(r) if how.use_rslora else its_alpha / r
         mine = jax.random.fold_in(key, zlib.crc32(where.encode()))
-        if form == "pissa":
-            return principal(kernel, r, scale, dropout, svd_iterations, mine)
+        if how.form == "pissa":
+            return principal(kernel, r, scale, how.dropout, how.svd_iterations, mine)
         *lead, inputs, outputs = kernel.shape
         bound = 1 / math.sqrt(inputs)
         a = jax.random.uniform(mine, (*lead, inputs, r), jnp.float32, -bound, bound)
         b = jnp.zeros((*lead, r, outputs), jnp.float32)
-        if form == "lora":
-            return LoRA(kernel, a, b, scale, dropout)
+        if how.form == "lora":
+            return LoRA(kernel, a, b, scale, how.dropout)
         if "experts" in module:
             raise ConfigError("use_dora: experts have no DoRA: leave them out of lora_target, or use plain LoRA")
-        return DoRA(kernel, a, b, scale, dropout, jnp.linalg.norm(in_float32(kernel), axis=-2))
+        return DoRA(kernel, a, b, scale, how.dropout, jnp.linalg.norm(in_float32(kernel), axis=-2))
 
     return replace(params, chosen, adapt)
 

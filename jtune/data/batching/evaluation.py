@@ -9,7 +9,7 @@ import numpy as np
 from jtune.config.stages import StageRules
 from jtune.data.batching.pack import Packs, pack
 from jtune.data.batching.shapes import rung
-from jtune.data.batching.train import Examples, _check_capacity, capacity_of, fill, filled
+from jtune.data.batching.train import Examples, capacity_of, check_capacity, fill, filled
 from jtune.errors import DataError
 
 
@@ -44,7 +44,7 @@ class EvalPlan:
         rows = np.arange(step * batch, min((step + 1) * batch, len(self.packs)))
         examples, slots = self.packs.take(rows)
         arrays = fill(self.encoded, examples, slots, batch, seq)
-        _check_capacity(arrays["loss_weights"], self.shards, self.label_capacity, f"evaluation step {step}")
+        check_capacity(arrays["loss_weights"], self.shards, self.label_capacity, f"evaluation step {step}")
         first = np.zeros((batch, 1), np.int64)
         first[: len(rows), 0] = self.packs.starts[rows] - self.packs.starts[rows[0]]
         segments = arrays["segment_ids"]

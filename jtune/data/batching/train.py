@@ -148,7 +148,7 @@ def lay_out(layout: Layout, shards: int, only: tuple[int, int] | None, name: str
         shards = shards * (stop - first) // shape.batch
         shape = shape._replace(batch=stop - first)
     arrays = fill(encoded, examples, slots, shape.accum * shape.batch, shape.seq)
-    _check_capacity(arrays["loss_weights"], shape.accum * shards, capacity, name)
+    check_capacity(arrays["loss_weights"], shape.accum * shards, capacity, name)
     return {key: x.reshape(shape) for key, x in arrays.items()} | {"divisor": divisor}
 
 
@@ -288,7 +288,7 @@ def capacity_of(peak: int, tokens: int) -> int:
     return min(tokens, max(128, -(-int(peak) // 128) * 128))
 
 
-def _check_capacity(loss_weights: np.ndarray, groups: int, capacity: int, name: str) -> None:
+def check_capacity(loss_weights: np.ndarray, groups: int, capacity: int, name: str) -> None:
     most = int(loss_weights.reshape(groups, -1).sum(axis=1).max())
     if most > capacity:
         raise DataError(

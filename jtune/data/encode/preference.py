@@ -6,7 +6,7 @@ import datasets
 import pyarrow as pa
 
 from jtune.data.encode.encoded import IGNORED
-from jtune.data.encode.supervised import _last_only, _one_turn
+from jtune.data.encode.supervised import last_only, one_turn
 from jtune.data.encode.turns import (
     IDS,
     NOTED,
@@ -51,7 +51,7 @@ FEEDBACK = datasets.Features(
 
 def encode_pairs(batch: Aligned, *, template: Template, rules: Rules) -> pa.Table:
     """Chosen and rejected answers after the prompt they share; both are cut where the longer one must be."""
-    how = _last_only(template)
+    how = last_only(template)
     chosen = tokenised(render_row(batch, template, **how), template)
     rejected = tokenised(render_row(batch, template, batch["rejected"], **how), template)
     out = arrow_table(PAIRS)
@@ -59,7 +59,7 @@ def encode_pairs(batch: Aligned, *, template: Template, rules: Rules) -> pa.Tabl
         if isinstance(better, str) or isinstance(worse, str):
             put_row(out, batch, i, better if isinstance(better, str) else worse, False)
             continue
-        (prompt, answer), (_, other) = _one_turn(better, template), _one_turn(worse, template)
+        (prompt, answer), (_, other) = one_turn(better, template), one_turn(worse, template)
         longest = max(len(answer), len(other))
         source, target = infer_seqlen(len(prompt), longest, rules.cutoff_len)
         cut = source < len(prompt) or target < longest
@@ -81,7 +81,7 @@ def encode_feedback(batch: Aligned, *, template: Template, rules: Rules) -> pa.T
     """Answers that are good or not, each with its prompt; and for KTO's estimate of the KL divergence, each prompt with
     the answer of the row before it, in its batch (the first with that of the last).
     """
-    how = _last_only(template)
+    how = last_only(template)
     kept = [i for i, fault in enumerate(batch["fault"]) if not fault]
     before = {i: batch["messages"][kept[k - 1]][-1] for k, i in enumerate(kept)}
     own = tokenised(render_row(batch, template, **how), template)
@@ -94,7 +94,7 @@ def encode_feedback(batch: Aligned, *, template: Template, rules: Rules) -> pa.T
         values: dict[str, list[int]] = {}
         cut = False
         for prefix, pair in (("", turns), ("kl_", other)):
-            prompt, answer = _one_turn(pair, template)
+            prompt, answer = one_turn(pair, template)
             source, target = infer_seqlen(len(prompt), len(answer), rules.cutoff_len)
             cut |= not prefix and (source < len(prompt) or target < len(answer))
             values[f"{prefix}input_ids"] = prompt[:source] + answer[:target]

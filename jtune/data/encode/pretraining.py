@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from jtune.data.cache.fingerprint import fingerprint
 from jtune.data.cache.shards import Sharing, make_in_shards
-from jtune.data.encode.rows import _columns, _encode_slice
+from jtune.data.encode.rows import aligned_columns, encode_slice
 from jtune.data.encode.turns import IDS, NOTED, Aligned, arrow_list
 from jtune.data.templates.template import Template
 
@@ -40,8 +40,8 @@ def encode_documents(
     args = {"cutoff_len": cutoff_len, "form": form, "eos": document_end(template)}
     return make_in_shards(
         partial(
-            _encode_slice,
-            _columns(table, "messages", "fault", "dataset", "row"),
+            encode_slice,
+            aligned_columns(table, "messages", "fault", "dataset", "row"),
             encode_texts,
             template=template,
             **args,

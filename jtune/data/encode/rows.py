@@ -65,10 +65,10 @@ def encode_rows(
         "feedback": (encode_feedback, FEEDBACK, "desirable"),
         "pair": (encode_pairs, PAIRS, "rejected"),
     }[stage.rows]
-    read = _columns(table, "messages", "system", "tools", "fault", "dataset", "row", *more)
+    read = aligned_columns(table, "messages", "system", "tools", "fault", "dataset", "row", *more)
     # With kto, an answer is also set against the next question of its batch: rows depend on how they are batched.
     return make_in_shards(
-        partial(_encode_slice, read, encode, template=template, rules=rules),
+        partial(encode_slice, read, encode, template=template, rules=rules),
         table,
         features,
         sharing,
@@ -78,7 +78,7 @@ def encode_rows(
     )
 
 
-def _encode_slice(
+def encode_slice(
     table: datasets.Dataset, encode: Callable[..., pa.Table], start: int, stop: int, *, template: Template, **how: Any
 ) -> pa.Table:
     """What `encode` makes of the rows of `table`, whose format is Arrow, from one number up to another."""
@@ -88,6 +88,6 @@ def _encode_slice(
     return made.append_column("noted", column_of(batch, made, template))
 
 
-def _columns(table: datasets.Dataset, *names: str) -> datasets.Dataset:
+def aligned_columns(table: datasets.Dataset, *names: str) -> datasets.Dataset:
     """What is read of aligned rows. As Arrow: `datasets` takes three times as long to make Python objects of it."""
     return table.select_columns(list(names)).with_format("arrow")

@@ -159,24 +159,24 @@ def _split(batch: Aligned, i: int, template: Template, rules: Rules, discard: bo
     return parts
 
 
-def _one_turn(turns: Sequence[tuple[list[int], list[int]]], template: Template) -> tuple[list[int], list[int]]:
+def one_turn(turns: Sequence[tuple[list[int], list[int]]], template: Template) -> tuple[list[int], list[int]]:
     """The last answer, and all before it as its prompt."""
     prompt = [token for asked, answer in turns[:-1] for token in (*asked, *answer)] + list(turns[-1][0])
     return prompt, [*turns[-1][1], template.eos_id] if template.efficient_eos else list(turns[-1][1])
 
 
-def _last_only(template: Template) -> dict[str, Any]:
+def last_only(template: Template) -> dict[str, Any]:
     return {"last_only": True, "discard_history": not template.preserve_thinking}
 
 
 def encode_last_answers(batch: Aligned, *, template: Template, rules: Rules) -> pa.Table:
     """The last answer, and all before it as the prompt that asks for it."""
     out = arrow_table(CONVERSATIONS)
-    for i, turns in enumerate(tokenised(render_row(batch, template, **_last_only(template)), template)):
+    for i, turns in enumerate(tokenised(render_row(batch, template, **last_only(template)), template)):
         if isinstance(turns, str):
             put_row(out, batch, i, turns, False)
             continue
-        prompt, answer = _one_turn(turns, template)
+        prompt, answer = one_turn(turns, template)
         source, target = infer_seqlen(len(prompt), len(answer), rules.cutoff_len)
         cut = source < len(prompt) or target < len(answer)
         if cut and rules.overlong == "drop":

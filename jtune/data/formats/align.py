@@ -25,8 +25,8 @@ from jtune.data.formats.alpaca import alpaca_messages, alpaca_table
 from jtune.data.formats.chat import (
     ANSWER_ROLES,
     QUESTION_ROLES,
-    _openai_messages,
     chat_messages,
+    openai_messages,
     ranked_answers,
     tools_in_messages,
 )
@@ -200,4 +200,4 @@ def as_messages(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, 
     known, roles = MESSAGE.keys(), (*QUESTION_ROLES, *ANSWER_ROLES)
     if all(message.keys() <= known and message.get("role") in roles for message in messages):
         return messages
-    return _openai_messages(messages, Entry("messages", "", "", "openai", tags=OPENAI_TAGS))
+    return openai_messages(messages, Entry("messages", "", "", "openai", tags=OPENAI_TAGS))

@@ -29,7 +29,7 @@ def chat_messages(row: Mapping[Any, Any], entry: Entry, stage: StageRules) -> tu
     if _is_system(turns[0], entry):
         content, _ = split_parts(turns[0].get(tags.content_tag), "the system message")
         system, turns = text_of(content, "the system message"), turns[1:]
-    messages = _openai_messages(turns, entry) if entry.formatting == "openai" else _messages(turns, entry)
+    messages = openai_messages(turns, entry) if entry.formatting == "openai" else _messages(turns, entry)
     for turn, message in enumerate(messages):
         if message["role"] not in (QUESTION_ROLES, ANSWER_ROLES)[turn % 2]:
             raise FaultyRow(f"role out of turn ({message['role']} as {'an answer' if turn % 2 else 'a question'})")
@@ -68,7 +68,7 @@ def _messages(turns: Sequence[Mapping[Any, Any]], entry: Entry) -> list[Message]
     return messages
 
 
-def _openai_messages(turns: Sequence[Mapping[Any, Any]], entry: Entry) -> list[Message]:
+def openai_messages(turns: Sequence[Mapping[Any, Any]], entry: Entry) -> list[Message]:
     """As `_messages`; `tool_calls` become a function message, and results of parallel calls one observation.
 
     Results after the last answer are left out: nobody answers them, unless the row is of preferences.
