@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtune import tuning
+from jtune.config import FinetuningArguments, TrainingArguments
 from jtune.losses.batch import make_loss_sum
 from jtune.losses.objective import PLAIN
 from jtune.models import CausalLM, DecoderConfig, init_params
-from jtune.train.optimizer import make_optimizer
+from jtune.train.optimizer import optimizer_of
 from jtune.train.program import Program
 from jtune.train.state import init_state
 from jtune.train.step import make_train_step
@@ -71,10 +72,15 @@ def prepared(method="full", config=CONFIG):
     return params, tuning.full_mask(params)
 
 
+def adamw(trainable, config=CONFIG):
+    """The optimizer of a run that asks for no other."""
+    return optimizer_of(TrainingArguments(), FinetuningArguments(), trainable, config)
+
+
 def step_for(params, mask, batch, *, shards=1, clip=1.0, dtype=jnp.float32, float16=False, dropout_key=None):
     """(state, frozen, step) for batches of this shape."""
     trainable, frozen = tuning.partition(params, mask)
-    tx = make_optimizer()
+    tx = adamw(trainable)
     capacity = batch["input_ids"].shape[1] // shards * batch["input_ids"].shape[2]
     loss_sum = make_loss_sum(CausalLM(CONFIG, dtype=dtype), label_capacity=capacity, batch_shards=shards)
     step = make_train_step(loss_sum, tx, max_grad_norm=clip, dropout_key=dropout_key)

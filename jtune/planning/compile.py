@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 import jtune
 from jtune.config import Config
 from jtune.distributed import processes
+from jtune.files import atomic_write
 from jtune.planning.shapes import batch_shapes, bytes_by_kind
 from jtune.train import program as train_program
 from jtune.train.optimizer import optimizer_settings
@@ -58,9 +59,8 @@ def measure(
     found["seconds"] = round(time.monotonic() - began, 2)
     if processes.is_first():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(found))
-        partial.replace(path)
+        with atomic_write(path) as partial:
+            partial.write_text(json.dumps(found))
     return found | {"cached": False}
 
 

@@ -29,18 +29,6 @@ from jtune.train.optimizers.muon import muon
 PyTree = Any
 
 
-def make_optimizer(
-    *, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.0, decay_mask=None
-) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) without its last factor, the learning rate, which the step multiplies in as data.
-
-    Args:
-      decay_mask: tree of bool like the trainable parameters: what weight decay applies to. Hugging Face decays
-        everything but norms and biases.
-    """
-    return optax.chain(optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon), decay(weight_decay, decay_mask))
-
-
 def decay(weight_decay: float, mask: PyTree) -> optax.GradientTransformation:
     return optax.add_decayed_weights(weight_decay, mask=mask) if weight_decay else optax.identity()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jtune.data import Plan
 from jtune.distributed import processes
+from jtune.files import atomic_write
 from jtune.train.loop import Progress, finite_or_none
 
 log = logging.getLogger("jtune")
@@ -60,10 +61,8 @@ def finish_prediction(lines: list[dict[str, str]], metrics: dict[str, float], ou
     """Write answers (`generated_predictions.jsonl`) and their metrics (`predict_results.json`); log the metrics."""
     path = output_dir / "generated_predictions.jsonl"
     if processes.is_first():
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
+        with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        partial.replace(path)
     save_results(output_dir, "predict", metrics)
     log.info("answers: %s", path)
     log.info("prediction: %s", "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
@@ -118,9 +117,8 @@ def set_aside_damaged(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with atomic_write(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # the error of a full disk names no file

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import CONFIG, ONE_EACH, PACKED, RATE, examples, lay_out, prepared, program_of, same
+from steps import CONFIG, ONE_EACH, PACKED, RATE, adamw, examples, lay_out, prepared, program_of, same
 
 from jtune import tuning
 from jtune.config import FinetuningArguments, TrainingArguments
@@ -17,7 +17,6 @@ from jtune.losses.objective import Objective, embedding_noise, objective_of
 from jtune.losses.reference import WithReference, step_constants
 from jtune.models import CausalLM
 from jtune.sharding import batch_sharding, batch_shards, make_mesh, replicated
-from jtune.train.optimizer import make_optimizer
 from jtune.train.program import lower_step
 from jtune.train.state import abstract_state, init_state, shardings_of
 from jtune.train.step import make_train_step
@@ -54,9 +53,10 @@ def train(rows, seq, goal, *, method="full", accum=1, updates=2, config=PEAKED, 
     frozen = step_constants(goal, *tuning.partition(params, mask), jnp.float32)
     capacity = batch["input_ids"].shape[1] * batch["input_ids"].shape[2]
     loss_sum = make_loss_sum(CausalLM(config), label_capacity=capacity, batch_shards=1, objective=goal)
-    tx = make_optimizer()
+    trainable = tuning.partition(moved(params, mask), mask)[0]
+    tx = adamw(trainable)
     step = jax.jit(make_train_step(loss_sum, tx, max_grad_norm=1.0, dropout_key=key))
-    state, figures = init_state(tuning.partition(moved(params, mask), mask)[0], tx), []
+    state, figures = init_state(trainable, tx), []
     for _ in range(updates):
         state, metrics = step(state, frozen, batch, RATE)
         figures.append((float(metrics.loss), float(metrics.grad_norm)))
@@ -114,7 +114,7 @@ def test_eight_devices_equal_one(kind, method, sizes, monkeypatch):
     params = jax.device_put(params, placement(params, config, mesh))
     trainable, frozen = tuning.partition(params, mask)
     frozen = step_constants(goal, trainable, frozen, jnp.float32)
-    tx = make_optimizer()
+    tx = adamw(trainable)
     like = abstract_state(trainable, tx, mesh, float16=False)
     rows = lambda x: batch_sharding(mesh, accumulated=True) if np.ndim(x) else replicated(mesh)
     batch = {name: jax.device_put(x, rows(x)) for name, x in lay_out(ONE_EACH, 16, accum).items()}
@@ -160,8 +160,8 @@ def test_at_the_start_there_is_nothing_to_hold_back_and_later_there_is():
         trainable, frozen = tuning.partition(params, mask)
         held = step_constants(OBJECTIVES[kind], trainable, frozen, jnp.float32)
         loss_sum = make_loss_sum(CausalLM(PEAKED), label_capacity=128, batch_shards=1, objective=OBJECTIVES[kind])
-        step = jax.jit(make_train_step(loss_sum, make_optimizer(), max_grad_norm=1.0), donate_argnums=0)
-        state, losses[kind] = init_state(trainable, make_optimizer()), []
+        step = jax.jit(make_train_step(loss_sum, adamw(trainable), max_grad_norm=1.0), donate_argnums=0)
+        state, losses[kind] = init_state(trainable, adamw(trainable)), []
         for _ in range(3):
             state, metrics = step(state, held, batch, 1e-4 if not losses[kind] else 3e-2)
             losses[kind].append((float(metrics.loss), float(metrics.grad_norm)))
@@ -198,8 +198,8 @@ def test_noise_follows_from_the_seed_the_step_and_the_microbatch():
         params, mask = prepared(config=PEAKED)
         trainable, frozen = tuning.partition(params, mask)
         loss_sum = make_loss_sum(CausalLM(PEAKED), label_capacity=128, batch_shards=1, objective=goal)
-        step = jax.jit(make_train_step(loss_sum, make_optimizer(), max_grad_norm=1.0, dropout_key=jax.random.key(seed)))
-        state = init_state(trainable, make_optimizer())
+        step = jax.jit(make_train_step(loss_sum, adamw(trainable), max_grad_norm=1.0, dropout_key=jax.random.key(seed)))
+        state = init_state(trainable, adamw(trainable))
         after, first = step(state, frozen, batch, 0.0)
         kept = jax.tree.map(np.asarray, after)  # as a checkpoint has it
         again, second, resumed = (step(x, frozen, batch, 0.0)[1] for x in (state, after, kept))

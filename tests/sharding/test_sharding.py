@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import program_of
+from steps import adamw, program_of
 
 from jtune import tuning
 from jtune.errors import ConfigError
@@ -26,7 +26,6 @@ from jtune.sharding import (
     replicated,
     unsplit,
 )
-from jtune.train.optimizer import make_optimizer
 from jtune.train.program import lower_step
 from jtune.train.state import abstract_state, init_state, shardings_of
 from jtune.train.step import make_train_step
@@ -122,7 +121,7 @@ def lowered(family, method, packed, accum, mesh, remat="none"):
     params, mask = prepared(family, method)
     params = jax.device_put(params, placement(params, config, mesh))
     trainable, frozen = tuning.partition(params, mask)
-    tx = make_optimizer()
+    tx = adamw(trainable)
     rows = lambda x: batch_sharding(mesh, accumulated=True) if np.ndim(x) else replicated(mesh)
     batch = {key: jax.device_put(x, rows(x)) for key, x in batch_of(packed, accum).items()}
     like = abstract_state(trainable, tx, mesh, float16=False)
@@ -152,7 +151,7 @@ def alone(family, method, packed):
     """On one device, without anything that a mesh brings: the plain module under `jax.jit`."""
     params, mask = prepared(family, method)
     trainable, frozen = tuning.partition(params, mask)
-    tx = make_optimizer()
+    tx = adamw(trainable)
     loss_sum = make_loss_sum(CausalLM(FAMILIES[family]), label_capacity=ROWS * SEQ, batch_shards=1)
     step, state, figures = jax.jit(make_train_step(loss_sum, tx, max_grad_norm=1.0)), init_state(trainable, tx), []
     for _ in range(2):

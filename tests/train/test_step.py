@@ -7,7 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import CONFIG, ONE_EACH, PACKED, RATE, examples, lay_out, prepared, program_of, run, same, step_for, weights
+from steps import (
+    CONFIG,
+    ONE_EACH,
+    PACKED,
+    RATE,
+    adamw,
+    examples,
+    lay_out,
+    prepared,
+    program_of,
+    run,
+    same,
+    step_for,
+    weights,
+)
 
 from jtune import tuning
 from jtune.loading.model import abstract_like, placement, with_remat
@@ -15,7 +29,6 @@ from jtune.losses.batch import make_loss_sum
 from jtune.losses.token import token_nll
 from jtune.models import CausalLM, abstract_params
 from jtune.sharding import batch_sharding, make_mesh, replicated
-from jtune.train.optimizer import make_optimizer
 from jtune.train.program import compile_steps
 from jtune.train.state import LossScale, abstract_state, init_state, shardings_of
 from jtune.train.timing import Timing
@@ -82,7 +95,7 @@ def test_eight_devices_equal_one(sizes, method):  # more of them in test_shardin
     rows = lambda x: jax.sharding.NamedSharding(mesh, jax.P(None, ("data", "fsdp")) if x.ndim else jax.P())
     batch = {key: jax.device_put(x, rows(x)) for key, x in batch.items()}
     state, frozen, step = step_for(params, mask, batch, shards=shards)
-    like = abstract_state(state.trainable, make_optimizer(), mesh, float16=False)
+    like = abstract_state(state.trainable, adamw(state.trainable), mesh, float16=False)
     where = shardings_of(like)
     step = jax.jit(
         step,
@@ -142,7 +155,7 @@ def test_a_second_step_of_a_shape_compiles_nothing_and_the_state_is_donated():
     params, mask = prepared("lora")
     params = jax.device_put(params, placement(params, CONFIG, mesh))
     trainable, frozen = tuning.partition(params, mask)
-    tx = make_optimizer()
+    tx = adamw(trainable)
     state_like = abstract_state(trainable, tx, mesh, float16=False)
     plan = type("Plan", (), {"label_capacity": staticmethod(lambda shape: 128)})
     program = program_of(CausalLM(CONFIG), tx, state_like, frozen, mesh=mesh)
@@ -179,7 +192,7 @@ def test_unrolled_layers_take_their_kernels_from_lists_and_the_stacks_are_gone(s
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert shapes(restacked_shapes(held)) == shapes(abstract_like(frozen))
 
-    tx, plan = make_optimizer(), type("Plan", (), {"label_capacity": staticmethod(lambda shape: 128)})
+    tx, plan = adamw(trainable), type("Plan", (), {"label_capacity": staticmethod(lambda shape: 128)})
     like = abstract_state(trainable, tx, mesh, float16=False)
     accum = 2 if sizes else 1
     batch = lay_out(ONE_EACH, 16, accum)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from steps import adamw
 
 from jtune import tuning
 from jtune.errors import ConfigError
@@ -17,7 +18,6 @@ from jtune.losses.batch import make_loss_sum
 from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.models.kernels import project
 from jtune.sharding import make_mesh, replicated, tree_shardings
-from jtune.train.optimizer import make_optimizer
 from jtune.train.state import init_state
 from jtune.train.step import make_train_step
 from jtune.tuning import lora
@@ -73,7 +73,7 @@ def trained(params, updates=3, mesh=None):
     if mesh is not None:
         params = jax.device_put(params, tree_shardings(tuning.prepared_axes(params, CONFIG), params, mesh))
     trainable, frozen = tuning.partition(params, mask)
-    tx = make_optimizer()
+    tx = adamw(trainable)
     state = init_state(trainable, tx)
     loss_sum = make_loss_sum(CausalLM(CONFIG, mesh=mesh), label_capacity=128, batch_shards=1)
     step = jax.jit(make_train_step(loss_sum, tx, max_grad_norm=1.0, dropout_key=None))

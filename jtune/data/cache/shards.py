@@ -30,6 +30,7 @@ from datasets.utils import tqdm
 
 from jtune.distributed.exchange import ProcessGroup
 from jtune.errors import DataError
+from jtune.files import atomic_write
 
 log = logging.getLogger("jtune")
 
@@ -198,15 +199,14 @@ def _work(path: Path, batches: list[tuple[int, int]]) -> None:
 def _write(
     path: Path, batches: list[tuple[int, int]], make: Make, schema: pa.Schema, done: Callable[[int], Any]
 ) -> None:
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    try:
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for start, end in batches:
-                writer.write_table(make(start, end))
-                done(end - start)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        atomic_write(path, shared=True) as partial,
+        pa.OSFile(str(partial), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as writer,
+    ):
+        for start, end in batches:
+            writer.write_table(make(start, end))
+            done(end - start)
 
 
 def open_shards(paths: Sequence[Path], name: str) -> datasets.Dataset:

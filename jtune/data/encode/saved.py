@@ -6,7 +6,6 @@ parts/*.arrow       rows (see parts.py)
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from jtune.data.encode.encoded import Encoded
 from jtune.data.report import SetReport, report_of
 from jtune.data.templates.template import Template
 from jtune.errors import DataError
+from jtune.files import atomic_write
 
 INDEX = "jtune_data.json"  # written last: a folder without it is not complete
 PARTS = "parts"
@@ -71,9 +71,8 @@ def save(folder: Path, sets: Mapping[str, tuple[Encoded, SetReport]], settings: 
     for file in parts(folder).iterdir():
         if file.name not in used:  # of a run that was cut short, with other settings
             file.unlink()
-    partial = folder / f".{INDEX}"
-    partial.write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, folder / INDEX)
+    with atomic_write(folder / INDEX) as partial:
+        partial.write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def load(folder: Path, settings: Mapping[str, Any]) -> dict[str, tuple[Encoded, SetReport]] | None:

@@ -1,0 +1,27 @@
+"""Files that appear whole or not at all: they are written under another name, then renamed."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A path beside `path` to write to; the file takes the name `path` when the block ends without an error.
+
+    Until then a file of that name stays as it was. After an error nothing of the new file is left.
+
+    Args:
+      shared: several processes may write this file at once, each under a name of its own.
+
+    Raises:
+      OSError: the file cannot be renamed.
+    """
+    owner = f"{os.uname().nodename}.{os.getpid()}" if shared else "partial"
+    partial = path.with_name(f".{path.name}.{owner}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
