@@ -8,7 +8,7 @@ HOME = Path(__file__).parents[1] / "jtune"
 
 # Lowest floor first: a folder imports from its own floor and from lower ones.
 FLOORS = [
-    ["errors", "secrets"],
+    ["errors", "files", "secrets"],
     ["config"],
     ["distributed"],
     ["sharding"],
