@@ -102,9 +102,9 @@ def test_planning_neither_reads_weights_nor_makes_arrays(made, tmp_path, monkeyp
         {"finetuning_type": "full"},
         {"finetuning_type": "lora", "lora_dropout": 0.1, "packing": True},
         {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "freeze_extra_modules": "norm"},
-        {"finetuning_type": "lora", "quantization_bit": 4},
+        pytest.param({"finetuning_type": "lora", "quantization_bit": 4}, marks=pytest.mark.slow),
     ],
-    ids=lambda method: "quantised" if "quantization_bit" in method else method["finetuning_type"],
+    ids=["full", "lora", "freeze", "quantised"],
 )
 def test_what_is_planned_is_what_is_trained(made, tmp_path, monkeypatch, method):
     seen = []
@@ -273,6 +273,7 @@ def test_the_second_plan_of_a_step_compiles_nothing(only_config, tmp_path, monke
         planned(only_config, tmp_path, lora_rank=4)
 
 
+@pytest.mark.slow
 def test_json_is_all_there_is_on_stdout(only_config, tmp_path):
     case = [f"model_name_or_path={only_config}", f"compile_cache_dir={tmp_path}", "cutoff_len=32"]
     done = command("plan", *case, "--json")

@@ -182,7 +182,7 @@ def alone(family, method, packed):
         slow("mixtral", "lora", False, 1, {"data": 2, "fsdp": 1, "expert": 2, "context": 2}),
         slow("latent", "full", True, 1, {"fsdp": 2, "expert": 2, "tensor": 2}),
         ("sinks", "full", True, 1, {"fsdp": 2, "expert": 2, "context": 2}),
-        ("joined", "full", True, 1, {"fsdp": 2, "tensor": 2, "context": 2}),
+        slow("joined", "full", True, 1, {"fsdp": 2, "tensor": 2, "context": 2}),
     ],
     ids=str,
 )

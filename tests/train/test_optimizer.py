@@ -230,7 +230,7 @@ def aligned(u):
     return u * np.sign(u[np.abs(u).argmax(0), np.arange(u.shape[1])])
 
 
-@pytest.mark.parametrize("kind", ["std", "reverse_std"])
+@pytest.mark.parametrize("kind", ["std", pytest.param("reverse_std", marks=pytest.mark.slow)])
 def test_galore_equals_its_formula(kind, monkeypatch):
     """galore_torch's AdamW, with the signs of singular vectors fixed; three subspaces in ten updates."""
 
