@@ -9,6 +9,7 @@ from jtune.config import optimizers
 from jtune.config.arguments import FIELDS
 from jtune.config.foreign import FOREIGN, TRAINING, is_inert, verdict
 from jtune.config.kinds import Mismatch, coerce, describe_kind
+from jtune.config.packing import joins_texts
 from jtune.config.parse import Fault, Given, Origin
 from jtune.config.stages import RULES, rules_of
 
@@ -259,7 +260,7 @@ def _data(v: SimpleNamespace) -> Iterator[Rule]:
         for name in ("train_on_prompt", "mask_history"):
             if getattr(v, name):
                 yield (name, "stage"), f"{name} is only for stage sft: stage {stage.name} has no prompts"
-        if v.overlong != "truncate" and (v.packing is None or v.packing):
+        if v.overlong != "truncate" and joins_texts(v.packing):
             message = (
                 f"overlong: {v.overlong} is not for packed text, which is cut every cutoff_len: set packing: false"
             )

@@ -429,9 +429,10 @@ FAULTY = """
 import errno, sys, time
 from jtune.cli.main import main
 from jtune.distributed import connect
-from jtune.train import build, run
+from jtune.commands import train
+from jtune.train import output
 name, place, only_final = {fault!r}
-module = {{"build": build, "run": run}}[place]
+module = {{"output": output, "train": train}}[place]
 work = getattr(module, name)
 
 def faulty(*args, **more):
@@ -450,7 +451,7 @@ sys.exit(main())
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "process"),
-    [(("save_model", "run", False), 0), (("place_batch", "build", False), 1), (("save_model", "run", True), 0)],
+    [(("save_model", "output", False), 0), (("place_batch", "train", False), 1), (("save_model", "output", True), 0)],
     ids=["while saving", "in the data, a save in the background", "in the final save"],
 )
 def test_what_one_process_fails_of_ends_the_other_within_seconds(parts, tmp_path, fault, process):

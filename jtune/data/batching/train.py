@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from jtune.config import DataArguments
+from jtune.config.packing import PADDING
 from jtune.config.stages import StageRules
 from jtune.data.batching.order import Epochs, plan_epochs
 from jtune.data.batching.pack import Packs, pack
@@ -279,8 +280,8 @@ def _plan_layouts(encoded: Examples, epochs: Epochs, tables: list[np.ndarray], p
 
 
 def filled(encoded: Examples, cutoff_len: int) -> int:
-    """Tokens that a packed row takes. LLaMA-Factory cuts examples to `cutoff_len - 1`; the last place stays empty."""
-    return cutoff_len if encoded.lengths.max() >= cutoff_len else cutoff_len - 1
+    """Tokens that a packed row takes: its padding stays empty (`jtune.config.packing`), unless an example needs it."""
+    return cutoff_len if encoded.lengths.max() >= cutoff_len else cutoff_len - PADDING
 
 
 def capacity_of(peak: int, tokens: int) -> int:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from jtune.config import Config
+from jtune.config.packing import packs_examples
 from jtune.config.stages import rules_of
 from jtune.data.batching.stream import Joined, StreamPlan
 from jtune.data.batching.train import BatchPlan, Examples, Order, Size, packing_windows, plan_batches
@@ -57,5 +58,5 @@ def order_seed(config: Config) -> int:
 
 
 def rows_are_packed(config: Config) -> bool:
-    """Whether several examples share a row: always with `packing`, but the blocks of stage pt are rows already."""
-    return bool(config.data.neat_packing or (config.data.packing and rules_of(config.finetuning.stage).rows != "text"))
+    """Whether several examples share a row in this run."""
+    return packs_examples(config.data, rules_of(config.finetuning.stage))

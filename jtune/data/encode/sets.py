@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 
 from jtune.config import DataArguments
+from jtune.config.packing import joins_texts, longest_example
 from jtune.config.stages import StageRules
 from jtune.data.cache.shards import ALONE, Sharing, arrow_column
 from jtune.data.encode.encoded import Encoded
@@ -53,14 +54,12 @@ def encode_set(
     Raises:
       DataError: a row is too long, and `overlong` is "error".
     """
-    cutoff_len = data_args.cutoff_len
-    if data_args.packing and stage.rows != "prompt" and not (stage.rows == "text" and data_args.neat_packing):
-        cutoff_len -= 1  # LLaMA-Factory's packed rows end with one token of padding; only where packing is asked for
+    cutoff_len = longest_example(data_args, stage)
     sharing = sharing_of(data_args) if sharing is None else sharing
     policy = data_args.overlong
     encoding = "truncate" if policy == "error" or (policy == "split" and stage.rows == "prompt") else policy
     if stage.rows == "text":
-        packing = data_args.packing is None or data_args.packing
+        packing = joins_texts(data_args.packing)
         blocks = {"packing": packing, "neat_packing": data_args.neat_packing, "overlong": encoding}
         made = encode_documents(table, template, cutoff_len=cutoff_len, sharing=sharing, **blocks)
         encoded = Encoded(made)
