@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_sources import load, write
+from sets import load, write
 
 from jtune.data import get_template
 from jtune.data.encode.encoded import IGNORED

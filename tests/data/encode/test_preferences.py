@@ -1,7 +1,7 @@
 """Pairs of answers, and answers that are good or not: aligned and encoded for stages rm, dpo and kto."""
 
 import pytest
-from test_sources import load, write
+from sets import load, write
 
 from jtune.data import get_template
 from jtune.errors import DataError

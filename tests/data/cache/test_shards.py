@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-from test_sources import load, write
+from sets import load, write
 
 from jtune.config.stages import rules_of
 from jtune.data.cache.shards import Sharing, make_in_shards

@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+from sets import segments
 
 from jtune.config.stages import rules_of
 from jtune.data.batching.evaluation import eval_batches
@@ -66,17 +67,6 @@ CASES = [
     {"per_device_batch_size": 8, "accumulation": 1, "num_epochs": 2},
     {"drop_last": True, "per_device_batch_size": 4, "packing": True},
 ]
-
-
-def segments(arrays):
-    """Every segment of `[..., seq]` arrays by plain loops: (tokens, targets, weights, positions)."""
-    flat = {k: x.reshape(-1, x.shape[-1]) for k, x in arrays.items() if x.ndim}
-    for row in range(len(flat["input_ids"])):
-        ids = flat["segment_ids"][row]
-        for s in range(1, ids.max(initial=0) + 1):
-            (at,) = np.nonzero(ids == s)
-            assert (np.diff(at) == 1).all(), "a segment has a hole"
-            yield tuple(flat[k][row][at] for k in ("input_ids", "targets", "loss_weights", "positions"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_sources import ALPACA, load, texts, write
+from sets import ALPACA, load, texts, write
 
 from jtune.commands.data import check_rows
 from jtune.config import load_config

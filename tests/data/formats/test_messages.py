@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_sources import load, write
+from sets import load, write
 
 from jtune.commands.rows import marked
 from jtune.data import get_template

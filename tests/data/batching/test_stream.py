@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 from rich.console import Console
-from test_batches import segments
+from sets import segments
 
 from jtune.commands.data import check_rows, show
 from jtune.config import DataArguments, FinetuningArguments, TrainingArguments, load_config
