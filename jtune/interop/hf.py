@@ -284,8 +284,10 @@ def _read_quantized(
     dtype = _dtype(stored, parts) if dtype is None else dtype
     by_index = {part.index: part for part in parts}
     step = max(1, PIECE_BYTES * shape[0] // (math.prod(shape) * jnp.dtype(dtype).itemsize))
-    make = jax.jit(partial(quantize, form=form), out_shardings=shardings)
     like = jax.eval_shape(partial(quantize, form=form), jax.ShapeDtypeStruct(shape, dtype))
+    # A node's structure names the dtype that its kernel is stored in; that of `shardings` may name another.
+    shardings = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(shardings))
+    make = jax.jit(partial(quantize, form=form), out_shardings=shardings)
     zeros = lambda x, sharding: jax.jit(partial(jnp.zeros, x.shape, x.dtype), out_shardings=sharding)()
     whole = jax.tree.map(zeros, like, shardings)
     for first in range(0, shape[0], step):

@@ -27,6 +27,7 @@ def attend_segments(module, query, key, value, attention_mask, scaling=None, **_
     from torch.nn.attention.varlen import varlen_attn
 
     B, H, T, D = query.shape
+    query, key = query.to(value.dtype), key.to(value.dtype)  # with float32 weights the rotation gives float32
     flat = lambda x: x.transpose(1, 2).reshape(B * T, -1, D)
     bounds, longest = lengths["bounds"], lengths["longest"]
     options = {"scale": scaling, "window_size": (-1, 0)}  # causal

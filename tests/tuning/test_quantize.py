@@ -16,8 +16,8 @@ from jtune.config import FinetuningArguments, ModelArguments, load_config
 from jtune.errors import CheckpointError, ConfigError
 from jtune.interop import hf
 from jtune.loading import inference
-from jtune.loading.model import placement
-from jtune.loading.source import decoder_of
+from jtune.loading.model import form_of, placement, read_base
+from jtune.loading.source import decoder_of, read_bare_source
 from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.models.config import Experts
 from jtune.models.decoder import hidden_states
@@ -296,6 +296,21 @@ def test_what_is_quantised_while_it_is_read_is_what_is_quantised_later(form, siz
     node = found["layers"]["mlp"]["up_proj"]["kernel"]
     assert node.codes.sharding.spec == P(None, "fsdp", "tensor")
     assert node.codes.addressable_shards[0].data.size * 8 == node.codes.size
+
+
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 4, "tensor": 2}])
+def test_what_is_stored_in_bfloat16_is_quantised_too(sizes, parts, tmp_path):
+    stored = hf.read_config(parts[0])
+    decoder = decoder_of(stored, ModelArguments())
+    hf.save_model(hf.load_params(parts[0], decoder), decoder, stored, tmp_path, dtype=jnp.bfloat16)
+    mesh = make_mesh(devices=jax.devices()[: 8 if sizes else 1], **sizes)
+    config = load_config([f"model_name_or_path={tmp_path}", "quantization_bit=4"], command="inspect")
+    source = read_bare_source(config, tmp_path)
+    found = read_base(config.model, source, mesh, seed=0)
+    expected = quantize.apply(hf.load_params(tmp_path, decoder), form_of(config.model))
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert found["layers"]["mlp"]["up_proj"]["kernel"].dtype == jnp.bfloat16
 
 
 # ------------------------------------------------------------------ runs
