@@ -10,7 +10,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jtune.models.kernels import project
 from jtune.models.names import knows
 from jtune.tuning.nodes import Axes, Node, Path, in_float32, is_adapter, merge, replace, select, split
 
-__all__ = ["DoRA", "LoRA", "PiSSA", "add", "merge", "split"]
+__all__ = ["DoRA", "LoRA", "LoRAOptions", "PiSSA", "add", "merge", "split"]
 
 PyTree = Any
 LORA = ("base", "a", "b")
@@ -186,6 +186,27 @@ def _folded_backward(scale, residuals, dy):
 folded.defvjp(_folded_forward, _folded_backward)
 
 
+class LoRAOptions(NamedTuple):
+    """The rarer options of `add`.
+
+    Attributes:
+      use_rslora: scale by alpha / sqrt(rank) (arXiv:2312.03732), not by alpha / rank.
+      svd_iterations: iterations of PiSSA's randomised decomposition; -1: an exact decomposition, which is far slower.
+      rank_pattern, alpha_pattern: module name (as in `targets`) -> the rank or alpha of the modules that it matches;
+        the first match counts. A module without an entry in `alpha_pattern` keeps `alpha`, as in PEFT.
+      names: how the model's family names its modules; its words are names as well.
+    """
+
+    use_rslora: bool = False
+    svd_iterations: int = 16
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+    names: Names = Names()
+
+
+PLAIN = LoRAOptions()
+
+
 def add(
     params: PyTree,
     targets: Sequence[str] | str = ("all",),
@@ -193,13 +214,9 @@ def add(
     rank: int = 8,
     alpha: float | None = None,
     dropout: float = 0.0,
-    use_rslora: bool = False,
     form: Literal["lora", "dora", "pissa"] = "lora",
-    svd_iterations: int = 16,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
+    options: LoRAOptions = PLAIN,
     key: jax.Array | None = None,
-    names: Names | None = None,
 ) -> PyTree:
     """Put an adapter on each kernel that `targets` select; the model computes the same as before.
 
@@ -209,20 +226,17 @@ def add(
       targets: see `jtune.tuning.nodes.select`; a string may have commas.
       alpha: default 2 * rank.
       form: `LoRA`, `DoRA` or `PiSSA`.
-      svd_iterations: PiSSA: of the randomised decomposition; -1: an exact one, which takes far longer.
-      rank_pattern, alpha_pattern: a rank or an alpha of their own for the modules that a name means, as in `targets`;
-        the first that fits counts. An alpha that is not given stays as it is, as in PEFT.
-      key: of the random `a`, uniform in +-1/sqrt(in) as PEFT draws it; default `jax.random.key(0)`. What a kernel
-        gets depends on its path only.
+      key: of the random `a`, uniform in +-1/sqrt(in) as PEFT draws it; default `jax.random.key(0)`. The draw of a
+        kernel depends on the key and on the kernel's path only.
 
     Raises:
       ConfigError: a name that matches nothing; DoRA for experts.
     """
-    names = names or Names()
+    names = options.names
     chosen = select(params, targets, names)
     key = jax.random.key(0) if key is None else key
     alpha = 2 * rank if alpha is None else alpha
-    ranks, alphas = rank_pattern or {}, alpha_pattern or {}
+    ranks, alphas = options.rank_pattern or {}, options.alpha_pattern or {}
     _check_patterns(chosen, [*ranks, *alphas], names)
 
     def adapt(where: str, module: Path, kernel: Any) -> Node:
@@ -230,10 +244,10 @@ def add(
             raise ValueError(f"{'.'.join(module)} has an adapter already; merge it first")
         r = next((value for name, value in ranks.items() if knows(module, name, names)), rank)
         its_alpha = next((value for name, value in alphas.items() if knows(module, name, names)), alpha)
-        scale = its_alpha / math.sqrt(r) if use_rslora else its_alpha / r
+        scale = its_alpha / math.sqrt(r) if options.use_rslora else its_alpha / r
         mine = jax.random.fold_in(key, zlib.crc32(where.encode()))
         if form == "pissa":
-            return principal(kernel, r, scale, dropout, svd_iterations, mine)
+            return principal(kernel, r, scale, dropout, options.svd_iterations, mine)
         *lead, inputs, outputs = kernel.shape
         bound = 1 / math.sqrt(inputs)
         a = jax.random.uniform(mine, (*lead, inputs, r), jnp.float32, -bound, bound)

@@ -94,12 +94,14 @@ def with_adapter(
             rank=args.lora_rank,
             alpha=args.lora_alpha,
             dropout=args.lora_dropout,
-            use_rslora=args.use_rslora,
             form="dora" if args.use_dora else "pissa" if args.pissa_init else "lora",
-            svd_iterations=args.pissa_iter,
-            rank_pattern=args.rank_pattern,
-            alpha_pattern=args.alpha_pattern,
-            names=file_names(decoder),
+            options=lora.LoRAOptions(
+                use_rslora=args.use_rslora,
+                svd_iterations=args.pissa_iter,
+                rank_pattern=args.rank_pattern,
+                alpha_pattern=args.alpha_pattern,
+                names=file_names(decoder),
+            ),
         )
         if not args.use_llama_pro:
             return add(params, args.lora_target, key=key), args.additional_target

@@ -78,7 +78,7 @@ def test_our_adapter_acts_the_same_in_peft(family, checkpoint, tmp_path):
     model, base = load_model(str(checkpoint(family)))
     targets = ["q_proj", "v_proj"]
     targets += ["w1", "w2", "w3", "gate"] if family == "mixtral" else ["down_proj"]
-    params = lora.add(base, targets, rank=4, use_rslora=True, names=file_names(model.config))
+    params = lora.add(base, targets, rank=4, options=lora.LoRAOptions(use_rslora=True, names=file_names(model.config)))
     mask = whole_modules(params, adapter_mask(params), ["embed_tokens"])
     rng = np.random.default_rng(6)
     moved = lambda x, trains: x + 0.05 * jnp.asarray(rng.standard_normal(x.shape), x.dtype) if trains else x
@@ -95,8 +95,8 @@ def test_our_adapter_acts_the_same_in_peft(family, checkpoint, tmp_path):
 @pytest.mark.parametrize("form", ["dora", "pissa"])
 def test_the_other_forms_act_the_same_in_peft(form, checkpoint, tmp_path):
     model, base = load_model(str(checkpoint("llama")))
-    patterns = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 5}}
-    params = lora.add(base, "q_proj,v_proj,down_proj", rank=4, form=form, **patterns)
+    patterns = lora.LoRAOptions(rank_pattern={"down_proj": 2}, alpha_pattern={"q_proj": 5})
+    params = lora.add(base, "q_proj,v_proj,down_proj", rank=4, form=form, options=patterns)
     mask, rng = adapter_mask(params), np.random.default_rng(6)
     moved = lambda x, trains: x + 0.05 * jnp.asarray(rng.standard_normal(x.shape), x.dtype) if trains else x
     params = jax.tree.map(moved, params, mask)

@@ -69,7 +69,7 @@ def prepare(adapters=(), load=None, config=DENSE, dtype="float32", params=None, 
 @pytest.mark.parametrize("config", [DENSE, MIXTURE])
 def test_a_new_adapter_changes_nothing_until_it_is_trained(config):
     targets = ["all"] if config is DENSE else ["all", "gate", "w1", "w2", "w3"]
-    params = lora.add(weights(config), targets, names=file_names(config))
+    params = lora.add(weights(config), targets, options=lora.LoRAOptions(names=file_names(config)))
     np.testing.assert_allclose(logits(params, config), logits(weights(config), config), atol=1e-6)
     assert np.abs(logits(moved(params), config) - logits(params, config)).max() > 1e-2
 
@@ -77,7 +77,7 @@ def test_a_new_adapter_changes_nothing_until_it_is_trained(config):
 @pytest.mark.parametrize("config", [DENSE, MIXTURE])
 def test_merged_equals_unmerged(config):
     targets = ["q_proj", "lm_head"] + (["down_proj"] if config is DENSE else ["gate", "gate_proj", "down_proj"])
-    params = moved(lora.add(weights(config), targets, rank=3, use_rslora=True))
+    params = moved(lora.add(weights(config), targets, rank=3, options=lora.LoRAOptions(use_rslora=True)))
     np.testing.assert_allclose(logits(lora.merge(params), config), logits(params, config), atol=1e-5)
     assert jax.tree.structure(lora.merge(params)) == jax.tree.structure(weights(config))
 
@@ -116,7 +116,7 @@ def names(params):
     ],
 )
 def test_targets_are_names_of_modules(config, targets, expected):
-    assert names(lora.add(weights(config), targets, names=file_names(config))) == set(expected.split())
+    assert names(lora.add(weights(config), targets, options=lora.LoRAOptions(names=file_names(config)))) == set(expected.split())
 
 
 def test_a_target_that_matches_nothing_is_an_error_with_the_names_that_would():
@@ -140,7 +140,7 @@ def test_what_an_adapter_starts_from_follows_from_the_key_and_its_path_alone():
     assert float(jnp.abs(one.a).max()) <= 1 / np.sqrt(32)
     assert float(jnp.abs(one.a).max()) > 0.9 / np.sqrt(32)
     assert one.scale == 2.0
-    assert lora.add(weights(), ["q_proj"], rank=4, alpha=6, use_rslora=True)["layers"]["self_attn"]["q_proj"][
+    assert lora.add(weights(), ["q_proj"], rank=4, alpha=6, options=lora.LoRAOptions(use_rslora=True))["layers"]["self_attn"]["q_proj"][
         "kernel"
     ].scale == pytest.approx(3.0)
 
@@ -189,7 +189,7 @@ def test_dora_is_its_definition_with_all_gradients():
 @pytest.mark.parametrize("iterations", [-1, 16])
 def test_pissa_takes_the_largest_singular_values(iterations):
     kernel = weights()["layers"]["self_attn"]["q_proj"]["kernel"]
-    node = lora.add(weights(), "q_proj", rank=3, form="pissa", svd_iterations=iterations)
+    node = lora.add(weights(), "q_proj", rank=3, form="pissa", options=lora.LoRAOptions(svd_iterations=iterations))
     node = node["layers"]["self_attn"]["q_proj"]["kernel"]
     values = np.linalg.svd(np.asarray(kernel), compute_uv=False)
     left = np.linalg.svd(np.asarray(node.base), compute_uv=False)
@@ -199,13 +199,14 @@ def test_pissa_takes_the_largest_singular_values(iterations):
 
 
 def test_modules_may_have_a_rank_and_an_alpha_of_their_own():
-    params = lora.add(weights(), "all", rank=4, alpha=8, rank_pattern={"mlp.down_proj": 2}, alpha_pattern={"q_proj": 2})
+    patterns = lora.LoRAOptions(rank_pattern={"mlp.down_proj": 2}, alpha_pattern={"q_proj": 2})
+    params = lora.add(weights(), "all", rank=4, alpha=8, options=patterns)
     node = {path[-1]: kernel for path, kernel in tuning.kernels(params) if tuning.is_node(kernel)}
     assert (node["down_proj"].a.shape[-1], node["down_proj"].scale) == (2, 4.0)
     assert (node["q_proj"].a.shape[-1], node["q_proj"].scale) == (4, 0.5)
     assert (node["up_proj"].a.shape[-1], node["up_proj"].scale) == (4, 2.0)
     with pytest.raises(ConfigError, match="'down_proj' is no module that gets an adapter: q_proj"):
-        lora.add(weights(), "q_proj", rank_pattern={"down_proj": 2})
+        lora.add(weights(), "q_proj", options=lora.LoRAOptions(rank_pattern={"down_proj": 2}))
 
 
 # ---------------------------------------------------------------------- freeze
