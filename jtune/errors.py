@@ -1,14 +1,14 @@
-"""What can go wrong for a reason the user can act on. Each class carries the exit status of the command line."""
+"""Errors that the user can act on. Each class carries the exit status of the command line."""
 
 
 class JtuneError(Exception):
-    """A fault with a message written for the person at the terminal: what, where, what was expected, what to do."""
+    """Its message tells the person at the terminal what is wrong, where, what was expected, and what to do."""
 
     exit_code = 1
 
 
 class ConfigError(JtuneError):
-    """An argument is unknown, mistyped, contradictory, or asks for what jtune does not do."""
+    """An argument is unknown, mistyped, contradictory, or asks for something that jtune does not do."""
 
     exit_code = 2
 
@@ -32,12 +32,12 @@ class CheckpointError(JtuneError):
 
 
 class PeerLost(JtuneError):
-    """Another process of the run has died, or does not answer. Of one that failed for a reason, it has its status."""
+    """Another process of the run has died or does not answer. If it failed with an error, this error has its status."""
 
     exit_code = 70
 
 
 class Preempted(JtuneError):
-    """The run was asked to stop (SIGTERM, Ctrl-C), has saved its state, and wants to be started again."""
+    """The run was asked to stop (SIGTERM, Ctrl-C) and has saved its state: start it again to finish it."""
 
     exit_code = 75

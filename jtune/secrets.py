@@ -1,4 +1,4 @@
-"""What must not be printed or written: tokens, keys and passwords in arguments and in URLs."""
+"""Secrets must not be printed or written: tokens, keys and passwords in arguments and in URLs."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ _USER = re.compile(r"(?<=://)[^/\s@'\"]+@")  # user:password@ of a URL
 _QUERY = re.compile(r"([?&][\w.-]*(?:token|key|secret|passw\w*|sig|signature|credential)=)[^&\s'\"#]+", re.I)
 _HUB = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 HIDDEN = "***"
-SHORTEST = 6  # characters; what is shorter is no secret, and may be part of any word
+SHORTEST = 6  # characters; a shorter value is no secret, and may be part of any word
 _known: set[str] = set()  # values that are redacted wherever they appear
 
 
@@ -25,13 +25,13 @@ def is_secret(name: str) -> bool:
 
 
 def remember(name: str, value: object) -> None:
-    """Redact the value of an argument from now on, wherever it appears, if its name says that it is a secret."""
+    """From now on, redact the value of an argument wherever it appears, if the argument's name marks it as secret."""
     if is_secret(name) and isinstance(value, str) and len(value) >= SHORTEST:
         _known.add(value)
 
 
 def redact(text: str) -> str:
-    """`text` without secrets: values to `remember`, tokens of the hub, users of URLs, keys in their queries.
+    """`text` without secrets: remembered values, tokens of the hub, users in URLs, keys in the queries of URLs.
 
     >>> redact("cannot read https://me:pw@host/x?token=1&b=2 with hf_abcdefghijklmnopqrst")
     'cannot read https://***@host/x?token=***&b=2 with ***'
@@ -42,7 +42,7 @@ def redact(text: str) -> str:
 
 
 def words_to_show(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of a command line without secrets, and the names of the arguments that are left out.
+    """The words of a command line without its secrets, and the names of the secret arguments.
 
     >>> words_to_show(["case.yaml", "--hf_hub_token", "abc", "seed=1", "hub_token=x"])
     (['case.yaml', 'seed=1'], ['hf_hub_token', 'hub_token'])

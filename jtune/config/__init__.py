@@ -1,12 +1,12 @@
-"""What the user may say: arguments by LLaMA-Factory's names, read, checked once, and frozen.
+"""The arguments of a run, by LLaMA-Factory's names: read, checked once, and frozen.
 
     argv ── parse ── {name: Given(value, where, text)} ── foreign ── check ── Config
-            YAML,    what was said, and where            not ours:   types, choices,
-            JSON,                                        noted or    ranges, what goes
-            flags                                        refused     with what
+            YAML,    the value, and where it was given   not ours:   types, choices,
+            JSON,                                        noted or    ranges, rules between
+            flags                                        refused     arguments
 
-`arguments.py` holds the fields with their defaults and meaning, `foreign.py` what LLaMA-Factory knows and jtune does
-not do. All faults of a file are reported together, each with its line.
+`arguments.py` holds the fields with their defaults and meaning. `foreign.py` holds the arguments of LLaMA-Factory that
+jtune does not honour. All faults of a file are reported together, each with its line.
 """
 
 from jtune.config.arguments import (

@@ -1,4 +1,4 @@
-"""From `{name: Given}` to values that hold: known, of their kind, in their range, and consistent with each other."""
+"""From `{name: Given}` to checked values: known, of the right type, in range, and consistent with each other."""
 
 import difflib
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from jtune.config.packing import joins_texts
 from jtune.config.parse import Fault, Given, Origin
 from jtune.config.stages import RULES, rules_of
 
-Rule = tuple[tuple[str, ...], str]  # names involved, the first being the one to point at; what is wrong
+Rule = tuple[tuple[str, ...], str]  # the names involved, the one to point at first; the message
 
 
 def check(
@@ -22,10 +22,10 @@ def check(
     """`(values of the honoured arguments that were given, faults, notes)`.
 
     Args:
-      given: what the user said.
-      origin: of the case as a whole, to point at when something is missing.
-      command: only what it needs is required and only what it would use is refused.
-      unread: arguments that could not be read, which are complained of already.
+      given: the arguments that the user gave.
+      origin: of the case as a whole; a missing argument is reported there.
+      command: only its own arguments are required, and only arguments that it would use are refused.
+      unread: arguments that could not be read; they have been reported already.
     """
     values: dict[str, Any] = {}
     faults: list[Fault] = []
@@ -43,9 +43,9 @@ def check(
             if note:
                 notes.append(f"{where}: {note}")
         else:
-            hint = " (Arguments are not grouped: its keys belong to the top.)" if isinstance(value, dict) else ""
+            hint = " (Arguments are not grouped: move its keys to the top level.)" if isinstance(value, dict) else ""
             faults.append(Fault(where, unknown(name) + hint))
-    # What was meant but could not be read, or was misspelt, is complained of once: no rule looks at its default.
+    # An argument that could not be read or is misspelt is reported once: no rule looks at its default.
     bad = unread | {name if name in FIELDS else nearest(name) for name in given if name not in values}
     for names, message in rules(values, command):
         if not bad & set(names):
@@ -53,49 +53,49 @@ def check(
             faults.append(Fault(where, message))
     if values.get("flash_attn") in ("sdpa", "fa2", "fa3"):
         where = given["flash_attn"].origin
-        notes.append(f"{where}: flash_attn: {values['flash_attn']} is torch's; {_ATTENTION[values['flash_attn']]}")
+        notes.append(f"{where}: flash_attn: {values['flash_attn']} is for torch; {_ATTENTION[values['flash_attn']]}")
     if optimizer := optimizers.note(values.get("optim", "")):
         notes.append(f"{given['optim'].origin}: {optimizer}")
     default = FIELDS["buffer_size"].default
     if not values.get("streaming") and values.get("buffer_size", default) != default:
-        notes.append(f"{given['buffer_size'].origin}: buffer_size is ignored: it belongs to streaming: true")
+        notes.append(f"{given['buffer_size'].origin}: buffer_size is ignored without streaming: true")
     notes += _unused_by_the_loss(values, given)
     other = given.get("ref_model")
     if command in TRAINING and values.get("use_asft_loss") and other and not is_inert("ref_model", other.value):
-        message = "ref_model: the reference of use_asft_loss is the model as it is at the start: leave ref_model out"
+        message = "ref_model: the reference of use_asft_loss is the model at the start: leave ref_model out"
         faults.append(Fault(other.origin, message))
     if values.get("new_special_tokens_config") and values.get("add_special_tokens"):
         where = given["add_special_tokens"].origin
         notes.append(f"{where}: add_special_tokens is ignored: new_special_tokens_config names the special tokens")
     if values.get("init_special_tokens", "noise_init") != "noise_init" and not values.get("new_special_tokens_config"):
         where, name = given["init_special_tokens"].origin, values["init_special_tokens"]
-        notes.append(f"{where}: init_special_tokens: {name} needs new_special_tokens_config: it is noise_init")
+        notes.append(f"{where}: init_special_tokens: {name} needs new_special_tokens_config: noise_init is used")
     if values.get("streaming") and values.get("preprocessing_num_workers"):
         where = given["preprocessing_num_workers"].origin
-        notes.append(f"{where}: preprocessing_num_workers is for eval_dataset only: a stream is encoded in a thread")
+        notes.append(f"{where}: preprocessing_num_workers applies to eval_dataset only: one thread encodes a stream")
     return values, faults, notes
 
 
 def _unused_by_the_loss(values: Mapping[str, Any], given: Mapping[str, Given]) -> Iterator[str]:
     for name, owner in (("eaft_alpha", "use_eaft_loss"), ("asft_alpha", "use_asft_loss")):
         if not values.get(owner) and values.get(name, FIELDS[name].default) != FIELDS[name].default:
-            yield f"{given[name].origin}: {name} is ignored: it belongs to {owner}: true"
+            yield f"{given[name].origin}: {name} is ignored without {owner}: true"
     best = values.get("load_best_model_at_end") or values.get("early_stopping_steps")
     for name in ("use_dft_loss", "use_eaft_loss"):
         if values.get(name) and best and (values.get("metric_for_best_model") or "loss").endswith("loss"):
             yield (
-                f"{given[name].origin}: {name}: models are compared by eval_loss, which is this loss, small also where "
-                "the model is surely wrong: metric_for_best_model: accuracy, with compute_accuracy: true, is safer"
+                f"{given[name].origin}: {name}: models are compared by eval_loss, and this loss is also small where a "
+                "model is confident and wrong: metric_for_best_model: accuracy, with compute_accuracy: true, is safer"
             )
 
 
-SIMILARITY = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")  # what predict_with_generate measures
-_FASTEST = "jtune takes the fastest kernel of the platform, as with auto"
-_ATTENTION = {"sdpa": "here it means plain attention by XLA; auto is faster", "fa2": _FASTEST, "fa3": _FASTEST}
+SIMILARITY = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")  # the metrics of predict_with_generate
+_FASTEST = "jtune uses the fastest kernel of the platform, as with auto"
+_ATTENTION = {"sdpa": "jtune uses plain attention by XLA; auto is faster", "fa2": _FASTEST, "fa3": _FASTEST}
 
 
 def unknown(name: str) -> str:
-    """The complaint about a name that nobody knows.
+    """The message about an unknown name.
 
     >>> unknown("lerning_rate")
     'lerning_rate is not an argument of jtune. Did you mean learning_rate?'
@@ -106,30 +106,30 @@ def unknown(name: str) -> str:
 
 
 def nearest(name: str) -> str | None:
-    """The argument that was probably meant; jtune's own names before those it only knows."""
+    """The argument that was probably meant; arguments that jtune honours come first."""
     near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.75)
     near = near or difflib.get_close_matches(name, [*FIELDS, *FOREIGN], n=1)
     return near[0] if near else None
 
 
 def _checked(name: str, value: Any) -> Any:
-    """The value as its field wants it; raises Mismatch with the whole complaint."""
+    """The value in the type of its field; raises a Mismatch with the whole message."""
     field = FIELDS[name]
     if value is None and isinstance(field.default, tuple):
-        return field.default  # `dataset:` with nothing behind it
+        return field.default  # `dataset:` without a value
     shown = "" if field.metadata["secret"] else f", not {_show(value)}"
     near = ""
     try:
-        found = coerce(field.type, value)
+        checked = coerce(field.type, value)
     except Mismatch as mismatch:
         choices = describe_kind(field.type).removeprefix("one of ").split(", ")
         close = difflib.get_close_matches(str(value), choices, n=1) if len(choices) > 1 else []
         near = f". Did you mean {close[0]}?" if close else ""
         raise Mismatch(f"{name} must be {mismatch}{shown}{near}") from None
     within = field.metadata["within"]
-    if within is not None and found is not None and not within.holds(found):
+    if within is not None and checked is not None and not within.holds(checked):
         raise Mismatch(f"{name} must be {within.text}{shown}")
-    return found
+    return checked
 
 
 def _show(value: Any) -> str:
@@ -140,7 +140,7 @@ def _show(value: Any) -> str:
 
 
 def rules(given: Mapping[str, Any], command: str) -> Iterator[Rule]:
-    """What goes with what, over the given values and the defaults of the others."""
+    """Check the rules between arguments, over the given values and the defaults of the others."""
     v = SimpleNamespace(**{name: field.default for name, field in FIELDS.items()} | dict(given))
     yield from _required(v, command)
     yield from _method(v, command)
@@ -155,7 +155,7 @@ def rules(given: Mapping[str, Any], command: str) -> Iterator[Rule]:
     if command == "train":
         yield from _evaluation(v)
     if command in ("chat", "eval") and rules_of(v.stage).scores:
-        yield ("stage",), f"stage: {v.stage}: a reward model gives scores, not text: {command} is not for it"
+        yield ("stage",), f"stage: {v.stage}: a reward model gives scores, not text: {command} does not support it"
     if command == "chat" or (command == "train" and v.predict_with_generate):
         yield from _generating(v)
 
@@ -164,7 +164,7 @@ def _required(v: SimpleNamespace, command: str) -> Iterator[Rule]:
     if not v.model_name_or_path:
         yield ("model_name_or_path",), "model_name_or_path is missing: a folder in Hugging Face form, or a hub id"
     if command == "export" and not v.export_dir:
-        yield ("export_dir",), "export_dir is missing: the folder to write the merged model to"
+        yield ("export_dir",), "export_dir is missing: a folder for the merged model"
     if command == "data" and not (v.dataset or v.eval_dataset):
         yield ("dataset",), "dataset is missing: a name in dataset_info.json"
     if command == "train":
@@ -185,7 +185,7 @@ def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
     if v.finetuning_type == "oft":
         yield (
             ("finetuning_type",),
-            "finetuning_type: oft is not built: lora is the nearest, or lora with use_dora: true",
+            "finetuning_type: oft is not built: the nearest are lora, and lora with use_dora: true",
         )
     elif v.finetuning_type != "lora":
         for name in LORA_ONLY:
@@ -194,7 +194,7 @@ def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
     elif v.use_dora and v.pissa_init:
         yield ("use_dora", "pissa_init"), "use_dora and pissa_init are two forms of one adapter: choose one"
     elif v.pissa_init and v.adapter_name_or_path and not v.create_new_adapter:
-        message = "pissa_init starts an adapter, but one is given: create_new_adapter: true merges that one first"
+        message = "pissa_init starts a new adapter, but one is given: create_new_adapter: true merges that one first"
         yield ("pissa_init", "adapter_name_or_path"), message
     if v.quantization_bit is not None:
         yield from _quantized(v, command)
@@ -207,8 +207,8 @@ def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
             yield ("freeze_trainable_layers", "use_llama_pro"), message + ": the number of layers that were added"
     adds_rows = v.resize_vocab or v.add_tokens or v.add_special_tokens or v.new_special_tokens_config
     if adds_rows and v.finetuning_type == "lora" and "lm_head" in v.lora_target and not v.additional_target:
-        message = "lora_target: lm_head gets new rows (resize_vocab), which train whole: leave it out"
-        yield ("lora_target", "resize_vocab"), f"{message}, or say in additional_target what trains whole"
+        message = "lora_target: lm_head gets new rows (resize_vocab), so all of it trains: leave it out"
+        yield ("lora_target", "resize_vocab"), f"{message}, or name the modules that train whole in additional_target"
     if command in TRAINING and command != "data" and not rules_of(v.stage).trains:
         trained = " and ".join(name for name, rules in RULES.items() if rules.trains)
         message = f"stage: {v.stage}: preference training is not built yet; jtune trains stages {trained}"
@@ -219,36 +219,36 @@ def _quantized(v: SimpleNamespace, command: str) -> Iterator[Rule]:
     """LLaMA-Factory's rules for `quantization_bit`."""
     bit = f"quantization_bit: {v.quantization_bit}"
     if v.finetuning_type in ("full", "freeze"):
-        message = f"{bit} keeps kernels that do not train, finetuning_type: {v.finetuning_type} trains them: lora"
+        message = f"{bit} freezes the kernels, but finetuning_type: {v.finetuning_type} trains them: set lora"
         yield ("finetuning_type", "quantization_bit"), message
     if command == "export":
-        message = f"{bit}: the adapter is merged into the model as it is stored, not into {v.quantization_bit} bits"
+        message = f"{bit}: export merges the adapter into the stored model, not into {v.quantization_bit} bits"
         yield ("quantization_bit",), f"{message}: leave it out (quantization_bit=null)"
     if v.quantization_method == "hqq":
-        message = f"quantization_method: hqq is not built: bnb is the nearest, with {bit}"
+        message = f"quantization_method: hqq is not built: the nearest is bnb, with {bit}"
         yield ("quantization_method",), message
     if v.quantization_method == "eetq" and v.quantization_bit != 8:
         yield (
             ("quantization_method", "quantization_bit"),
-            f"quantization_method: eetq is quantization_bit: 8 only, not {v.quantization_bit}: bnb has both",
+            f"quantization_method: eetq needs quantization_bit: 8, not {v.quantization_bit}: bnb has both",
         )
     if v.pissa_init:
         message = f"pissa_init changes the base that {bit} rounds: leave pissa_init out, or quantization_bit"
         yield ("pissa_init", "quantization_bit"), message
-    merged = "merge it first: `jtune export` writes a model, which then is model_name_or_path"
+    merged = "merge it first: run `jtune export`, and set model_name_or_path to the model that it writes"
     if v.adapter_name_or_path and v.create_new_adapter:
         message = f"create_new_adapter merges adapter_name_or_path, and {bit} cannot be merged into: {merged}"
         yield ("create_new_adapter", "quantization_bit"), message
     elif len(v.adapter_name_or_path) > 1:
         message = (
-            f"adapter_name_or_path has {len(v.adapter_name_or_path)} adapters, and with {bit} one can be: {merged}"
+            f"adapter_name_or_path has {len(v.adapter_name_or_path)} adapters, but {bit} allows only one: {merged}"
         )
         yield ("adapter_name_or_path", "quantization_bit"), message
 
 
 def _generating(v: SimpleNamespace) -> Iterator[Rule]:
     if v.num_beams > 1 and v.do_sample:
-        message = f"num_beams: {v.num_beams} searches, but do_sample: true (the default) draws: set do_sample: false"
+        message = f"num_beams: {v.num_beams} searches, but do_sample: true (the default) samples: set do_sample: false"
         yield ("num_beams", "do_sample"), message
 
 
@@ -261,10 +261,8 @@ def _data(v: SimpleNamespace) -> Iterator[Rule]:
             if getattr(v, name):
                 yield (name, "stage"), f"{name} is only for stage sft: stage {stage.name} has no prompts"
         if v.overlong != "truncate" and joins_texts(v.packing):
-            message = (
-                f"overlong: {v.overlong} is not for packed text, which is cut every cutoff_len: set packing: false"
-            )
-            yield ("overlong", "packing"), message
+            message = f"overlong: {v.overlong} is not for packed text, which is cut every cutoff_len"
+            yield ("overlong", "packing"), f"{message}: set packing: false"
     if v.overlong == "split" and stage.has_preferences:
         yield ("overlong", "stage"), f"overlong: split is not for stage {v.stage}: choose truncate, drop or error"
     if v.val_size and v.eval_dataset:
@@ -273,20 +271,20 @@ def _data(v: SimpleNamespace) -> Iterator[Rule]:
     if v.val_size and not v.dataset:
         yield ("val_size", "dataset"), "val_size holds rows out of dataset, but there is no dataset"
     if v.neat_packing and v.packing is False:
-        yield ("packing", "neat_packing"), "packing: false, but neat_packing packs: leave one of them out"
+        yield ("packing", "neat_packing"), "packing: false contradicts neat_packing, which packs: leave one of them out"
     if v.interleave_probs:
         yield from _interleaving(v)
 
 
 def _streaming(v: SimpleNamespace, command: str) -> Iterator[Rule]:
     if v.max_steps < 1 and (command == "plan" or (command == "train" and v.do_train)):
-        message = "streaming needs max_steps: how many updates an epoch has is known when all rows have been read"
+        message = "streaming needs max_steps: the updates of an epoch can only be counted when all rows have been read"
         yield ("max_steps", "streaming"), f"{message}. Set it, or streaming: false"
     if 0 < v.val_size < 1:
-        message = f"val_size: {v.val_size:g} is a share of rows that streaming does not count: give a number of rows"
+        message = f"val_size: {v.val_size:g} is a share of rows, but streaming does not count rows: give a number"
         yield ("val_size", "streaming"), message
     if v.tokenized_path:
-        message = "tokenized_path keeps all encoded rows, and streaming never has them: leave one of the two out"
+        message = "tokenized_path stores all encoded rows, but streaming never has all of them: leave one out"
         yield ("tokenized_path", "streaming"), message
 
 
@@ -304,17 +302,17 @@ def _interleaving(v: SimpleNamespace) -> Iterator[Rule]:
 
 
 def _losses(v: SimpleNamespace) -> Iterator[Rule]:
-    # LLaMA-Factory takes the first of these and says nothing; of two, one would not be what was asked for.
+    # LLaMA-Factory silently takes the first of these, and so would not train with the other one.
     losses = ("use_dft_loss", "use_eaft_loss", "use_asft_loss")
     chosen = [name for name in (*losses, "label_smoothing_factor") if getattr(v, name)]
     if len(chosen) > 1:
         yield tuple(chosen), f"{' and '.join(chosen)}: each is a loss of its own: choose one"
     for name in chosen:
         if name in losses and not rules_of(v.stage).token_losses:
-            message = f"{name} is only for stage sft, not {v.stage}: leave it out (LLaMA-Factory, too, trains without)"
+            message = f"{name} is only for stage sft, not {v.stage}: leave it out (LLaMA-Factory ignores it)"
             yield (name, "stage"), message
     if v.use_asft_loss and v.pissa_init and v.finetuning_type == "lora":
-        message = "use_asft_loss: with pissa_init, the model of the start would be put together anew in each update: "
+        message = "use_asft_loss: with pissa_init, each update would have to rebuild the model of the start: "
         yield ("use_asft_loss", "pissa_init"), message + "leave pissa_init out"
     for name in ("label_smoothing_factor", "neftune_noise_alpha"):
         if getattr(v, name) and not rules_of(v.stage).learns_tokens:
@@ -327,11 +325,11 @@ def _numbers(v: SimpleNamespace) -> Iterator[Rule]:
     if v.fp16 and v.pure_bf16:
         yield ("fp16", "pure_bf16"), "fp16 and pure_bf16 are both true: choose one"
     if v.warmup_ratio and v.warmup_steps:
-        # transformers 4 lets warmup_steps win, transformers 5 warmup_ratio: no choice would be right for everyone.
+        # In transformers 4 warmup_steps takes precedence, in transformers 5 warmup_ratio: no choice suits everyone.
         yield ("warmup_ratio", "warmup_steps"), "warmup_ratio and warmup_steps are both given: choose one"
     sizes = [name for name in vars(v) if name.startswith("mesh_") and getattr(v, name) == -1]
     if len(sizes) > 1:
-        yield tuple(sizes), f"{' and '.join(sizes)} are all -1: only one of them can be what is left"
+        yield tuple(sizes), f"{' and '.join(sizes)} are all -1: only one of them can take the remaining devices"
     for wish in v.report_to:
         if wish not in ("none", "tensorboard"):
             message = f"report_to: {wish} is not built: tensorboard, or none (trainer_log.jsonl is always written)"
@@ -343,7 +341,7 @@ def _numbers(v: SimpleNamespace) -> Iterator[Rule]:
 
 def _evaluation(v: SimpleNamespace) -> Iterator[Rule]:
     scheduled = v.eval_strategy != "no"
-    shown = bool(v.eval_samples and v.dataset)  # answers to training rows are something to look at, too
+    shown = bool(v.eval_samples and v.dataset)  # answers to training rows are worth a look, too
     asked = {
         "do_predict": v.do_predict,
         "predict_with_generate": v.predict_with_generate,
@@ -356,17 +354,15 @@ def _evaluation(v: SimpleNamespace) -> Iterator[Rule]:
         message = f"{name} needs something to evaluate on: eval_dataset, or val_size to hold rows out of dataset"
         yield (name.split(":")[0], "eval_dataset", "val_size", "do_eval"), message
     if v.eval_samples and not (v.do_eval or scheduled or v.eval_on_start):
-        yield ("eval_samples", "eval_strategy"), "eval_samples are shown at evaluations: set eval_strategy: steps"
+        yield ("eval_samples", "eval_strategy"), "evaluations show eval_samples: set eval_strategy: steps"
     for wanted in ("do_predict", "predict_with_generate"):
         if getattr(v, wanted) and not rules_of(v.stage).answers:
-            yield (wanted, "stage"), f"{wanted} is only for stage sft, not {v.stage}: do_eval gives the loss"
+            yield (wanted, "stage"), f"{wanted} is only for stage sft, not {v.stage}: do_eval measures the loss"
     if v.do_predict and not v.predict_with_generate and rules_of(v.stage).answers:
-        message = "do_predict writes answers: set predict_with_generate: true (do_eval gives the loss)"
+        message = "do_predict writes answers: set predict_with_generate: true (do_eval measures the loss)"
         yield ("do_predict", "predict_with_generate"), message
     if v.load_best_model_at_end and v.save_only_model:
-        message = (
-            "load_best_model_at_end reads a whole checkpoint, but save_only_model leaves half of it out: choose one"
-        )
+        message = "load_best_model_at_end needs whole checkpoints, but save_only_model saves only the model: choose one"
         yield ("save_only_model", "load_best_model_at_end"), message
     best = "early_stopping_steps" if v.early_stopping_steps else ""
     best = "save_strategy" if v.save_strategy == "best" else best
@@ -394,11 +390,11 @@ def _known_metric(v: SimpleNamespace, wanted_by: str) -> Iterator[Rule]:
 
 
 def _saved_when_evaluated(v: SimpleNamespace) -> Iterator[Rule]:
-    """The best model can only be loaded if every evaluation's model that is kept was saved."""
+    """The best model can only be loaded if a checkpoint was saved at every evaluation."""
     names = ("load_best_model_at_end", "save_strategy", "eval_strategy", "save_steps", "eval_steps")
     if v.eval_strategy != v.save_strategy:
         message = (
-            f"load_best_model_at_end needs checkpoints where it evaluates: save_strategy is {v.save_strategy}, "
+            f"load_best_model_at_end needs a checkpoint at each evaluation: save_strategy is {v.save_strategy}, "
             f"eval_strategy is {v.eval_strategy}: make them the same, or save_strategy: best"
         )
         yield names[:3], message

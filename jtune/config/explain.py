@@ -1,4 +1,4 @@
-"""What an argument means, from the same tables that check it: `jtune help NAME`, `jtune help all`."""
+"""The meaning of an argument, from the same tables that check it: `jtune help NAME`, `jtune help all`."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from jtune.config.kinds import describe_kind
 
 
 def explain(name: str) -> str:
-    """One argument in a few words; every honoured one, by section, for "all".
+    """One argument in a few words; for "all", every honoured argument, by section.
 
     >>> print(explain("lora_rank"))
     lora_rank: rank of the adapters (a whole number, at least 1; default: 8)
@@ -24,7 +24,7 @@ def explain(name: str) -> str:
         group = FOREIGN[name]
         default = _show(group.names[name])
         verb = "not supported" if group.refused else "ignored"
-        return f"{name}: LLaMA-Factory's; {verb}: {group.why} (accepted: {default})"
+        return f"{name}: an argument of LLaMA-Factory; {verb}: {group.why} (accepted: {default})"
     return unknown(name)
 
 

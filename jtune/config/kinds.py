@@ -1,4 +1,4 @@
-"""Types of arguments: reading a value as what its field's annotation says, and saying that to a person."""
+"""Types of arguments: read a value as the type of its field, and describe that type to a person."""
 
 import json
 import math
@@ -10,7 +10,7 @@ BOOLEANS |= dict.fromkeys(("false", "no", "off", "0", "f", "n"), False)
 
 
 class Mismatch(Exception):
-    """A value that is not of its kind; the text says what was expected."""
+    """A value has the wrong type; the text says what was expected."""
 
 
 def options(kind: Any) -> tuple[Any, ...]:
@@ -46,15 +46,15 @@ def describe_kind(kind: Any) -> str:
         return f"one of {', '.join(get_args(kind))}"
     if takes_list(kind):
         return f"a list of {'numbers' if get_args(kind)[0] is float else 'names'}"
-    found = [option for option in options(kind) if option is not int or float not in options(kind)]
-    return " or ".join(words.get(option, "a mapping") for option in found)
+    shown = [option for option in options(kind) if option is not int or float not in options(kind)]
+    return " or ".join(words.get(option, "a mapping") for option in shown)
 
 
 def coerce(kind: Any, value: Any) -> Any:
     """`value` as `kind`: numbers out of text, tuples out of lists or `a,b`, `no` and `all` out of YAML's booleans.
 
     Raises:
-      Mismatch: with what was expected. Nothing is guessed: 2.5 is no whole number, true is no number.
+      Mismatch: says what was expected. Nothing is guessed: 2.5 is not a whole number, true is not a number.
 
     >>> coerce(int, 2.0), coerce(float, "1e-5"), coerce(tuple[str, ...], "a, b"), coerce(Literal["no", "steps"], False)
     (2, 1e-05, ('a', 'b'), 'no')
@@ -67,7 +67,7 @@ def coerce(kind: Any, value: Any) -> Any:
         return _choice(kind, value)
     if takes_list(kind):
         return _list(kind, value)
-    for option in sorted(options(kind), key=lambda o: o is not bool):  # text takes what is no boolean
+    for option in sorted(options(kind), key=lambda o: o is not bool):  # a boolean if it is one, else text
         try:
             return _READERS.get(option, _mapping)(value)
         except (ValueError, TypeError, OverflowError):
@@ -123,7 +123,7 @@ def _str(value: Any) -> str:
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    raise TypeError  # 1.10 or true have lost how they were written
+    raise TypeError  # of 1.10 and true, YAML does not keep how they were written
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The configuration of a run: five frozen records, and what was said about each value."""
+"""The configuration of a run: five frozen records, and where each value was given."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from jtune.errors import ConfigError
 
 @dataclass(frozen=True)
 class Config:
-    """Everything the user said, checked, with the defaults filled in."""
+    """All arguments of a run, checked, with the defaults filled in."""
 
     model: ModelArguments
     data: DataArguments
@@ -55,15 +55,15 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def load_config(argv: Sequence[str], command: str = "train") -> Config:
-    """The configuration in what follows `jtune COMMAND`.
+    """Read the configuration from the words after `jtune COMMAND`.
 
     Args:
       argv: `CASE.yaml key=value ...`, `CASE.json ...`, `--key value ...`, or a file followed by either.
-      command: "train", "data", "plan", "inspect", "export", "chat", ...: every command knows every argument, and
+      command: "train", "data", "plan", "inspect", "export", "chat", ... Every command accepts every argument, and
         requires only its own.
 
     Raises:
-      ConfigError: with one line for each thing that is wrong, in the order of the file, then the command line.
+      ConfigError: one line for each fault, those of the file first, then those of the command line.
 
     >>> load_config(["model_name_or_path=m", "dataset=a,b", "do_train=true"]).data.dataset
     ('a', 'b')
@@ -84,12 +84,11 @@ def load_config(argv: Sequence[str], command: str = "train") -> Config:
 
 
 def _filled_in(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults that depend on an argument of another section (those within one: `__post_init__`)."""
+    """Fill in defaults that depend on an argument of another section. (`__post_init__` does those within a section.)"""
     values = dict(values)
     if values.get("packing") is None and rules_of(values.get("stage", "sft")).has_prompts:
-        values["packing"] = (
-            False  # stage pt packs by default, and a token more than when asked to, as LLaMA-Factory does
-        )
+        # Stage pt keeps None: it packs by default, with rows a token longer than with packing: true, as LLaMA-Factory.
+        values["packing"] = False
     values["report_to"] = tuple(name for name in values.get("report_to", ()) if name != "none")
     return values
 

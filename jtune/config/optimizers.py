@@ -1,4 +1,4 @@
-"""Hugging Face's names of optimizers: what each means here, which are refused and for what, and `optim_args`."""
+"""Hugging Face's names of optimizers: the rule of each, the refused names with their nearest rule, and `optim_args`."""
 
 import difflib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from jtune.config.kinds import Mismatch, coerce
 
 Rule = tuple[tuple[str, ...], str]  # as in jtune.config.check
 
-# Value of `optim` -> the rule that serves it. "paged" says where bitsandbytes keeps the state, not what is computed.
+# Value of `optim` -> its rule. "paged" is about where bitsandbytes keeps the state; the computation is the same.
 METHODS: dict[str, str] = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "paged_adamw_32bit"), "adamw"),
     **dict.fromkeys(("adamw_torch_xla", "adamw_torch_npu_fused"), "adamw"),
@@ -23,7 +23,7 @@ METHODS: dict[str, str] = {
     **dict.fromkeys(("ademamix", "paged_ademamix_32bit"), "ademamix"),
 }  # fmt: skip
 
-# Value of `optim` -> the nearest that works.
+# Refused value of `optim` -> the nearest that works.
 REFUSED: dict[str, str] = {
     "adamw_anyprecision": "adamw_torch (moments are float32), with pure_bf16: true for parameters in bfloat16",
     "adamw_torch_4bit": "adamw_8bit",
@@ -34,7 +34,7 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("galore_adamw_8bit", "galore_adamw_8bit_layerwise"), "adamw_8bit with use_galore: true"),
     **dict.fromkeys(("galore_adafactor", "galore_adafactor_layerwise"), "adafactor with use_galore: true"),
     **dict.fromkeys(("apollo_adamw", "apollo_adamw_layerwise"), "adamw_torch with use_apollo: true"),
-    **dict.fromkeys(("lomo", "adalomo"), "adafactor, which keeps next to nothing either"),
+    **dict.fromkeys(("lomo", "adalomo"), "adafactor, which also keeps almost no state"),
     "grokadamw": "adamw_torch",
     **dict.fromkeys(
         ("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
@@ -49,7 +49,7 @@ class Option(NamedTuple):
 
     kind: Any
     default: Any
-    only: bool = False  # no other value than the default is built
+    only: bool = False  # only the default is built
 
 
 OPTIONS: dict[str, dict[str, Option]] = {
@@ -66,11 +66,11 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "centered": Option(bool, False),
     },
     "ademamix": {"beta3": Option(float, 0.9999), "alpha": Option(float, 5.0)},
-    # What Hugging Face's Trainer sets, whatever is asked for.
+    # Hugging Face's Trainer always sets these to False.
     "adafactor": {name: Option(bool, False, only=True) for name in ("scale_parameter", "relative_step", "warmup_init")},
 }
 
-# The arguments that choose an optimizer by a flag of their own.
+# Flags that each choose an optimizer.
 FLAGS = ("use_galore", "use_apollo", "use_adam_mini", "use_muon")
 
 
@@ -80,16 +80,16 @@ def method(optim: str, adafactor: bool) -> str:
 
 
 def options(method: str, optim_args: str | None) -> dict[str, Any]:
-    """`optim_args` (`key=value,key=value`) as values, those that are not given by their defaults.
+    """The values of `optim_args` (`key=value,key=value`), with defaults for the missing ones.
 
     Raises:
-      Mismatch: with what is wrong.
+      Mismatch: says what is wrong.
 
     >>> options("sgd", "momentum=0.9, nesterov=true")
     {'momentum': 0.9, 'nesterov': True, 'dampening': 0.0}
     """
     known = OPTIONS.get(method, {})
-    found = {name: option.default for name, option in known.items()}
+    values = {name: option.default for name, option in known.items()}
     for part in (optim_args or "").replace(" ", "").split(","):
         name, equals, value = part.partition("=")
         if not part:
@@ -97,22 +97,22 @@ def options(method: str, optim_args: str | None) -> dict[str, Any]:
         if not equals:
             raise Mismatch(f"optim_args: {part!r} is not key=value")
         if name == "weight_decay":
-            raise Mismatch("optim_args: weight_decay is an argument of its own: set that")
+            raise Mismatch("optim_args: weight_decay is an argument of its own: set that one")
         if name not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
             hint = "; set adam_beta1, adam_beta2, adam_epsilon" if name in ("betas", "beta1", "beta2", "eps") else ""
             raise Mismatch(f"optim_args: {method} has no {name}: {takes}{hint}")
         try:
-            found[name] = coerce(known[name].kind, value)
+            values[name] = coerce(known[name].kind, value)
         except Mismatch as mismatch:
             raise Mismatch(f"optim_args: {name} is {value!r}, expected {mismatch}") from None
-        if known[name].only and found[name] != known[name].default:
-            raise Mismatch(f"optim_args: {name}={value} is not built: leave it out (it is {known[name].default})")
-    return found
+        if known[name].only and values[name] != known[name].default:
+            raise Mismatch(f"optim_args: {name}={value} is not built (it is {known[name].default}): leave it out")
+    return values
 
 
 def faults(v: SimpleNamespace) -> Iterator[Rule]:
-    """What contradicts itself in the choice of an optimizer."""
+    """Contradictions in the choice of an optimizer."""
     if v.optim not in METHODS:
         near = difflib.get_close_matches(v.optim, METHODS, n=1)
         hint = f"did you mean {near[0]}? There are" if near else "there are"
@@ -122,7 +122,7 @@ def faults(v: SimpleNamespace) -> Iterator[Rule]:
         return
     chosen = method(v.optim, v.adafactor)
     if v.adafactor and METHODS[v.optim] not in ("adamw", "adafactor"):
-        yield ("adafactor", "optim"), f"adafactor: true, but optim: {v.optim}: leave one of them out"
+        yield ("adafactor", "optim"), f"adafactor: true contradicts optim: {v.optim}: leave one of them out"
     try:
         given = options(chosen, v.optim_args)
         if given.get("nesterov") and not given["momentum"]:
@@ -149,12 +149,12 @@ def _flags(v: SimpleNamespace, chosen: str) -> Iterator[Rule]:
             nearest = "adamw_torch, adamw_8bit or adafactor" if len(fits) > 1 else "adamw_torch"
             yield (name, "optim"), f"{name} is not built for optim: {v.optim}: set optim: {nearest}"
         if v.finetuning_type == "lora" and name != "use_muon":
-            message = f"{name} is not for finetuning_type: lora, whose adapters are small already: set full or freeze"
+            message = f"{name} is not for finetuning_type: lora, whose state is small already: set full or freeze"
             yield (name, "finetuning_type"), f"{message}, or leave it out"
 
 
 def note(optim: str) -> str | None:
-    """What a person should know of a name that is honoured but means less than it says."""
+    """A note about a name that is accepted but means less than it says."""
     if optim.startswith("paged_") and optim in METHODS:
-        return f"optim: {optim}: nothing is paged to main memory; the state is split over the devices"
+        return f"optim: {optim}: no state is paged to main memory; it is split over the devices"
     return None

@@ -1,7 +1,7 @@
 """From what follows `jtune COMMAND` to `{name: Given}`: a YAML or JSON file, `key=value`, `--key value`.
 
-Values keep their origin, so that every later complaint can name a line. YAML is OmegaConf's: `1e-5` is a number,
-`${model_name_or_path}` refers to another argument, `${oc.env:HOME}` to the environment, a key given twice is an error.
+Values keep their origin, so that every later message can name a line. OmegaConf reads the YAML: `1e-5` is a number,
+`${model_name_or_path}` refers to another argument, `${oc.env:HOME}` to the environment; a repeated key is an error.
 """
 
 import json
@@ -21,12 +21,12 @@ from jtune.errors import ConfigError
 from jtune.secrets import is_secret, remember
 
 MAX_BYTES = 1_000_000
-MAX_NODES = 100_000  # after anchors are written out: a few lines of YAML can stand for billions
+MAX_NODES = 100_000  # with anchors expanded: a few lines of YAML can expand to billions
 FORMS = "write CASE.yaml key=value ... or --key value ..."
 
 
 class Origin(NamedTuple):
-    """Where an argument was given; sorts in the order of reading."""
+    """Where an argument was given. Origins sort in the order in which they are read."""
 
     command_line: bool
     line: int
@@ -41,7 +41,7 @@ class Origin(NamedTuple):
 class Fault(NamedTuple):
     origin: Origin
     message: str
-    name: str = ""  # of the argument, if it is one's
+    name: str = ""  # of the argument, if the fault is in one
 
 
 class Given(NamedTuple):
@@ -59,18 +59,18 @@ COMMAND_LINE = Origin(True, 0, "")
 
 
 def parse(argv: Sequence[str]) -> Parsed:
-    """Read the file and the words after it; nothing is checked yet but that they can be read.
+    """Read the file and the words after it. Only their syntax is checked.
 
     Raises:
-      ConfigError: the file cannot be read at all. Smaller faults are collected.
+      ConfigError: the file cannot be read at all. Smaller faults are collected in the result.
     """
     words = list(argv)
     config: Any = OmegaConf.create({})
     lines, faults, origin = {}, [], COMMAND_LINE
     if not words:
-        raise ConfigError(f"nothing is given: {FORMS}")
+        raise ConfigError(f"no arguments are given: {FORMS}")
     if {"-h", "--help"} & set(words):
-        raise ConfigError(f"{FORMS}\n`jtune help` lists commands and arguments, `jtune help NAME` explains one")
+        raise ConfigError(f"{FORMS}\n`jtune help` lists commands and arguments, `jtune help NAME` explains an argument")
     if not (words[0].startswith("-") or "=" in words[0]) or Path(words[0]).is_file():
         path = words.pop(0)
         origin = Origin(False, 0, path)
@@ -91,7 +91,7 @@ def parse(argv: Sequence[str]) -> Parsed:
             value = config[key]
             value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except MissingMandatoryValue:
-            faults.append(Fault(where, f"{name} is left open (???): give it, {name}=VALUE", name))
+            faults.append(Fault(where, f"{name} is left open (???): set it, as in {name}=VALUE", name))
         except OmegaConfBaseException as error:
             faults.append(Fault(where, f"{name}: {_first_line(error)}{_ESCAPE}", name))
         else:
@@ -100,7 +100,7 @@ def parse(argv: Sequence[str]) -> Parsed:
     return Parsed(given, faults, origin)
 
 
-_ESCAPE = r". (For the characters themselves write \${...})"
+_ESCAPE = r". (To mean the characters themselves, write \${...})"
 
 
 def _first_line(error: Exception) -> str:
@@ -120,26 +120,26 @@ def _read_file(path: str) -> tuple[Any, dict[str, int], list[Fault]]:
         except ValueError as error:
             line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
             raise ConfigError(f"{path}{line}: this is not JSON: {error}") from error
-        text = text.replace("\t", " ")  # JSON is YAML but for tabs, which in JSON stand outside of strings only
+        text = text.replace("\t", " ")  # JSON is YAML except for tabs, which JSON allows only outside of strings
     root = _compose(text, path)
     lines: dict[str, int] = {}
-    faults, kept = [], []
+    faults, pairs = [], []
     for key, value in root.value:
         name, line = str(key.value), key.start_mark.line + 1
         if name in lines:
             faults.append(Fault(Origin(False, line, path), f"{name} is given twice, first in line {lines[name]}", name))
             continue
         lines[name] = line
-        kept.append((key, value))
-    for line, merged in [(key.start_mark.line + 1, value) for key, value in kept if key.value == "<<"]:
+        pairs.append((key, value))
+    for line, merged in [(key.start_mark.line + 1, value) for key, value in pairs if key.value == "<<"]:
         if isinstance(merged, yaml.MappingNode):
             lines = {str(key.value): line for key, _ in merged.value} | lines
     while True:
         try:
             if content is not None:
                 return OmegaConf.create({key: content[key] for key in content if key in lines}), lines, faults
-            root.value = kept
-            # Written again only if something was taken out: the parser's own complaints count lines of what it reads.
+            root.value = pairs
+            # Serialize again only if a pair was removed: the parser's errors count the lines of the text that it gets.
             return OmegaConf.create(yaml.serialize(root, Dumper=yaml.SafeDumper) if faults else text), lines, faults
         except yaml.YAMLError as error:
             raise ConfigError(_not_yaml(error, path)) from error
@@ -148,23 +148,23 @@ def _read_file(path: str) -> tuple[Any, dict[str, int], list[Fault]]:
             if bad not in lines:
                 raise ConfigError(f"{path}: {_first_line(error)}") from error
             faults.append(Fault(Origin(False, lines[bad], path), f"{bad}: {_first_line(error)}{_ESCAPE}", bad))
-            kept = [pair for pair in kept if str(pair[0].value) != bad]
+            pairs = [pair for pair in pairs if str(pair[0].value) != bad]
             del lines[bad]
 
 
 def _read_text(path: Path) -> str:
     if path.is_dir():
-        raise ConfigError(f"{path}: this is a folder, not a file")
+        raise ConfigError(f"{path} is a folder; expected a .yaml, .yml or .json file")
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ConfigError(f"{path}: a case is a .yaml, .yml or .json file: {FORMS}")
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: {path.stat().st_size} bytes; a case has at most {MAX_BYTES}")
+            raise ConfigError(f"{path} has {path.stat().st_size} bytes; a case has at most {MAX_BYTES}")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        here = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        near = f" In {path.parent} there are: {', '.join(here[:8])}" if here else ""
-        raise ConfigError(f"{path}: there is no such file.{near}") from None
+        others = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        hint = f" In {path.parent} there are: {', '.join(others[:8])}" if others else ""
+        raise ConfigError(f"{path}: there is no such file.{hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}: save it as UTF-8") from error
     except OSError as error:
@@ -172,15 +172,15 @@ def _read_text(path: Path) -> str:
 
 
 def _compose(text: str, path: str) -> yaml.MappingNode:
-    """The tree of YAML nodes: it knows lines, and has not yet been written out."""
+    """The tree of YAML nodes, with their lines; anchors are not expanded yet."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is None:
-            raise ConfigError(f"{path}: the file is empty; it should hold `key: value` lines")
+            raise ConfigError(f"{path}: the file is empty; expected `key: value` lines")
         if not isinstance(root, yaml.MappingNode):
             raise ConfigError(f"{path}:{root.start_mark.line + 1}: expected `key: value` lines at the top")
-        if _written_out(root, {}) > MAX_NODES:
-            raise ConfigError(f"{path}: its anchors stand for more than {MAX_NODES} values")
+        if _expanded_size(root, {}) > MAX_NODES:
+            raise ConfigError(f"{path}: its anchors expand to more than {MAX_NODES} values")
     except yaml.YAMLError as error:
         raise ConfigError(_not_yaml(error, path)) from error
     except RecursionError:
@@ -188,15 +188,15 @@ def _compose(text: str, path: str) -> yaml.MappingNode:
     return root
 
 
-def _written_out(node: yaml.Node, seen: dict[int, float]) -> float:
-    """Number of nodes when every alias is replaced by what it stands for; infinite when one contains itself."""
+def _expanded_size(node: yaml.Node, seen: dict[int, float]) -> float:
+    """Number of nodes with every alias expanded; infinite when an alias contains itself."""
     if id(node) not in seen:
         seen[id(node)] = float("inf")
         if isinstance(node, yaml.MappingNode):
             children = [child for pair in node.value for child in pair]
         else:
             children = node.value if isinstance(node, yaml.SequenceNode) else []
-        seen[id(node)] = 1 + sum(_written_out(child, seen) for child in children)
+        seen[id(node)] = 1 + sum(_expanded_size(child, seen) for child in children)
     return seen[id(node)]
 
 
@@ -219,8 +219,8 @@ def _split_words(words: list[str], faults: list[Fault]) -> Iterator[tuple[str, s
         name = key.removeprefix("--").replace("-", "_")
         if not re.fullmatch(r"[A-Za-z_][\w.]*", name) or not (is_flag or equals):
             if not equals and is_secret(name.rstrip(":")) and queue:
-                remember(name, queue[0])  # `hf_hub_token VALUE`, where -- is missing
-            faults.append(Fault(COMMAND_LINE, f"{word!r} is neither an argument nor a value of one: {FORMS}"))
+                remember(name, queue[0])  # `hf_hub_token VALUE`, without the --
+            faults.append(Fault(COMMAND_LINE, f"{word!r} is neither an argument nor the value of one: {FORMS}"))
         elif equals:
             yield name, text
         else:
@@ -228,7 +228,7 @@ def _split_words(words: list[str], faults: list[Fault]) -> Iterator[tuple[str, s
 
 
 def _flag(name: str, queue: list[str], faults: list[Fault]) -> Iterator[tuple[str, str]]:
-    """A flag without `=`: its value, if it takes one, is the next word (or words, for a list)."""
+    """A flag without `=`: the next word is its value, if it takes one; for a list, the next words."""
     known = name.split(".")[0] in FIELDS or name in FOREIGN
     if not known and name.startswith("no_") and _is_switch(name[3:]):
         yield name[3:], "false"
@@ -247,14 +247,14 @@ def _flag(name: str, queue: list[str], faults: list[Fault]) -> Iterator[tuple[st
 
 
 def _is_switch(name: str) -> bool:
-    """Whether a flag stands for true by itself and takes no other word than a boolean one."""
+    """Whether a flag alone means true, and takes only boolean words."""
     if name in FIELDS:
         return takes_bool(FIELDS[name].type) and not takes_text(FIELDS[name].type)
     return name in FOREIGN and isinstance(FOREIGN[name].names[name], bool)
 
 
 def _override(name: str, text: str) -> Any:
-    """One override. Plain text is taken as it stands: `a: b`, `# 1` or `007` is not YAML there."""
+    """One override. The value of a text argument is not read as YAML: `a: b`, `# 1` and `007` stay as they are."""
     if name in FIELDS and takes_text(FIELDS[name].type) and not takes_bool(FIELDS[name].type):
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
         value = None if text in ("null", "~") else text[1:-1] if quoted else text

@@ -98,7 +98,7 @@ def load_datasets(
 
     sets = keepers.first("looking for encoded sets", kept)
     if sets is None:
-        if keepers.apart:
+        if keepers.is_partial:
             log.info(
                 "%s is not shared by all processes: those that share one encode all rows for themselves. "
                 "tokenized_path, or HF_DATASETS_CACHE, on a file system that all share: each encodes its part",

@@ -1,1 +1,1 @@
-"""Several processes as one program: they find each other, agree, and end together."""
+"""Several processes as one program: they connect, agree, and end together."""

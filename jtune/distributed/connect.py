@@ -1,4 +1,4 @@
-"""How the processes of a run find each other."""
+"""Connect the processes of a run."""
 
 import importlib.util
 import logging
@@ -13,14 +13,11 @@ from jtune.distributed.command import add_words, how_to_go_on, remember_command
 from jtune.distributed.processes import count, index, is_first
 from jtune.errors import ConfigError, DataError, PeerLost
 
-PORT = 29500  # of the coordinator where only MASTER_ADDR is given, as torchrun has it
-
-
-# ---------------------------------------------------------------------- finding each other
+PORT = 29500  # default port of the coordinator, as in torchrun
 
 
 class Address(NamedTuple):
-    """Where a process belongs."""
+    """The place of a process in its run."""
 
     coordinator: str  # host:port that process 0 listens on
     processes: int
@@ -28,13 +25,13 @@ class Address(NamedTuple):
 
 
 def find_address(env: Mapping[str, str]) -> Address | None:
-    """What the environment says, in jtune's names or in LLaMA-Factory's; None: nothing, or that there is one process.
+    """The address in the environment, in jtune's or LLaMA-Factory's variables; None: no address, or only one process.
 
     >>> find_address({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"})
     Address(coordinator='10.0.0.1:29500', processes=2, process=1)
 
     Raises:
-      ConfigError: it is said in part, or not in numbers.
+      ConfigError: some of the variables are missing, or are not numbers.
     """
     names = ("JTUNE_COORDINATOR", "JTUNE_NUM_PROCESSES", "JTUNE_PROCESS_ID")
     given = {name: env[name] for name in names if env.get(name)}
@@ -43,7 +40,7 @@ def find_address(env: Mapping[str, str]) -> Address | None:
             missing = ", ".join(name for name in names if name not in given)
             raise ConfigError(
                 f"{', '.join(given)} is set, but not {missing}: each process of a run needs the address of process 0 "
-                "(host:port), the number of processes, and its own number, from 0"
+                "(host:port), the number of processes, and its own number, counted from 0"
             )
         coordinator, count, own = given.values()
     elif env.get("NNODES", "1") != "1":
@@ -65,9 +62,9 @@ def find_address(env: Mapping[str, str]) -> Address | None:
 
 
 def in_cluster(env: Mapping[str, str]) -> bool:
-    """Whether jax finds the other processes by itself: on a TPU pod, in SLURM, in an indexed Kubernetes job, under MPI.
+    """Whether jax finds the other processes itself: on a TPU pod, in SLURM, in an indexed Kubernetes job, under MPI.
 
-    Without a sign of these jax is not even imported: one process on one machine starts at once.
+    Without a sign of one of these, jax is not imported, so one process on one machine starts at once.
     """
     signs = {"SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "OMPI_MCA_ess_base_jobid", "JOB_COMPLETION_INDEX"}
     if not signs & env.keys() and importlib.util.find_spec("libtpu") is None:
@@ -76,19 +73,19 @@ def in_cluster(env: Mapping[str, str]) -> bool:
 
     for kind in ClusterEnv._cluster_types:
         if "K8s" in kind.__name__ and "JOB_COMPLETION_INDEX" not in env:
-            continue  # a pod of its own: jax would look for the job that it belongs to, and fail
+            continue  # a single pod: jax would look for its job, and fail
         if not kind.opt_in_only_method and kind.is_env_present():
             return kind.get_process_count() > 1
     return False
 
 
 def own_gpus(env: Mapping[str, str]) -> list[int] | None:
-    """Which GPUs of its host a task of SLURM takes: all, where it is alone there. jax would take the first.
+    """The GPUs of its host that a SLURM task takes: all, if it is alone on the host (jax would take only the first).
 
     >>> own_gpus({"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "SLURM_GPUS_ON_NODE": "2"})
     [0, 1]
 
-    None: as jax has it, one for each task.
+    None: jax decides, one GPU for each task.
     """
     alone = re.fullmatch(r"1(\(x\d+\))?(,1(\(x\d+\))?)*", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
     gpus = env.get("SLURM_GPUS_ON_NODE", "")
@@ -103,19 +100,18 @@ def connect(
     wait: int | None = None,
     lost: int | None = None,
 ):
-    """Join the other processes, if there are any. To be called once, before anything asks jax for its devices.
+    """Join the other processes, if there are any. Call it once, before anything asks jax for its devices.
 
     Args:
-      address: default: what the environment says (`find_address`), or what jax finds out (`in_cluster`).
-      command: what was typed, for the message that says how to go on.
-      without: names of arguments that are not shown in it.
-      wait: seconds in which all must have come; default: JTUNE_INIT_TIMEOUT, or 300.
-      lost: seconds without a sign of life after which a process counts as lost; default: JTUNE_HEARTBEAT_TIMEOUT,
-        or 60.
+      address: default: that of the environment (`find_address`), or the one that jax finds (`in_cluster`).
+      command: the command that was typed, for messages about how to resume.
+      without: names of the secret arguments that `command` lacks.
+      wait: seconds to wait for the other processes; default: JTUNE_INIT_TIMEOUT, or 300.
+      lost: seconds without a heartbeat after which a process counts as lost; default: JTUNE_HEARTBEAT_TIMEOUT, or 60.
 
     Raises:
-      ConfigError: the address makes no sense.
-      DataError: it cannot be listened on.
+      ConfigError: the address is not valid.
+      DataError: the processes cannot connect at it.
     """
     remember_command(command, without)
     address = address or find_address(os.environ)
@@ -126,7 +122,7 @@ def connect(
     wait = wait or int(os.environ.get("JTUNE_INIT_TIMEOUT", 300))
     lost = lost or int(os.environ.get("JTUNE_HEARTBEAT_TIMEOUT", 60))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself; see `agreement`
+    jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM itself; see `agreement`
     where: dict[str, Any] = {"local_device_ids": own_gpus(os.environ)} if address is None else {}
     if address is not None:
         where = {
@@ -136,13 +132,14 @@ def connect(
             "cluster_detection_method": "deactivate",
         }
         host = address.coordinator.rsplit(":", 1)[0]
-        if host in ("127.0.0.1", "localhost"):  # not for others: what listens asks for no password
+        if host in ("127.0.0.1", "localhost"):  # the coordinator asks for no password: keep it local
             where["coordinator_bind_address"] = address.coordinator
     who = f"process {address.process} of {address.processes}" if address else "a process of this cluster"
-    at = address.coordinator if address else "the address that the cluster gives"
+    at = address.coordinator if address else "the address of the cluster"
     shutdown.on_abort(
-        f"{who} waited {wait} s for the others at {at}, and not all have come. Is the command running on every host, "
-        "with the same address and number of processes, and can they reach this port? (JTUNE_INIT_TIMEOUT: seconds)",
+        f"{who} waited {wait} s for the others at {at}, and some did not connect. Does the command run on every host, "
+        "with the same address and number of processes, and can all hosts reach this port? JTUNE_INIT_TIMEOUT sets the "
+        "seconds to wait",
         DataError.exit_code,
     )
     try:
@@ -156,21 +153,21 @@ def connect(
 
 def _expect_abort() -> None:
     shutdown.on_abort(
-        f"process {index()} of {count()} was aborted by jax, most often because another has died (see above).\n"
+        f"jax aborted process {index()} of {count()}, most often because another process has died (see above).\n"
         + how_to_go_on(),
         PeerLost.exit_code,
     )
 
 
 def go_on_with(*words: str) -> None:
-    """Tell what the command needs besides, from now on, to go on: this run has taken its output folder."""
+    """From now on, messages name `words` as also needed to resume: this run has taken over its output folder."""
     add_words(*words)
     if count() > 1:
         _expect_abort()
 
 
 def quiet(logger: logging.Logger) -> None:
-    """On all processes but the first: only warnings, with the process's number before them."""
+    """On all processes but the first, log only warnings, each with the number of the process."""
     if is_first():
         return
     logger.setLevel(logging.WARNING)

@@ -1,8 +1,8 @@
-"""Several processes agree on something.
+"""Processes exchange small values and agree on them.
 
-Agreement goes through jax's coordination service, a small key-value store that process 0 serves, and not through
-collectives of the devices: it needs no compiled program, has timeouts, and can say who is missing. In one process all
-of this is free, and nothing is connected.
+They use jax's coordination service, a small key-value store on process 0, and not collectives of the devices: the store
+needs no compiled program, has timeouts, and can name the process that is missing. In one process all of this is free,
+and nothing is connected.
 """
 
 import json
@@ -25,43 +25,40 @@ log = logging.getLogger("jtune")
 
 T = TypeVar("T")
 DAY = 24 * 3600.0
-STILL = 600.0  # seconds that others wait for a process that does not show that it works (`beat`)
-BEAT = 2.0  # seconds between two such signs, at least
-SEEN_WITHIN = 2.0  # seconds in which a folder that processes share shows them a new file
+HEARTBEAT_TIMEOUT = 600.0  # seconds that the others wait for a process without a `heartbeat`
+HEARTBEAT_INTERVAL = 2.0  # seconds between two heartbeats, at least
+SEEN_WITHIN = 2.0  # seconds after which every process sees a new file in a shared folder
 
-_BEATS = "jtune/beat/"
+_HEARTBEATS = "jtune/heartbeat/"
 _used: Counter[str] = Counter()  # names of exchanges: every key is used once
 
 
-# ---------------------------------------------------------------------- agreeing, on the host
-
-
 def all_gather(name: str, value: str, *, seconds: float | None = None) -> list[str]:
-    """Every process's `value`, in their order. All call it, in the same order of names.
+    """The `value` of every process, in order. All processes call it, with the same names in the same order.
 
     Raises:
-      PeerLost: one has not come in time, nor shown that it works.
+      PeerLost: a process sent neither its value nor a heartbeat in time.
     """
     if count() == 1:
         return [value]
     key = _new_key(name)
     jax_state().client.key_value_set(f"{key}/{index()}", value)
-    found = _gather(key, range(count()), seconds)
-    return [found[i] for i in range(count())]
+    values = _gather(key, range(count()), seconds)
+    return [values[i] for i in range(count())]
 
 
 def barrier(name: str, *, seconds: float = 600) -> None:
-    """Return when all processes have come here.
+    """Return when all processes have called it.
 
     Raises:
-      PeerLost: one has not come in time.
+      PeerLost: a process did not call it in time.
     """
     if count() > 1:
         _wait(_new_key(name), seconds)
 
 
 def from_first(name: str, make: Callable[[], T]) -> T:
-    """What `make()` is on process 0, on every process. It must be JSON-able."""
+    """Broadcast the result of `make()`, which only process 0 calls. It must be JSON-able."""
     if count() == 1:
         return make()
     key, client = _new_key(name), jax_state().client
@@ -73,25 +70,25 @@ def from_first(name: str, make: Callable[[], T]) -> T:
 
 
 class ProcessGroup(NamedTuple):
-    """Processes that share a folder, and so the work whose results lie there. Make it with `team`.
+    """Processes that share a folder, and so the work whose results are files in it. `process_group` makes it.
 
-    All of a team ask for the same things in the same order, and wait for nobody else: in the key-value store, and not
-    in a collective of the devices, which would give up before a large data set is encoded.
+    All members call the same methods in the same order, and wait only for each other. They wait in the key-value store,
+    not in a collective of the devices, which would time out before a large data set is encoded.
     """
 
     key: str
     members: tuple[int, ...]
 
     @property
-    def apart(self) -> bool:
-        """Whether there are processes outside."""
+    def is_partial(self) -> bool:
+        """Whether some processes of the run are not members."""
         return len(self.members) < count()
 
     def first(self, what: str, work: Callable[[], T]) -> T:
-        """What `work()` gives: of the first process, then of each of the others, which finds what the first has left.
+        """Call `work()` on the first member, then on each of the others, which finds the files of the first.
 
         Raises:
-          PeerLost: the first has not come to an end, nor shown that it works.
+          PeerLost: the first member neither finished nor sent a heartbeat in time.
         """
         if count() == 1:
             return work()
@@ -104,14 +101,14 @@ class ProcessGroup(NamedTuple):
         return result
 
     def share(self, what: str, sign: str, work: Callable[[int, int, Callable[[], None]], int]) -> list[int]:
-        """`work(place, of, beat)` of each process that means the same by it; what they did, when all is done.
+        """Split `work(shard, shards, heartbeat)` over the members with the same `sign`; return the results of all.
 
         Args:
-          sign: of what is to be done. Processes with another sign do not share it with this one.
-          work: does the part `place` of `of`; calls `beat()` now and then, so that the others wait for it.
+          sign: a digest of the work. Members with different signs do not share it.
+          work: does the shard `shard` of `shards`; calls `heartbeat()` now and then, so that the others wait for it.
 
         Raises:
-          PeerLost: a process has not come to an end, nor shown that it works.
+          PeerLost: a process neither finished nor sent a heartbeat in time.
         """
         if count() == 1:
             return [work(0, 1, heartbeat)]
@@ -121,20 +118,20 @@ class ProcessGroup(NamedTuple):
         mates = [i for i in self.members if signs[i] == sign]
         if len(mates) < len(self.members) and index() == mates[0]:
             log.warning(
-                "%s: not every process has the same rows (a file may have another date), and each does this by itself",
+                "%s: the processes have different rows (a file may have another date), so they do not share this work",
                 what,
             )
         done = work(mates.index(index()), len(mates), heartbeat)
         client.key_value_set(f"{key}/done/{index()}", str(done))
-        found = _gather(f"{key}/done", mates)
-        return [int(found[i]) for i in mates]
+        results = _gather(f"{key}/done", mates)
+        return [int(results[i]) for i in mates]
 
 
 def process_group(folder: Path) -> ProcessGroup:
-    """The processes that have the same folder under this name, found by what each leaves in it. All call it.
+    """The processes that see the same folder under this name: each writes a marker file to test it. All call it.
 
     Raises:
-      PeerLost: one has not come in time.
+      PeerLost: a process did not call it in time.
     """
     if count() == 1:
         return ProcessGroup("", (index(),))
@@ -149,11 +146,11 @@ def process_group(folder: Path) -> ProcessGroup:
     seen = all_gather("marks seen", json.dumps([i for i, mark in enumerate(marks) if mark.exists()]))
     marks[index()].unlink(missing_ok=True)
     members = connected([json.loads(x) for x in seen])[index()]
-    return ProcessGroup(f"team-{nonce}-{members[0]}", members)
+    return ProcessGroup(f"group-{nonce}-{members[0]}", members)
 
 
 def connected(seen: list[list[int]]) -> list[tuple[int, ...]]:
-    """The group of each process, if it sees these: whoever sees another is with it, though it be seen later.
+    """The group of each process, given the markers that each sees. Seeing in one direction is enough to share a group.
 
     >>> connected([[0, 2], [1], [2], [3, 1]])
     [(0, 2), (1, 3), (0, 2), (1, 3)]
@@ -167,29 +164,29 @@ def connected(seen: list[list[int]]) -> list[tuple[int, ...]]:
     return [tuple(sorted(members)) for members in group]
 
 
-_last_beat = [0.0]
+_last_heartbeat = [0.0]
 
 
 def heartbeat() -> None:
-    """Show that this process works, every few seconds however often it is called: those who wait for it wait on."""
-    if count() > 1 and time.monotonic() - _last_beat[0] > BEAT:
-        _last_beat[0] = time.monotonic()
-        jax_state().client.key_value_set(f"{_BEATS}{index()}", str(_last_beat[0]), allow_overwrite=True)
+    """Show that this process works, so that the others go on waiting for it. Call it as often as you like."""
+    if count() > 1 and time.monotonic() - _last_heartbeat[0] > HEARTBEAT_INTERVAL:
+        _last_heartbeat[0] = time.monotonic()
+        jax_state().client.key_value_set(f"{_HEARTBEATS}{index()}", str(_last_heartbeat[0]), allow_overwrite=True)
 
 
 @contextmanager
 def working() -> Iterator[None]:
-    """Beat while something is done that has no time for it: a file is read, or a model is fetched."""
+    """Send heartbeats during work that cannot call `heartbeat`: a file is read, or a model is downloaded."""
     over = threading.Event()
 
-    def run() -> None:
-        while not over.wait(BEAT):
+    def send_heartbeats() -> None:
+        while not over.wait(HEARTBEAT_INTERVAL):
             try:
                 heartbeat()
             except Exception:
-                return  # process 0 is gone; jax says so
+                return  # process 0 is gone; jax reports it
 
-    thread = threading.Thread(target=run, name="beat", daemon=True)
+    thread = threading.Thread(target=send_heartbeats, name="heartbeat", daemon=True)
     thread.start()
     try:
         yield
@@ -199,26 +196,24 @@ def working() -> Iterator[None]:
 
 
 def _gather(key: str, processes: Iterable[int], seconds: float | None = None) -> dict[int, str]:
-    """What these processes, at least, have set under `key`: it is waited for as long as one that is missing works, and
-    `seconds` (default: STILL) more.
+    """The values that processes have set under `key`, at least those of `processes`.
+
+    Waits for a missing process as long as it sends heartbeats, and `seconds` (default: HEARTBEAT_TIMEOUT) more.
     """
-    client, processes, seconds = jax_state().client, list(processes), seconds or STILL
+    client, processes, seconds = jax_state().client, list(processes), seconds or HEARTBEAT_TIMEOUT
     pause, heard, since = 0.01, None, time.monotonic()
     while True:
-        found = {int(k.rsplit("/", 1)[1]): v for k, v in client.key_value_dir_get(key + "/")}
-        missing = [i for i in processes if i not in found]
+        values = {int(k.rsplit("/", 1)[1]): v for k, v in client.key_value_dir_get(key + "/")}
+        missing = [i for i in processes if i not in values]
         if not missing:
-            return found
-        beats = dict(client.key_value_dir_get(_BEATS))
-        now = {i: beats.get(f"{_BEATS}{i}") for i in missing}
+            return values
+        heartbeats = dict(client.key_value_dir_get(_HEARTBEATS))
+        now = {i: heartbeats.get(f"{_HEARTBEATS}{i}") for i in missing}
         if now != heard:
             heard, since = now, time.monotonic()
         elif time.monotonic() - since > seconds:
             who = ", ".join(map(str, missing))
-            raise PeerLost(
-                f"process {who} did not come to '{key}' within {seconds:.0f} s, nor showed that it works.\n"
-                + how_to_go_on()
-            )
+            raise PeerLost(f"process {who} timed out at '{key}': no heartbeat for {seconds:.0f} s.\n" + how_to_go_on())
         time.sleep(pause)
         pause = min(1.0, pause * 1.5)
 
@@ -234,4 +229,4 @@ def _wait(key: str, seconds: float) -> None:
     except Exception as error:
         missing = re.search(r"timed out task names:\s*([\d\s,]+)", str(error))
         who = f"process {', '.join(missing[1].split())}" if missing else "another process"
-        raise PeerLost(f"{who} did not come to '{key}' within {seconds:.0f} s.\n{how_to_go_on()}") from error
+        raise PeerLost(f"{who} did not reach '{key}' within {seconds:.0f} s.\n{how_to_go_on()}") from error

@@ -19,7 +19,7 @@ def is_first() -> bool:
 
 
 def jax_state() -> Any:
-    # jax.process_index() starts the devices; this is known before.
+    # jax.process_index() starts the devices; this state is known before.
     from jax._src.distributed import global_state
 
     return global_state

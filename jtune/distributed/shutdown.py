@@ -1,4 +1,4 @@
-"""How several processes end: all together, with the exit status of the cause, whatever has happened to one of them."""
+"""Shutdown of several processes: when one fails, all end together, with the exit status of the cause."""
 
 import ctypes
 import json
@@ -19,11 +19,11 @@ from jtune.distributed.exchange import barrier
 from jtune.distributed.processes import count, index, is_first, jax_state
 from jtune.errors import JtuneError, PeerLost
 
-ANSWER = 4.0  # seconds in which a process that lives answers a roll call, or stops by itself for the same reason
-LAST = 5.0  # seconds that a process which has failed, and has told so, may still work
-# Left by a process on its way out, read by the threads that keep watch.
+ANSWER = 4.0  # seconds in which a live process answers a roll call, or stops itself for the same reason
+LAST = 5.0  # seconds that a process may still work after it has reported its failure
+# A process sets these keys when it ends; the watching threads of the others read them.
 _LEFT, _CALL, _HERE = "jtune/watch/left/", "jtune/watch/call", "jtune/watch/here/"
-# Words of errors that may follow from the loss of a process: gloo's, grpc's, and those of jax's coordination service.
+# Words of errors that may follow from a lost process: errors of gloo, grpc, and jax's coordination service.
 _LOSS = re.compile(
     r"gloo|connection (reset|closed|refused)|socket closed|UNAVAILABLE|DEADLINE_EXCEEDED|heartbeat|"
     r"coordination ?service|barrier|task.*(unhealthy|died)",
@@ -31,21 +31,21 @@ _LOSS = re.compile(
 )
 
 log = logging.getLogger("jtune")
-_leaving = threading.Lock()  # whoever holds it ends this process
-_ending: list[tuple[str, int]] = []  # with this message and this status
+_shutdown = threading.Lock()  # the thread that holds it ends this process
+_ending: list[tuple[str, int]] = []  # the message and the status with which it ends
 _told = threading.Event()  # this process has told the others that it ends, and why
-_finished = threading.Event()  # nothing is left that another process could end
+_finished = threading.Event()  # the work is done: a failure of another process no longer matters
 
 
 @contextmanager
 def together(explain: Callable[[BaseException], int]) -> Iterator[None]:
-    """What all processes do; if one fails, the others are told and end too, with the exit status of the cause.
+    """Run the block on all processes. If one fails, it tells the others, and all end with the exit status of the cause.
 
-    A process that dies without a word is noticed by the error of a collective that it was part of, or by jax, which
-    misses its heartbeat and aborts: exit status 70 either way.
+    A process may also die without telling the others. Then a collective of theirs fails, or jax misses its heartbeat
+    and aborts; the exit status is 70 in both cases.
 
     Args:
-      explain: prints an error, and gives the exit status that it stands for.
+      explain: prints an error, and returns its exit status.
     """
     if count() == 1:
         yield
@@ -54,7 +54,7 @@ def together(explain: Callable[[BaseException], int]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _leave(_cause(error), explain)
+        _end_process(_cause(error), explain)
     barrier("done")
     _finished.set()
     import jax
@@ -63,7 +63,7 @@ def together(explain: Callable[[BaseException], int]) -> Iterator[None]:
 
 
 def _watch(explain: Callable[[BaseException], int]) -> None:
-    """Answer roll calls, and end this process when another has failed: its main thread may wait for it for ever."""
+    """Answer roll calls, and end this process when another has failed: the main thread may wait for it forever."""
     client = jax_state().client
     while not _finished.wait(1.0):
         try:
@@ -71,33 +71,33 @@ def _watch(explain: Callable[[BaseException], int]) -> None:
             if _CALL in seen and f"{_HERE}{index()}" not in seen:
                 client.key_value_set(f"{_HERE}{index()}", "here")
         except Exception:
-            continue  # jax notices as well, and aborts
+            continue  # jax notices it as well, and aborts
         failed = _failure(seen)
         if failed is None or _finished.wait(ANSWER):
             continue
-        if _told.is_set():  # it fails too, and is about to leave
+        if _told.is_set():  # this process fails too, and is about to end
             _finished.wait(LAST)
-        _leave(failed, explain)
+        _end_process(failed, explain)
 
 
 def tell(error: BaseException) -> None:
-    """Tell the other processes that this one ends, and why. They end too, so nothing that waits for them may follow.
+    """Tell the other processes that this one ends, and why. They end too, so do not wait for them afterwards.
 
-    Whoever catches an error and then cleans up calls this first. In one process it does nothing.
+    Code that catches an error and then cleans up calls this first. In one process it does nothing.
     """
     if count() == 1 or _told.is_set():
         return
     _told.set()
-    said = {"code": _status(error), "message": str(error) or type(error).__name__}
+    report = {"code": _status(error), "message": str(error) or type(error).__name__}
     with suppress(Exception):  # process 0, which serves the store, may be gone
-        jax_state().client.key_value_set(f"{_LEFT}{index()}", json.dumps(said))
+        jax_state().client.key_value_set(f"{_LEFT}{index()}", json.dumps(report))
 
 
 def last_work(error: BaseException, work: Callable[[], None]) -> None:
-    """Do `work` though `error` ends the run. In one process it takes the time it needs.
+    """Do `work` although `error` ends the run. In one process it may take as long as it needs.
 
-    With other processes, they are told of the error first, and `work`, which may wait for them, gets `LAST` seconds. An
-    error that follows from the loss of a process leaves no time: `work` is not done. What `work` raises is logged.
+    Of several processes, this one first tells the others about the error; then `work`, which may wait for them, has
+    `LAST` seconds. After the loss of a process there is no time, and `work` is skipped. Errors of `work` are logged.
     """
 
     def attempt() -> None:
@@ -123,21 +123,21 @@ def _status(error: BaseException) -> int:
 
 
 def _failure(seen: Mapping[str, str]) -> PeerLost | None:
-    """What another process has failed of, if one has; the first cause, not what followed from it."""
+    """The failure of another process, if one has failed: the first cause, not its consequences."""
     left = {int(key.removeprefix(_LEFT)): json.loads(value) for key, value in seen.items() if key.startswith(_LEFT)}
-    # A run that was stopped and has saved (75) is no failure: all end at the same update.
+    # A run that was stopped and has saved (75) has not failed: all processes end at the same update.
     failed = {i: x for i, x in left.items() if i != index() and x["code"] not in (0, 75)}
     if not failed:
         return None
     own = {i: x for i, x in failed.items() if x["code"] != PeerLost.exit_code}
-    process, said = min((own or failed).items())
-    error = PeerLost(said["message"] if not own else f"process {process} stopped: {said['message']}")
-    error.exit_code = said["code"]
+    process, report = min((own or failed).items())
+    error = PeerLost(report["message"] if not own else f"process {process} stopped: {report['message']}")
+    error.exit_code = report["code"]
     return error
 
 
 def _cause(error: BaseException) -> BaseException:
-    """`error`, or what it follows from: that another process has failed, or is gone."""
+    """`error`, or its cause: another process has failed or is gone."""
     if isinstance(error, PeerLost) or not _is_loss(error):
         return error
     client = jax_state().client
@@ -153,17 +153,17 @@ def _cause(error: BaseException) -> BaseException:
             time.sleep(0.2)
         gone = [i for i in range(count()) if i != index() and f"{_HERE}{i}" not in seen]
     except Exception:
-        gone = [0]  # it served the store
+        gone = [0]  # process 0 served the store
     if not gone and isinstance(error, JtuneError):
         return error
     reason = " ".join(str(error).split())[:200]
-    who = f"process {', '.join(map(str, gone))} of {count()} is gone" if gone else "a connection has broken"
+    who = f"process {', '.join(map(str, gone))} of {count()} is gone" if gone else "a connection is broken"
     return PeerLost(f"{who} ({reason}).\n{how_to_go_on()}")
 
 
 def _is_loss(error: BaseException | None) -> bool:
     seen: set[int] = set()
-    while error is not None and id(error) not in seen:  # an error raised from one that it has caused is a circle
+    while error is not None and id(error) not in seen:  # an error may be its own indirect cause
         seen.add(id(error))
         if not isinstance(error, KeyboardInterrupt | MemoryError) and _LOSS.search(f"{type(error).__name__} {error}"):
             return True
@@ -171,25 +171,25 @@ def _is_loss(error: BaseException | None) -> bool:
     return False
 
 
-def _leave(error: BaseException, explain: Callable[[BaseException], int]) -> None:
-    """End this process, the others told why. Does not return: jax, on its way out, would wait for those that failed."""
-    if not _leaving.acquire(blocking=False):
-        time.sleep(60)  # another thread is at it
+def _end_process(error: BaseException, explain: Callable[[BaseException], int]) -> None:
+    """Tell the others, and end this process without returning: a normal exit of jax would wait for failed processes."""
+    if not _shutdown.acquire(blocking=False):
+        time.sleep(60)  # another thread ends this process
     client = jax_state().client
     message, code = str(error) or type(error).__name__, _status(error)
     _ending.append((message, code))
     try:
         tell(error)
-        # Process 0 speaks for all that fail in the same way, and goes last, as it serves the store.
+        # Process 0 prints the message for all that fail in the same way. It ends last, because it serves the store.
         end = time.monotonic() + ANSWER + 2
         left: dict[str, str] = {}
         while time.monotonic() < end and len(left) < count() and (is_first() or f"{_LEFT}0" not in left):
             left = dict(client.key_value_dir_get(_LEFT))
             time.sleep(0.1)
-        said = not is_first() and json.loads(left.get(f"{_LEFT}0", "{}")).get("message") == message
+        printed = not is_first() and json.loads(left.get(f"{_LEFT}0", "{}")).get("message") == message
     except Exception:
-        said = False
-    if not said:
+        printed = False
+    if not printed:
         try:
             explain(error)
         except BaseException:
@@ -203,7 +203,7 @@ def _leave(error: BaseException, explain: Callable[[BaseException], int]) -> Non
 def _exit(code: int) -> None:
     try:
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # the disk that is full may hold the log as well
+            with suppress(OSError, ValueError):  # a full disk may hold the log as well
                 stream.flush()
     finally:
         os._exit(code)
@@ -213,21 +213,21 @@ _keep: list[Any] = []  # a callback that C holds must not be collected
 
 
 def on_abort(message: str, code: int) -> None:
-    """Say `message` and exit with `code` where jax would abort.
+    """Print `message` and exit with `code` where jax would abort.
 
-    When a process is lost, and when not all come, jax 0.10 calls abort() from a thread of its own; the callback that it
-    has for this cannot be written in Python (std::bad_cast). A handler set with `signal.signal` would never run either,
-    as the main thread may be waiting for a device; one that C calls runs in the thread that aborts.
+    When a process is lost, or does not connect, jax 0.10 calls abort() from a thread of its own; its callback for this
+    case cannot be written in Python (std::bad_cast). A handler of `signal.signal` would never run either, because the
+    main thread may wait for a device. A handler that C calls runs in the thread that aborts.
     """
 
     def handler(_: int) -> None:
-        said, status = message, code
-        if not _leaving.acquire(blocking=False):
-            # Another thread is ending this process, and may wait for an answer that this one, of jax, would give.
+        text, status = message, code
+        if not _shutdown.acquire(blocking=False):
+            # Another thread ends this process, and may wait for an answer from this thread, which is jax's.
             time.sleep(2)
-            said, status = _ending[0] if _ending else (said, status)
+            text, status = _ending[0] if _ending else (text, status)
         with suppress(OSError, ValueError):
-            print(f"jtune: {said}", file=sys.stderr)
+            print(f"jtune: {text}", file=sys.stderr)
         _exit(status)
 
     libc = ctypes.CDLL(None)

@@ -164,10 +164,12 @@ def load_params(
     for (parts, shape), (keys, *_), sharding in zip(
         wanted, leaves, jax.tree.leaves(shardings, is_leaf=is_node), strict=True
     ):
+        by_index = {part.index: part for part in parts}
+        leaf = Leaf(stored, by_index, shape, _dtype(stored, parts) if dtype is None else dtype)
         if form is not None and chosen(keys):
-            read.append(_read_quantized(stored, parts, shape, sharding, dtype, form, damaged))
+            read.append(_read_quantized(leaf, sharding, form, damaged))
         else:
-            read.append(_read_leaf(stored, parts, shape, sharding, dtype, damaged))
+            read.append(_read_leaf(leaf, sharding, damaged))
     damaged.update(*(x.split("\n") for x in exchange.all_gather("weights that are not finite", "\n".join(damaged))))
     if damaged := damaged - {""}:
         raise DataError(f"{folder}: not finite (NaN or infinity): {', '.join(grouped(sorted(damaged)))}")
@@ -241,58 +243,61 @@ def _fault(stored: Mapping[str, Stored], name: str, expected: tuple[int, ...]) -
     return scale_fault(stored, name) if dtype == FLOAT8 else None
 
 
-def _read_leaf(
-    stored: Mapping[str, Stored], parts: list[Tensor], shape: tuple[int, ...], sharding, dtype, damaged: set[str]
-) -> jax.Array:
-    """One leaf. One that is too large to be put together on the host grows on the devices, piece by piece."""
-    dtype = _dtype(stored, parts) if dtype is None else dtype
-    by_index = {part.index: part for part in parts}
-    axis = 0 if parts[0].index or not parts[0].transposed else len(shape) - 1  # of layers, or of a file's rows
-    size = shape[axis]
-    step = max(1, PIECE_BYTES * size // (math.prod(shape) * jnp.dtype(dtype).itemsize))
-    read = partial(_read_piece, _Leaf(stored, by_index, shape, sharding, dtype, damaged), axis)
-    if step >= size or sharding.shard_shape(shape)[axis] < size:
+class Leaf(NamedTuple):
+    """A leaf that is read from files."""
+
+    stored: Mapping[str, Stored]  # every tensor of the checkpoint
+    tensors: Mapping[tuple[int, ...], Tensor]  # the tensors of this leaf, by their indices on its leading axes
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def transposed(self) -> bool:
+        return next(iter(self.tensors.values())).transposed
+
+    def piece_size(self, axis: int) -> int:
+        """How many rows along `axis` fit into `PIECE_BYTES`, at least one."""
+        return max(1, PIECE_BYTES * self.shape[axis] // (math.prod(self.shape) * jnp.dtype(self.dtype).itemsize))
+
+
+def _read_leaf(leaf: Leaf, sharding, damaged: set[str]) -> jax.Array:
+    """One leaf. A leaf that is too large for the host's memory grows on the devices, piece by piece."""
+    leading = len(next(iter(leaf.tensors)))
+    axis = 0 if leading or not leaf.transposed else len(leaf.shape) - 1  # of layers, or of a file's rows
+    size, step = leaf.shape[axis], leaf.piece_size(axis)
+    read = partial(_read_piece, leaf, sharding, damaged, axis)
+    if step >= size or sharding.shard_shape(leaf.shape)[axis] < size:
         return read(0, size)
-    whole = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+    whole = jax.jit(partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=sharding)()
     for first in range(0, size, step):
         whole = _put(sharding, axis)(whole, read(first, min(first + step, size)), np.int32(first))
-        whole.block_until_ready()  # or pieces would be read faster than they go away
+        whole.block_until_ready()  # otherwise pieces are read faster than they are freed
     return whole
 
 
 def _dtype(stored: Mapping[str, Stored], parts: list[Tensor]) -> Any:
-    """What the tensors of a leaf are read as."""
+    """The dtype in which the tensors of a leaf are read."""
     found = {stored[part.name].dtype for part in parts}
     return jnp.result_type(*(jnp.bfloat16 if x == FLOAT8 else DTYPES[x] for x in found))
 
 
-def _read_quantized(
-    stored: Mapping[str, Stored],
-    parts: list[Tensor],
-    shape: tuple[int, ...],
-    shardings,
-    dtype,
-    form: Form,
-    damaged: set[str],
-) -> Any:
-    """A stack of kernels as a node, which grows by some layers at a time: only they are there as they are stored.
+def _read_quantized(leaf: Leaf, shardings, form: Form, damaged: set[str]) -> Any:
+    """A stack of kernels as a node, which grows by some layers at a time; only these layers are in memory unquantised.
 
     Args:
-      shardings: of the node's arrays, as a node; the first is that of the kernel, too.
+      shardings: of the node's arrays, as a node; the first is also that of the kernel.
     """
     of_kernel = jax.tree.leaves(shardings)[0]
-    dtype = _dtype(stored, parts) if dtype is None else dtype
-    by_index = {part.index: part for part in parts}
-    step = max(1, PIECE_BYTES * shape[0] // (math.prod(shape) * jnp.dtype(dtype).itemsize))
-    like = jax.eval_shape(partial(quantize, form=form), jax.ShapeDtypeStruct(shape, dtype))
+    layers, step = leaf.shape[0], leaf.piece_size(0)
+    like = jax.eval_shape(partial(quantize, form=form), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
     # A node's structure names the dtype that its kernel is stored in; that of `shardings` may name another.
     shardings = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(shardings))
     make = jax.jit(partial(quantize, form=form), out_shardings=shardings)
     zeros = lambda x, sharding: jax.jit(partial(jnp.zeros, x.shape, x.dtype), out_shardings=sharding)()
     whole = jax.tree.map(zeros, like, shardings)
-    for first in range(0, shape[0], step):
-        stop = min(first + step, shape[0])
-        piece = make(_read_piece(_Leaf(stored, by_index, shape, of_kernel, dtype, damaged), 0, first, stop))
+    for first in range(0, layers, step):
+        stop = min(first + step, layers)
+        piece = make(_read_piece(leaf, of_kernel, damaged, 0, first, stop))
         at = np.int32(first)
         grown = [
             _put(where, 0)(x, part, at) for x, part, where in zip(*map(jax.tree.leaves, (whole, piece, shardings)))
@@ -301,29 +306,17 @@ def _read_quantized(
     return whole
 
 
-class _Leaf(NamedTuple):
-    """A leaf of the parameter tree that is being read."""
+def _read_piece(leaf: Leaf, sharding, damaged: set[str], axis: int, first: int, stop: int) -> jax.Array:
+    """`leaf[first:stop]` along `axis`; each device reads its own shard and nothing else.
 
-    stored: Mapping[str, Stored]
-    by_index: Mapping[tuple[int, ...], Tensor]  # index along the leading axes, of layers and experts -> tensor
-    shape: tuple[int, ...]
-    sharding: Any
-    dtype: Any
-    damaged: set[str]  # names of tensors with NaN or infinity, of all leaves
-
-
-def _read_piece(leaf: _Leaf, axis: int, first: int, stop: int) -> jax.Array:
-    """`leaf[first:stop]` along `axis`; each device's shard is put together from the tensors that it needs alone.
-
-    Tensors that hold NaN or infinity there join `damaged`: processes read other parts, so all of them read on, and the
-    end of reading tells all (`load_params`).
+    The names of tensors with NaN or infinity join `damaged`. Processes read different shards, so all of them read on,
+    and `load_params` reports all such tensors at the end.
     """
-    stored, by_index, shape, sharding, dtype, damaged = leaf
-    dims = len(next(iter(by_index)))  # leading axes, of layers and experts
-    transposed = next(iter(by_index.values())).transposed
-    needed = (part.name for i, part in by_index.items() if not i or first <= i[0] < stop)
-    files = map_files(stored[name] for name in needed)
-    piece = (*shape[:axis], stop - first, *shape[axis + 1 :])
+    dims = len(next(iter(leaf.tensors)))  # leading axes, of layers and experts
+    transposed = leaf.transposed
+    needed = (part.name for i, part in leaf.tensors.items() if not i or first <= i[0] < stop)
+    files = map_files(leaf.stored[name] for name in needed)
+    piece = (*leaf.shape[:axis], stop - first, *leaf.shape[axis + 1 :])
     done: dict[Any, np.ndarray] = {}  # replicas ask for the same part again
 
     def read(index: Any) -> np.ndarray:
@@ -333,10 +326,10 @@ def _read_piece(leaf: _Leaf, axis: int, first: int, stop: int) -> jax.Array:
         if key not in done:
             part = tuple(slice(*b) for b in bounds[dims:])
             part = _swapped(part) if transposed else part
-            out = np.empty([b - a for a, b in bounds[:dims]] + [p.stop - p.start for p in part], dtype)
+            out = np.empty([b - a for a, b in bounds[:dims]] + [p.stop - p.start for p in part], leaf.dtype)
             for place in np.ndindex(*out.shape[:dims]):
-                tensor = by_index[tuple(i + a for i, (a, _) in zip(place, bounds))]
-                out[place] = read_part(stored, tensor.name, part, files)
+                tensor = leaf.tensors[tuple(i + a for i, (a, _) in zip(place, bounds))]
+                out[place] = read_part(leaf.stored, tensor.name, part, files)
                 if not is_finite(out[place]):
                     damaged.add(tensor.name)
             # A view: the runtime transposes while it copies, several times faster than numpy.

@@ -113,7 +113,7 @@ def full_disk_explained() -> Iterator[None]:
             raise
         where = f": {error.filename}{describe_room(Path(error.filename).parent)}" if error.filename else ""
         raise CheckpointError(
-            f"{error.strerror}{where}\nWhat is saved is whole: make room, and start the same command again."
+            f"{error.strerror}{where}\nThe checkpoints are complete: make room, and start the same command again."
         ) from error
 
 

@@ -21,7 +21,7 @@ from jtune.models.kernels import project
 from jtune.models.names import knows
 from jtune.tuning.nodes import Axes, Node, Path, in_float32, is_adapter, merge, replace, select, split
 
-__all__ = ["DoRA", "LoRA", "PiSSA", "add", "merge", "split"]
+__all__ = ["AdapterOptions", "DoRA", "LoRA", "PiSSA", "add", "merge", "split"]
 
 PyTree = Any
 LORA = ("base", "a", "b")

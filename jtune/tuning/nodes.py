@@ -133,7 +133,7 @@ def select(params: PyTree, targets: Sequence[str] | str, names: Names | None = N
     Args:
       targets: names of modules (`q_proj`), or the ends of their paths (`self_attn.q_proj`); `all`: every linear module
         of the layers, but not those of a mixture's experts and router, which must be named. A string may have commas.
-      names: what the model's family calls its modules (`jtune.models.families.names`): its words count as well.
+      names: what the model's family calls its modules (`jtune.models.families.module_names`): its words count as well.
 
     Raises:
       ConfigError: a name that matches nothing, with the names that would.

@@ -155,7 +155,7 @@ def test_every_option_reaches_its_command(equals, calls):
         ("version 3", "jtune version: Got unexpected extra argument (3)."),
         ("trian c.yaml", "jtune: 'trian' is not a command. Did you mean 'train'? There are: train, data, "),
         ("--verbose", "jtune: '--verbose' is not a command. There are: "),
-        ("train", "jtune train: nothing is given: write CASE.yaml key=value ..."),
+        ("train", "jtune train: no arguments are given: write CASE.yaml key=value ..."),
         ("train nowhere.yaml", "jtune train: nowhere.yaml: there is no such file."),
         ("train --lora_rnk 3", "lora_rnk is not an argument of jtune. Did you mean lora_rank?"),
     ],

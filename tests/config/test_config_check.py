@@ -66,7 +66,7 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
         "command line: dataloader_num_workers",
     ]
     assert "mesh_fsdp" in config.notes[0]
-    assert "fa2 is torch's" in load_config([*TRAIN, "flash_attn=fa2"]).notes[0]
+    assert "fa2 is for torch" in load_config([*TRAIN, "flash_attn=fa2"]).notes[0]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_what_is_not_built_is_refused_with_what_is_nearest(word, nearest):
         (["use_eaft_loss=true", "stage=pt"], "use_eaft_loss is only for stage sft, not pt"),
         (
             ["use_asft_loss=true", "ref_model=other"],
-            "the reference of use_asft_loss is the model as it is at the start",
+            "the reference of use_asft_loss is the model at the start",
         ),
         (["use_asft_loss=true", "pissa_init=true"], "leave pissa_init out"),
         (["label_smoothing_factor=1"], "at least 0 and below 1"),
@@ -143,7 +143,7 @@ def test_what_a_loss_does_not_use_is_noted():
         (["optim=sgd", "optim_args=weight_decay=0.1"], "an argument of its own"),
         (["optim_args=beta1=0.8"], "adamw has no beta1: it takes none; set adam_beta1"),
         (["optim=adafactor", "optim_args=relative_step=true"], "relative_step=true is not built"),
-        (["adafactor=true", "optim=sgd"], "adafactor: true, but optim: sgd"),
+        (["adafactor=true", "optim=sgd"], "adafactor: true contradicts optim: sgd"),
         (["use_muon=true"], None),
         (["use_muon=true", "optim=lion_32bit"], "use_muon is not built for optim: lion_32bit"),
         (["use_muon=true", "loraplus_lr_ratio=16"], "use_muon and loraplus_lr_ratio are different optimizers"),
@@ -167,7 +167,7 @@ def test_choices_of_an_optimizer_that_contradict_themselves_are_refused(words, s
 
 
 def test_a_paged_optimizer_is_noted():
-    assert "nothing is paged" in load_config([*TRAIN, "optim=paged_adamw_8bit"]).notes[0]
+    assert "no state is paged" in load_config([*TRAIN, "optim=paged_adamw_8bit"]).notes[0]
 
 
 def test_a_training_file_serves_the_other_commands():
@@ -175,7 +175,9 @@ def test_a_training_file_serves_the_other_commands():
     for command in ("export", "chat"):
         assert load_config(words, command=command).model.export_dir == "out"
     assert load_config([*TRAIN, "stage=dpo"], command="data").finetuning.stage == "dpo"
-    assert "merged into the model as it is stored" in complaint("export_dir=x", "quantization_bit=4", command="export")
+    assert "merges the adapter into the stored model" in complaint(
+        "export_dir=x", "quantization_bit=4", command="export"
+    )
 
 
 # ------------------------------------------------------------------ all faults, with their lines
@@ -194,8 +196,8 @@ def test_all_faults_are_reported_each_with_its_line(tmp_path, monkeypatch):
         "  case.yaml:3: lerning_rate is not an argument of jtune. Did you mean learning_rate?",
         "  case.yaml:4: cutoff_len must be a whole number, not 'long'",
         "  case.yaml:6: use_badam is not supported: training one block of layers at a time is not built: "
-        "finetuning_type: freeze trains some layers all the time, and use_galore or optim: adafactor keep little of "
-        "all",
+        "finetuning_type: freeze trains some fixed layers, and use_galore or optim: adafactor train all "
+        "layers with a small state",
         "  case.yaml:8: fp16 and bf16 are both true: choose one (bf16 where the device has it)",
         "  command line: lora_rank must be at least 1, not 0",
         "  command line: flash_attn must be one of auto, disabled, sdpa, fa2, fa3, not 'FA2'",
@@ -265,7 +267,7 @@ def test_values_out_of_range_are_refused(word):
         ("val_size=0.1 eval_dataset=b", "val_size holds rows out of dataset, but eval_dataset is given too"),
         ("mask_history=true train_on_prompt=true", "contradict each other"),
         ("stage=pt mask_history=true", "mask_history is only for stage sft"),
-        ("packing=false neat_packing=true", "neat_packing packs"),
+        ("packing=false neat_packing=true", "packing: false contradicts neat_packing"),
         ("finetuning_type=full adapter_name_or_path=x", "only for finetuning_type: lora, not full"),
         ("finetuning_type=freeze use_rslora=true", "only for finetuning_type: lora, not freeze"),
         ("interleave_probs=0.5,0.5", "interleave_probs needs mix_strategy"),

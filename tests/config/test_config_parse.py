@@ -154,7 +154,7 @@ def test_an_open_value_must_be_filled_in(case):
         ("a: b: c", "case.yaml:1: this is not YAML: mapping values are not allowed here"),
         ("a: 1\nb: !!python/object/apply:os.system [true]\n", "case.yaml:2: this is not YAML: could not determine"),
         ("a: " + "[" * 50_000, "case.yaml: nested too deeply"),
-        ("a: &a [*a]", "case.yaml: its anchors stand for more than"),
+        ("a: &a [*a]", "case.yaml: its anchors expand to more than"),
         ("a: " + "x" * 1_000_001, "a case has at most 1000000"),
     ],
 )
@@ -165,7 +165,7 @@ def test_a_file_that_is_no_case_is_named(case, text, complaint):
 def test_anchors_that_multiply_are_refused_at_once(case):
     levels = "abcdefghi"
     lines = ["a: &a [1]"] + [f"{new}: &{new} [{','.join(['*' + old] * 20)}]" for old, new in pairwise(levels)]
-    assert "its anchors stand for more than" in refused(case, "\n".join(lines))
+    assert "its anchors expand to more than" in refused(case, "\n".join(lines))
     assert case("model_name_or_path: m\ndo_train: true\ndataset: &a x\neval_dataset: *a").data.eval_dataset == ("x",)
 
 
@@ -174,12 +174,12 @@ def test_a_file_that_cannot_be_read_is_named(case, tmp_path):
     assert refused(load_config, ["nope.yaml"]).startswith(
         "nope.yaml: there is no such file. In . there are: other.yaml"
     )
-    assert "this is a folder" in refused(load_config, [str(tmp_path)])
+    assert "is a folder; expected" in refused(load_config, [str(tmp_path)])
     assert "a case is a .yaml, .yml or .json file" in refused(load_config, ["case.txt"])
     (tmp_path / "latin.yaml").write_bytes(b"run_name: \xe9")
     assert "not UTF-8" in refused(load_config, ["latin.yaml"])
     assert "case.json:1: this is not JSON" in refused(case, '{"a": 1,}', name="case.json")
-    assert "nothing is given" in refused(load_config, [])
+    assert "no arguments are given" in refused(load_config, [])
 
 
 def test_a_key_given_twice_names_both_lines(case):

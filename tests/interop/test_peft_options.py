@@ -194,7 +194,8 @@ def test_a_tied_table_that_was_trained_as_one_acts_as_in_peft(checkpoint, tmp_pa
 
 def test_an_adapter_of_the_head_acts_the_same_in_peft_and_when_read_again(checkpoint, tmp_path):
     model, base = load_model(str(checkpoint("llama")))
-    params = lora.add(base, "q_proj,lm_head", rank=4, rank_pattern={"lm_head": 2}, alpha_pattern={"lm_head": 3})
+    patterns = {"rank_pattern": {"lm_head": 2}, "alpha_pattern": {"lm_head": 3}}
+    params = lora.add(base, "q_proj,lm_head", rank=4, **patterns)
     params = moved(params, adapter_mask(params))
     check_writable(params, adapter_mask(params), model.config)
     save_adapter(params, adapter_mask(params), model.config, tmp_path, base="base")

@@ -382,7 +382,7 @@ def test_a_full_disk_is_explained_wherever_it_is_met_and_its_file_is_named(tmp_p
     with pytest.raises(CheckpointError) as found, files.full_disk_explained():
         results.write_json(tmp_path / "run.json", {})
     assert str(found.value).startswith(f"No space left on device: {tmp_path / 'run.json'} (")
-    assert str(found.value).endswith("\nWhat is saved is whole: make room, and start the same command again.")
+    assert str(found.value).endswith("\nThe checkpoints are complete: make room, and start the same command again.")
     with pytest.raises(FileNotFoundError), files.full_disk_explained():
         (tmp_path / "none").read_bytes()
 

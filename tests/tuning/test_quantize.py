@@ -399,12 +399,12 @@ def test_what_is_shown(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("finetuning_type=full", "keeps kernels that do not train"),
+        ("finetuning_type=full", "freezes the kernels, but finetuning_type: full trains them"),
         ("quantization_bit=3", "quantization_bit must be 4 or 8, not 3"),
-        ("quantization_method=hqq", "hqq is not built: bnb is the nearest"),
-        ("quantization_method=eetq", "eetq is quantization_bit: 8 only, not 4"),
+        ("quantization_method=hqq", "hqq is not built: the nearest is bnb"),
+        ("quantization_method=eetq", "eetq needs quantization_bit: 8, not 4"),
         ("pissa_init=true", "pissa_init changes the base"),
-        ("adapter_name_or_path=a,b", "2 adapters, and with quantization_bit: 4 one can be: merge it first"),
+        ("adapter_name_or_path=a,b", "2 adapters, but quantization_bit: 4 allows only one: merge it first"),
         ("adapter_name_or_path=a create_new_adapter=true", "cannot be merged into: merge it first"),
     ],
 )
@@ -415,5 +415,5 @@ def test_what_does_not_go_with_it(words, message):
 
 
 def test_export_is_from_the_base_as_it_is_stored():
-    with pytest.raises(ConfigError, match="merged into the model as it is stored"):
+    with pytest.raises(ConfigError, match="merges the adapter into the stored model"):
         load_config(["model_name_or_path=m", "export_dir=x", "quantization_bit=4"], command="export")

@@ -157,8 +157,8 @@ def complain(*words):
 def test_arguments_that_contradict_each_other_are_refused():
     assert "only valid for finetuning_type: freeze or lora" in complain("use_llama_pro=true", "finetuning_type=full")
     assert "must be above 0 with use_llama_pro" in complain("use_llama_pro=true", "freeze_trainable_layers=-2")
-    assert "train whole: leave it out" in complain("resize_vocab=true", "lora_target=lm_head,q_proj")
+    assert "so all of it trains: leave it out" in complain("resize_vocab=true", "lora_target=lm_head,q_proj")
     case = ["model_name_or_path=m", "init_special_tokens=desc_init", "add_special_tokens=<a>"]
-    assert "needs new_special_tokens_config: it is noise_init" in load_config(case, command="chat").notes[0]
+    assert "needs new_special_tokens_config: noise_init is used" in load_config(case, command="chat").notes[0]
     case = [*case[:1], "new_special_tokens_config=t.yaml", "add_special_tokens=<a>"]
     assert "add_special_tokens is ignored" in load_config(case, command="chat").notes[0]

@@ -199,7 +199,8 @@ def test_pissa_takes_the_largest_singular_values(iterations):
 
 
 def test_modules_may_have_a_rank_and_an_alpha_of_their_own():
-    params = lora.add(weights(), "all", rank=4, alpha=8, rank_pattern={"mlp.down_proj": 2}, alpha_pattern={"q_proj": 2})
+    patterns = {"rank_pattern": {"mlp.down_proj": 2}, "alpha_pattern": {"q_proj": 2}}
+    params = lora.add(weights(), "all", rank=4, alpha=8, **patterns)
     node = {path[-1]: kernel for path, kernel in tuning.kernels(params) if tuning.is_node(kernel)}
     assert (node["down_proj"].a.shape[-1], node["down_proj"].scale) == (2, 4.0)
     assert (node["q_proj"].a.shape[-1], node["q_proj"].scale) == (4, 0.5)

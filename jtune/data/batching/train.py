@@ -24,7 +24,7 @@ PLANNED_ENTRIES = 2**20
 
 
 class Examples(Protocol):
-    """What is needed of an encoded dataset (see encode.py)."""
+    """What is needed of an encoded dataset (see encoded.py)."""
 
     lengths: Any  # int32 array [n], tokens
     labelled: Any  # int32 array [n], places t with labels[t + 1] != -100

@@ -1,6 +1,6 @@
 """A template: what turns a conversation into prompt and response ids, for one tokenizer.
 
-    get_template("llama3", tokenizer)     a format of template_table.py
+    get_template("llama3", tokenizer)     a format of table.py
     get_template(None, tokenizer)         the tokenizer's own chat template, where a sound loss mask can be had from it
     get_template("empty", tokenizer)      messages joined as they are
 

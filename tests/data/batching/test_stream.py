@@ -308,12 +308,12 @@ RUN = ["model_name_or_path=m", "dataset=a", "do_train=true", "streaming=true", "
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "streaming needs max_steps: how many updates an epoch has"),
+        ([], "streaming needs max_steps: the updates of an epoch"),
         (
             ["max_steps=5", "val_size=0.1"],
-            "val_size: 0.1 is a share of rows that streaming does not count: give a number",
+            "val_size: 0.1 is a share of rows, but streaming does not count rows: give a number",
         ),
-        (["max_steps=5", "tokenized_path=x"], "tokenized_path keeps all encoded rows"),
+        (["max_steps=5", "tokenized_path=x"], "tokenized_path stores all encoded rows"),
         (["max_steps=5", "buffer_size=0"], "buffer_size must be at least 1"),
     ],
 )
@@ -325,9 +325,9 @@ def test_arguments_that_a_stream_cannot_honour_are_refused(words, said):
 
 def test_arguments_that_say_nothing_are_noted():
     config = load_config([*RUN, "max_steps=5", "preprocessing_num_workers=4"])
-    assert any("preprocessing_num_workers is for eval_dataset only" in note for note in config.notes)
+    assert any("preprocessing_num_workers applies to eval_dataset only" in note for note in config.notes)
     config = load_config([*RUN[:3], "buffer_size=100", "output_dir=out"])
-    assert config.notes == ("command line: buffer_size is ignored: it belongs to streaming: true",)
+    assert config.notes == ("command line: buffer_size is ignored without streaming: true",)
 
 
 def test_a_preview_is_of_the_first_window_and_says_so(two, template):
