@@ -264,22 +264,23 @@ FALL_BACK = """
     import jax, jax.numpy as jnp, numpy as np
     from pathlib import Path
     from jax.sharding import NamedSharding, PartitionSpec as P
-    from jtune.train import notes
-    from jtune.train.checkpoint import Checkpointer, restore_newest
+    from jtune.train import resume_json
+    from jtune.train.checkpoint import Checkpointer
+    from jtune.train.restore import restore_newest
     placed = NamedSharding(jax.make_mesh((2,), ("fsdp",)), P("fsdp"))
     x = jax.jit(lambda: jnp.arange(8.0), out_shardings=placed)()
     saver = Checkpointer(Path(sys.argv[1]))
     for step in (1, 2):
         saver.save(step, dict(x=x), dict(identity=dict()), lambda folder: None)
     saver.close()
-    decode = notes.decode
+    decode = resume_json.decode
     def fail_of_2(raw):
         found = decode(raw)
         if found["step"] == 2:
             raise ValueError("not what was written")
         return found
     if processes.index() == 1:
-        notes.decode = fail_of_2
+        resume_json.decode = fail_of_2
     restored = restore_newest(Path(sys.argv[1]), dict(x=jax.ShapeDtypeStruct((8,), jnp.float32, sharding=placed)))
     assert restored.path.name == "checkpoint-1", restored.path
     assert [int(v) for s in restored.state["x"].addressable_shards for v in s.data] == [

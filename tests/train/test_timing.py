@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jtune.train import timing as ledgers
+from jtune.train import timing
 from jtune.train.timing import Timing, goodput, lost
 
 
@@ -19,20 +19,20 @@ def clock(monkeypatch):
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(ledgers, "time", clock)
+    monkeypatch.setattr(timing, "time", clock)
     return clock
 
 
 def test_what_is_booked_inside_is_not_booked_twice_and_the_rest_is_of_updates(clock):
-    ledger = Timing()
+    seconds = Timing()
     clock.now += 5
-    ledger.rest("startup")
-    with ledger.spent("evaluation"):
+    seconds.rest("startup")
+    with seconds.spent("evaluation"):
         clock.now += 2
-        with ledger.spent("compile"):
+        with seconds.spent("compile"):
             clock.now += 3
     clock.now += 10
-    found = ledger.total()
+    found = seconds.total()
     assert {kind: value for kind, value in found.items() if value} == pytest.approx(
         {"startup": 5, "evaluation": 2, "compile": 3, "step": 10}
     )
@@ -40,16 +40,16 @@ def test_what_is_booked_inside_is_not_booked_twice_and_the_rest_is_of_updates(cl
 
 
 def test_time_is_booked_when_what_happens_fails(clock):
-    ledger = Timing()
+    seconds = Timing()
 
     def fails():
-        with ledger.spent("checkpoint"):
+        with seconds.spent("checkpoint"):
             clock.now += 4
             raise KeyError
 
     with pytest.raises(KeyError):
         fails()
-    assert ledger.total()["checkpoint"] == 4
+    assert seconds.total()["checkpoint"] == 4
 
 
 def test_a_resumed_run_goes_on_counting_and_what_is_done_again_was_lost(clock, tmp_path):
@@ -63,11 +63,11 @@ def test_a_resumed_run_goes_on_counting_and_what_is_done_again_was_lost(clock, t
     saved = {"step": 18.0, "compile": 5.0}
     assert lost(log, saved) == 12.0
     assert lost(tmp_path / "none", saved) == 0.0
-    ledger = Timing()
+    seconds = Timing()
     clock.now += 1
-    ledger.add(saved | {"lost": 12.0})
-    ledger.rest("startup")
+    seconds.add(saved | {"lost": 12.0})
+    seconds.rest("startup")
     clock.now += 7
-    found = ledger.total()
+    found = seconds.total()
     assert (found["step"], found["startup"], found["lost"]) == pytest.approx((25.0, 1.0, 12.0))
     assert sum(found.values()) == pytest.approx(18 + 5 + 12 + 1 + 7)
