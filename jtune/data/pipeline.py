@@ -24,7 +24,8 @@ from jtune.data.encode.encoded import Encoded
 from jtune.data.encode.sets import check_report, encode_set, sharing_of
 from jtune.data.formats.align import align
 from jtune.data.report import EXAMPLES, Report, SetReport
-from jtune.data.sources.load import Hub, check_columns, check_stage, load_table, not_utf8, resolve_format, say_unused
+from jtune.data.sources.columns import check_columns, check_stage, resolve_format, say_unused
+from jtune.data.sources.load import PUBLIC, Hub, load_table, not_utf8
 from jtune.data.sources.mix import hold_out, merge, pick_rows
 from jtune.data.sources.registry import Entry, find_datasets
 from jtune.data.stream import Stream, open_stream, windows
@@ -65,7 +66,7 @@ def load_datasets(
     template: Template,
     wanted: Wanted,
     *,
-    hub: Hub = Hub(),
+    hub: Hub = PUBLIC,
     most_examples: int = EXAMPLES,
     group_of: GroupOf = alone,
 ) -> Splits:

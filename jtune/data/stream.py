@@ -23,7 +23,8 @@ from jtune.data.encode.sets import check_report, encode_set
 from jtune.data.formats.align import align_stream, refuse_missing
 from jtune.data.formats.fields import ALIGNED
 from jtune.data.report import EXAMPLES, SetReport, add, report_of
-from jtune.data.sources.load import Hub, check_columns, check_stage, open_table, resolve_format, say_unused, unreadable
+from jtune.data.sources.columns import check_columns, check_stage, resolve_format, say_unused
+from jtune.data.sources.load import PUBLIC, Hub, open_table, unreadable
 from jtune.data.sources.mix import merge
 from jtune.data.sources.registry import Entry, find_datasets
 from jtune.data.templates.template import Template
@@ -77,7 +78,7 @@ def open_stream(
     seed: int,
     template: Template,
     *,
-    hub: Hub = Hub(),
+    hub: Hub = PUBLIC,
     most_examples: int = EXAMPLES,
 ) -> tuple[Stream, datasets.Dataset | None]:
     """The sets of `dataset` as a stream; and the rows held out for evaluation, the first `val_size` ones, if any.

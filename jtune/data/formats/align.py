@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from jtune.config.stages import RULES, StageRules
 from jtune.data.cache.fingerprint import fingerprint
-from jtune.data.cache.shards import Sharing, arrow_column, make_in_shards
+from jtune.data.cache.shards import UNSHARED, Sharing, arrow_column, make_in_shards
 from jtune.data.formats.alpaca import alpaca_messages, alpaca_table
 from jtune.data.formats.chat import (
     ANSWER_ROLES,
@@ -65,7 +65,7 @@ def align(
     stage: StageRules,
     rows: np.ndarray | None = None,
     index: int = 0,
-    sharing: Sharing = Sharing(),
+    sharing: Sharing = UNSHARED,
 ) -> datasets.Dataset:
     """Bring `table` into the form `ALIGNED`, row by row.
 
