@@ -33,6 +33,23 @@ def note_once(text: str, level: int = logging.INFO) -> None:
     log.log(level, "%s", text)
 
 
+def resolve_entry(entry: Entry, found: list[str], stage: StageRules, first: Mapping[str, Any]) -> Entry:
+    """The entry with its format resolved, and found to be one that `stage` can read; unused columns are named.
+
+    Args:
+      found: the names of the columns.
+      first: the first row.
+
+    Raises:
+      DataError: the set is not for this stage, or a column is missing.
+    """
+    entry = resolve_format(entry, found, stage, first)
+    check_stage(entry, stage)
+    check_columns(entry, found, stage)
+    say_unused(entry, found, stage)
+    return entry
+
+
 def resolve_format(
     entry: Entry, found: Sequence[str], stage: StageRules = RULES["sft"], first: Mapping[str, Any] | None = None
 ) -> Entry:
