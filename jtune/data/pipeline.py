@@ -24,7 +24,8 @@ from jtune.data.encode.encoded import Encoded
 from jtune.data.encode.sets import check_report, encode_set, sharing_of
 from jtune.data.formats.align import align
 from jtune.data.report import EXAMPLES, Report, SetReport
-from jtune.data.sources.load import Hub, check_columns, check_stage, load_table, not_utf8, resolve_format, say_unused
+from jtune.data.sources.columns import resolve_entry
+from jtune.data.sources.load import PUBLIC, Hub, load_table, not_utf8
 from jtune.data.sources.mix import hold_out, merge, pick_rows
 from jtune.data.sources.registry import Entry, find_datasets
 from jtune.data.stream import Stream, open_stream, windows
@@ -57,6 +58,10 @@ class Wanted(NamedTuple):
     evaluate: bool
     predict: bool = False  # evaluation sets are to be answered: only the last answer of each row is labelled
 
+    def evaluated_as(self, stage: StageRules) -> StageRules:
+        """The rules for evaluation sets."""
+        return replace(stage, rows="prompt") if self.predict else stage
+
 
 def load_datasets(
     data_args: DataArguments,
@@ -65,7 +70,7 @@ def load_datasets(
     template: Template,
     wanted: Wanted,
     *,
-    hub: Hub = Hub(),
+    hub: Hub = PUBLIC,
     most_examples: int = EXAMPLES,
     group_of: GroupOf = alone,
 ) -> Splits:
@@ -88,7 +93,6 @@ def load_datasets(
     folder = Path(data_args.tokenized_path) if data_args.tokenized_path else None
     group = group_of(Path(hub.cache_dir or datasets_config.HF_DATASETS_CACHE))
     keepers = group_of(folder) if folder else group
-    eval_stage = replace(stage, rows="prompt") if wanted.predict else stage
     evaluated = ("predict" if wanted.predict else stage.name) if wanted.evaluate else None
     settings = saved.settings_of(data_args, stage, seed, template, evaluated=evaluated) if folder else {}
     stream = None
@@ -119,7 +123,7 @@ def load_datasets(
             tables = _aligned_sets(data_args, stage, seed, wanted, hub, group)
         to = saved.parts(folder) if folder else None
         for name, (table, entries) in tables.items():
-            kind = stage if name == "train" else eval_stage
+            kind = stage if name == "train" else wanted.evaluated_as(stage)
             sharing = sharing_of(data_args, keepers, to)
             sets[name] = encode_set(name, table, entries, data_args, kind, template, most_examples, sharing)
             check_report(sets[name][1], data_args, kind)
@@ -168,7 +172,7 @@ def _aligned_sets(
     elif wanted.train:
         raise DataError("nothing to train on: `dataset` names no set")
     if data_args.eval_dataset and wanted.evaluate:
-        kind = replace(stage, rows="prompt") if wanted.predict else stage
+        kind = wanted.evaluated_as(stage)
         entries, tables = _load_all(data_args.eval_dataset, data_args, kind, random, hub, group)
         if data_args.eval_on_each_dataset:
             sets |= {f"eval_{name}": (table, entries) for name, table in zip(data_args.eval_dataset, tables)}
@@ -207,10 +211,7 @@ def load_aligned(
     """One set: its rows read, picked, and brought into one form. The entry comes back with its format resolved."""
     read = partial(load_table, entry, hub, num_proc=data_args.preprocessing_num_workers)
     table = group.first(f"reading {entry.name}", read)
-    entry = resolve_format(entry, table.column_names, stage, table[0])
-    check_stage(entry, stage)
-    check_columns(entry, table.column_names, stage)
-    say_unused(entry, table.column_names, stage)
+    entry = resolve_entry(entry, table.column_names, stage, table[0])
     rows = pick_rows(len(table), entry.num_samples, data_args.max_samples, random)
     if rows is not None:
         table = table.select(rows)

@@ -23,7 +23,8 @@ from jtune.data.encode.sets import check_report, encode_set
 from jtune.data.formats.align import align_stream, refuse_missing
 from jtune.data.formats.fields import ALIGNED
 from jtune.data.report import EXAMPLES, SetReport, add, report_of
-from jtune.data.sources.load import Hub, check_columns, check_stage, open_table, resolve_format, say_unused, unreadable
+from jtune.data.sources.columns import resolve_entry
+from jtune.data.sources.load import PUBLIC, Hub, open_table, unreadable
 from jtune.data.sources.mix import merge
 from jtune.data.sources.registry import Entry, find_datasets
 from jtune.data.templates.template import Template
@@ -77,7 +78,7 @@ def open_stream(
     seed: int,
     template: Template,
     *,
-    hub: Hub = Hub(),
+    hub: Hub = PUBLIC,
     most_examples: int = EXAMPLES,
 ) -> tuple[Stream, datasets.Dataset | None]:
     """The sets of `dataset` as a stream; and the rows held out for evaluation, the first `val_size` ones, if any.
@@ -85,7 +86,7 @@ def open_stream(
     Raises:
       DataError: a set is missing, or damaged at its beginning, or asks for what a stream cannot give.
     """
-    entries, parts = [], []
+    entries, tables = [], []
     found = find_datasets(data_args.dataset, data_args.dataset_dir, allow_outside=data_args.allow_outside_dataset_dir)
     for index, entry in enumerate(found):
         if entry.num_samples is not None:
@@ -95,15 +96,12 @@ def open_stream(
             )
         log.info("opening dataset %s", entry.name)
         table, names, first = open_table(entry, hub)
-        entry = resolve_format(entry, names, stage, first)
-        check_stage(entry, stage)
-        check_columns(entry, names, stage)
-        say_unused(entry, names, stage)
+        entry = resolve_entry(entry, names, stage, first)
         if data_args.max_samples is not None:
             table = table.take(data_args.max_samples)
         entries.append(entry)
-        parts.append(align_stream(table, list(first), entry, stage=stage, index=index))
-    rows = merge(parts, data_args.mix_strategy, data_args.interleave_probs, seed)
+        tables.append(align_stream(table, list(first), entry, stage=stage, index=index))
+    rows = merge(tables, data_args.mix_strategy, data_args.interleave_probs, seed)
     held = int(data_args.val_size)
     # A window is encoded beside the training loop, in its process, and kept nowhere.
     here = replace(data_args, preprocessing_num_workers=None, overwrite_cache=False)

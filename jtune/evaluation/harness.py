@@ -21,8 +21,8 @@ from lm_eval.tasks import TaskManager
 from jtune.config import Config
 from jtune.config.stages import RULES
 from jtune.data import Encoded
+from jtune.data.encode.arrow import IDS
 from jtune.data.encode.encoded import IGNORED
-from jtune.data.encode.turns import IDS
 from jtune.errors import ConfigError
 from jtune.evaluation.loss import example_sums, prepare_evaluation
 from jtune.generation import Sampling, generate

@@ -15,6 +15,7 @@ from jtune.config import Config
 from jtune.config.stages import rules_of
 from jtune.data import Template
 from jtune.data.encode.pretraining import document_end
+from jtune.data.encode.turns import rendering
 from jtune.data.formats.messages import FaultyRow
 from jtune.data.templates import chat_template
 from jtune.data.templates.chat_format import Pieces
@@ -152,7 +153,7 @@ def _to_write(config: Config, template: Template) -> Any:
     """The chat template that asks as `template` does: the tokenizer's own if it does, else one made of the format."""
     tokenizer = template.tokenizer
     own = tokenizer.chat_template if chat_template.exists(tokenizer) else None
-    how = _rendered_as(config, template)
+    how = rendering(template, rules_of(config.finetuning.stage).rows, config.data.mask_history)
     probes = list(_probes(template, how))
     assert template.form is not None
     texts = [to_jinja(template.form, tokenizer, **how, glue=glue) for glue in GLUE]
@@ -201,14 +202,6 @@ def _probes(template: Template, how: Mapping[str, bool]) -> Iterator[Probe]:
             whole = template.render(messages, system, None, **how)
             pieces = [piece for turn in whole for part in turn for piece in part]
             yield Probe(f"a conversation of {what}", turns, [*opening, *messages], False, pieces)
-
-
-def _rendered_as(config: Config, template: Template) -> dict[str, bool]:
-    """How the conversations are rendered that the stage learns from (see `jtune.data.encode.rows`)."""
-    discard = not template.preserve_thinking
-    if rules_of(config.finetuning.stage).has_preferences:
-        return {"discard_history": discard, "last_only": True}
-    return {"discard_history": discard and config.data.mask_history, "last_only": False}
 
 
 def _rendered(tokenizer: Any, text: str, probe: Probe) -> str | None:

@@ -167,8 +167,6 @@ def packing_windows(encoded: Encoded, data: DataArguments, stage: StageRules) ->
 
     With neat_packing, those that LLaMA-Factory encodes, and packs, in one batch: the losses are the same. With packing
     alone it lets examples see each other, so that its losses differ anyway; rows are filled better then.
-
-    Args:
     """
     if stage.rows == "text" or not data.neat_packing:
         return None
@@ -206,9 +204,9 @@ def plan_batches(
     """Plan all updates of a run.
 
     With `packing`, rows of `cutoff_len` tokens are made once, and are what is then shuffled and counted:
-    `size.per_device` rows on each shard. The blocks of stage pt, `cutoff_len` long, are
-    such rows as they are. Without, an update holds the examples that LLaMA-Factory's would, laid out in at most four
-    shapes. A microbatch never has more tokens on a shard than `per_device_batch_size` rows of the longest example.
+    `size.per_device` rows on each shard. The blocks of stage pt, `cutoff_len` long, are such rows as they are. Without,
+    an update holds the examples that LLaMA-Factory's would, laid out in at most four shapes. A microbatch never has
+    more tokens on a shard than `size.per_device` rows of the longest example.
 
     The microbatches that hold anything come first; the train step may leave out the others (all segment 0, weight 0).
     `padding_share` does not count these, and the shapes are chosen on the understanding that they cost nothing.

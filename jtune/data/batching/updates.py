@@ -16,7 +16,7 @@ MODELLED = 1000  # updates over the first window of a stream, by which shapes ar
 
 
 def plan_updates(config: Config, encoded: Encoded, shards: int, stream: Stream | None = None) -> Plan:
-    """All updates of a run of `config` (a jtune.config.Config) over `encoded`, for `shards` parts of the batch axis.
+    """All updates of a run of `config` over `encoded`, for `shards` shards of the batch axis.
 
     What `jtune train` runs, `jtune plan` counts and `jtune data` tells.
 

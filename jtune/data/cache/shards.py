@@ -1,8 +1,8 @@
 """Rows in shards: one process makes each shard from whole batches of rows, and keeps it in a file of its own.
 
-The rows of a shard depend on the table and the size of a batch alone. So one process, the workers of a host, and several
-hosts that share a folder make the same files. Files that exist are not made again, and interrupted work resumes where it
-was. A file gets its name when it is whole.
+The rows of a shard depend on the table and the size of a batch alone. So one process, the workers of a host, and
+several hosts that share a folder make the same files. Files that exist are not made again, and interrupted work resumes
+where it was. A file gets its name when it is whole.
 """
 
 import ctypes
@@ -66,6 +66,9 @@ class Sharing(NamedTuple):
     overwrite: bool = False
     group: ProcessGroup = ALONE
     folder: Path | None = None
+
+
+UNSHARED = Sharing()  # one process, rows that were encoded before are not encoded again
 
 
 def make_in_shards(

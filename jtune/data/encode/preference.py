@@ -1,63 +1,44 @@
 """Pairs of answers, and answers that are good or not, as ids and labels."""
 
-import logging
-
 import datasets
 import pyarrow as pa
 
+from jtune.data.encode.arrow import IDS, NOTED, ORIGIN, Aligned, Rows
 from jtune.data.encode.encoded import IGNORED
-from jtune.data.encode.supervised import last_only, one_turn
+from jtune.data.encode.supervised import learned_after
 from jtune.data.encode.turns import (
-    IDS,
-    NOTED,
     NOTHING_TO_LEARN,
-    ORIGIN,
-    Aligned,
     Rules,
-    arrow_list,
-    arrow_table,
     infer_seqlen,
-    is_trained_on,
-    put_row,
-    render_row,
+    one_turn,
+    render_rows,
+    rendering,
     tokenised,
     too_long,
 )
 from jtune.data.templates.template import Template
 
-log = logging.getLogger("jtune")
+SIDE = {"input_ids": IDS, "labels": IDS}
 PAIRS = datasets.Features(
-    {
-        "chosen_input_ids": IDS,
-        "chosen_labels": IDS,
-        "rejected_input_ids": IDS,
-        "rejected_labels": IDS,
-        **ORIGIN,
-        **NOTED,
-    }
+    {f"{side}_{name}": feature for side in ("chosen", "rejected") for name, feature in SIDE.items()} | ORIGIN | NOTED
 )
 FEEDBACK = datasets.Features(
-    {
-        "input_ids": IDS,
-        "labels": IDS,
-        "kl_input_ids": IDS,
-        "kl_labels": IDS,
-        "kto_tags": datasets.Value("bool"),
-        **ORIGIN,
-        **NOTED,
-    }
+    {f"{prefix}{name}": feature for prefix in ("", "kl_") for name, feature in SIDE.items()}
+    | {"kto_tags": datasets.Value("bool")}
+    | ORIGIN
+    | NOTED
 )
 
 
 def encode_pairs(batch: Aligned, *, template: Template, rules: Rules) -> pa.Table:
     """Chosen and rejected answers after the prompt they share; both are cut where the longer one must be."""
-    how = last_only(template)
-    chosen = tokenised(render_row(batch, template, **how), template)
-    rejected = tokenised(render_row(batch, template, batch["rejected"], **how), template)
-    out = arrow_table(PAIRS)
+    how = rendering(template, "pair")
+    chosen = tokenised(render_rows(batch, template, how), template)
+    rejected = tokenised(render_rows(batch, template, how, batch["rejected"]), template)
+    out = Rows(batch, PAIRS)
     for i, (better, worse) in enumerate(zip(chosen, rejected)):
         if isinstance(better, str) or isinstance(worse, str):
-            put_row(out, batch, i, better if isinstance(better, str) else worse, False)
+            out.add(i, fault=better if isinstance(better, str) else worse)
             continue
         (prompt, answer), (_, other) = one_turn(better, template), one_turn(worse, template)
         longest = max(len(answer), len(other))
@@ -65,31 +46,30 @@ def encode_pairs(batch: Aligned, *, template: Template, rules: Rules) -> pa.Tabl
         cut = source < len(prompt) or target < longest
         prompt, answer, other = prompt[:source], answer[:target], other[:target]
         if cut and rules.overlong == "drop":
-            put_row(out, batch, i, too_long(rules.cutoff_len), False)
+            out.add(i, fault=too_long(rules.cutoff_len))
         elif not answer or not other:
-            put_row(out, batch, i, NOTHING_TO_LEARN, cut)
+            out.add(i, fault=NOTHING_TO_LEARN, cut=cut)
         else:
-            masked = [IGNORED] * len(prompt)
-            sides = {"chosen": answer, "rejected": other}
-            ids = {f"{side}_input_ids": prompt + tokens for side, tokens in sides.items()}
-            labels = {f"{side}_labels": masked + tokens for side, tokens in sides.items()}
-            put_row(out, batch, i, "", cut, **ids, **labels)
-    return arrow_list(out, PAIRS)
+            values: dict[str, list[int]] = {}
+            values["chosen_input_ids"], values["chosen_labels"] = learned_after(prompt, answer)
+            values["rejected_input_ids"], values["rejected_labels"] = learned_after(prompt, other)
+            out.add(i, values, cut=cut)
+    return out.table()
 
 
 def encode_feedback(batch: Aligned, *, template: Template, rules: Rules) -> pa.Table:
     """Answers that are good or not, each with its prompt; and for KTO's estimate of the KL divergence, each prompt with
     the answer of the row before it, in its batch (the first with that of the last).
     """
-    how = last_only(template)
+    how = rendering(template, "feedback")
     kept = [i for i, fault in enumerate(batch["fault"]) if not fault]
     before = {i: batch["messages"][kept[k - 1]][-1] for k, i in enumerate(kept)}
-    own = tokenised(render_row(batch, template, **how), template)
-    others = tokenised(render_row(batch, template, [before.get(i) for i in range(len(own))], **how), template)
-    out = arrow_table(FEEDBACK)
+    own = tokenised(render_rows(batch, template, how), template)
+    others = tokenised(render_rows(batch, template, how, [before.get(i) for i in range(len(own))]), template)
+    out = Rows(batch, FEEDBACK)
     for i, (turns, other) in enumerate(zip(own, others)):
         if isinstance(turns, str) or isinstance(other, str):
-            put_row(out, batch, i, turns if isinstance(turns, str) else other, False)
+            out.add(i, fault=turns if isinstance(turns, str) else other)
             continue
         values: dict[str, list[int]] = {}
         cut = False
@@ -97,12 +77,12 @@ def encode_feedback(batch: Aligned, *, template: Template, rules: Rules) -> pa.T
             prompt, answer = one_turn(pair, template)
             source, target = infer_seqlen(len(prompt), len(answer), rules.cutoff_len)
             cut |= not prefix and (source < len(prompt) or target < len(answer))
-            values[f"{prefix}input_ids"] = prompt[:source] + answer[:target]
-            values[f"{prefix}labels"] = [IGNORED] * source + answer[:target]
+            ids, labels = learned_after(prompt[:source], answer[:target])
+            values |= {f"{prefix}input_ids": ids, f"{prefix}labels": labels}
         if cut and rules.overlong == "drop":
-            put_row(out, batch, i, too_long(rules.cutoff_len), False)
-        elif not is_trained_on(values["labels"]):
-            put_row(out, batch, i, NOTHING_TO_LEARN, cut)
+            out.add(i, fault=too_long(rules.cutoff_len))
+        elif set(values["labels"][1:]) <= {IGNORED}:
+            out.add(i, fault=NOTHING_TO_LEARN, cut=cut)
         else:
-            put_row(out, batch, i, "", cut, **values)
-    return arrow_list(out, FEEDBACK)
+            out.add(i, values, cut=cut)
+    return out.table()

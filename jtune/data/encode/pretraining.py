@@ -1,6 +1,5 @@
 """Documents as ids: blocks of joined texts, or a row for each."""
 
-import logging
 from functools import partial
 
 import datasets
@@ -8,16 +7,11 @@ import numpy as np
 import pyarrow as pa
 
 from jtune.data.cache.fingerprint import fingerprint
-from jtune.data.cache.shards import Sharing, make_in_shards
-from jtune.data.encode.rows import aligned_columns, encode_slice
-from jtune.data.encode.turns import IDS, NOTED, Aligned, arrow_list
+from jtune.data.cache.shards import UNSHARED, Sharing, make_in_shards
+from jtune.data.encode.arrow import IDS, NOTED, Aligned, aligned_columns, arrow_table, encode_slice
 from jtune.data.templates.template import Template
 
-log = logging.getLogger("jtune")
 DOCUMENTS = datasets.Features({"input_ids": IDS, "cut": datasets.Value("bool"), **NOTED})
-
-
-# ---------------------------------------------------------------------- stage pt
 
 
 def encode_documents(
@@ -28,7 +22,7 @@ def encode_documents(
     packing: bool = True,
     neat_packing: bool = False,
     overlong: str = "truncate",
-    sharing: Sharing = Sharing(),
+    sharing: Sharing = UNSHARED,
 ) -> datasets.Dataset:
     """Ids of the texts of aligned rows; every token is learned, so there is no column of labels.
 
@@ -71,14 +65,14 @@ def encode_texts(batch: Aligned, *, template: Template, cutoff_len: int, form: s
     documents = np.split(ids.values, np.cumsum(ids.sizes)[:-1]) if texts else []
     if form == "split":
         pieces = [ids[i : i + cutoff_len] for ids in documents for i in range(0, len(ids), cutoff_len)]
-        return arrow_list({"input_ids": pieces, "cut": [False] * len(pieces)}, DOCUMENTS)
+        return arrow_table({"input_ids": pieces, "cut": [False] * len(pieces)}, DOCUMENTS)
     if form != "blocks":
         cut = [len(ids) > cutoff_len for ids in documents]
         most = 0 if form == "drop" else cutoff_len
         kept = [ids[:most] if long else ids for ids, long in zip(documents, cut)]
-        return arrow_list({"input_ids": kept, "cut": cut}, DOCUMENTS)
+        return arrow_table({"input_ids": kept, "cut": cut}, DOCUMENTS)
     joined = np.concatenate([np.zeros(0, np.int32), *documents])
     blocks = joined[: len(joined) // cutoff_len * cutoff_len].reshape(-1, cutoff_len)
     if bos is not None:
         blocks[:, 0] = bos  # in the place of a token, as LLaMA-Factory does
-    return arrow_list({"input_ids": list(blocks), "cut": [False] * len(blocks)}, DOCUMENTS)
+    return arrow_table({"input_ids": list(blocks), "cut": [False] * len(blocks)}, DOCUMENTS)

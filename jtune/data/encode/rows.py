@@ -8,9 +8,7 @@ The rules are LLaMA-Factory's, except:
 """
 
 import logging
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -18,11 +16,11 @@ import pyarrow.compute as pc
 
 from jtune.config.stages import StageRules
 from jtune.data.cache.fingerprint import fingerprint
-from jtune.data.cache.shards import Sharing, make_in_shards
-from jtune.data.encode.notes import column_of
+from jtune.data.cache.shards import UNSHARED, Sharing, make_in_shards
+from jtune.data.encode.arrow import aligned_columns, encode_slice
 from jtune.data.encode.preference import FEEDBACK, PAIRS, encode_feedback, encode_pairs
 from jtune.data.encode.supervised import CONVERSATIONS, encode_conversations, encode_last_answers
-from jtune.data.encode.turns import Rules, filled_columns
+from jtune.data.encode.turns import Rules
 from jtune.data.templates.template import Template
 from jtune.data.templates.tools import WHOLE
 from jtune.errors import DataError
@@ -35,7 +33,7 @@ def encode_rows(
     template: Template,
     stage: StageRules,
     rules: Rules,
-    sharing: Sharing = Sharing(),
+    sharing: Sharing = UNSHARED,
 ) -> datasets.Dataset:
     """Ids and labels of aligned rows: a row for each, empty where `fault` says why it is left out.
 
@@ -76,18 +74,3 @@ def encode_rows(
         what="Encoding",
         batched_for=sharing.num_proc or 1 if stage.rows == "feedback" else 1,
     )
-
-
-def encode_slice(
-    table: datasets.Dataset, encode: Callable[..., pa.Table], start: int, stop: int, *, template: Template, **how: Any
-) -> pa.Table:
-    """What `encode` makes of the rows of `table`, whose format is Arrow, from one number up to another."""
-    batch: Any = table[start:stop]
-    rows = {name: filled_columns(batch[name]).to_pylist() for name in batch.column_names}
-    made = encode(rows, template=template, **how)
-    return made.append_column("noted", column_of(batch, made, template))
-
-
-def aligned_columns(table: datasets.Dataset, *names: str) -> datasets.Dataset:
-    """What is read of aligned rows. As Arrow: `datasets` takes three times as long to make Python objects of it."""
-    return table.select_columns(list(names)).with_format("arrow")

@@ -1,7 +1,7 @@
 """Encoded sets in a folder, `tokenized_path`: made once, where the rows are, and read wherever the run is.
 
 jtune_data.json     what they were made with, what became of the rows, and which files are a set
-parts/*.arrow       rows (see parts.py)
+parts/*.arrow       rows (see cache/shards.py)
 <set>.npy           which of them are examples, where not all are
 """
 

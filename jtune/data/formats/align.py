@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from jtune.config.stages import RULES, StageRules
 from jtune.data.cache.fingerprint import fingerprint
-from jtune.data.cache.shards import Sharing, arrow_column, make_in_shards
+from jtune.data.cache.shards import UNSHARED, Sharing, arrow_column, make_in_shards
 from jtune.data.formats.alpaca import alpaca_messages, alpaca_table
 from jtune.data.formats.chat import (
     ANSWER_ROLES,
@@ -65,7 +65,7 @@ def align(
     stage: StageRules,
     rows: np.ndarray | None = None,
     index: int = 0,
-    sharing: Sharing = Sharing(),
+    sharing: Sharing = UNSHARED,
 ) -> datasets.Dataset:
     """Bring `table` into the form `ALIGNED`, row by row.
 
@@ -77,13 +77,12 @@ def align(
     Raises:
       DataError: a row has nothing in a column that it must have.
     """
-    args = {"entry": entry, "stage": stage, "index": index}
     aligned = make_in_shards(
-        partial(_align_rows, table, table.with_format("arrow"), rows=rows, **args),
+        partial(_align_rows, table, table.with_format("arrow"), entry=entry, stage=stage, index=index, rows=rows),
         table,
         ALIGNED,
         sharing._replace(batch_size=BATCH),
-        name=fingerprint(table, "align", args, rows),
+        name=fingerprint(table, "align", (entry, stage.rows, index), rows),
         what=f"Aligning {entry.name}",
     )
     refuse_missing(aligned, {index: entry})
@@ -154,16 +153,25 @@ def align_row(row: Mapping[Any, Any], entry: Entry, stage: StageRules = RULES["s
 
 
 def _align_rows(
-    table: datasets.Dataset, arrow: datasets.Dataset, start: int, stop: int, *, rows: np.ndarray | None, **how: Any
+    table: datasets.Dataset,
+    arrow: datasets.Dataset,
+    start: int,
+    stop: int,
+    *,
+    entry: Entry,
+    stage: StageRules,
+    index: int,
+    rows: np.ndarray | None,
 ) -> pa.Table:
     """The rows of `table` from one number up to another, as `_align_batch`, in Arrow; `arrow` is `table` as such."""
-    found = alpaca_table(arrow[start:stop], how["entry"], how["stage"])
-    if found is None:
-        padded = padded_columns(table.features, how["entry"].columns.tools)
-        made = _align_batch(table[start:stop], range(start, stop), rows=rows, padded=padded, **how)
+    made = alpaca_table(arrow[start:stop], entry, stage)
+    if made is None:
+        padded = padded_columns(table.features, entry.columns.tools)
+        numbers = range(start, stop)
+        made = _align_batch(table[start:stop], numbers, entry=entry, stage=stage, index=index, rows=rows, padded=padded)
     else:
         place = np.arange(start, stop) if rows is None else rows[start:stop]
-        made = found | {"dataset": [how["index"]] * (stop - start), "row": place}
+        made |= {"dataset": [index] * (stop - start), "row": place}
     return pa.Table.from_pydict(made, schema=ALIGNED.arrow_schema)
 
 

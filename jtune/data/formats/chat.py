@@ -13,9 +13,6 @@ ANSWER_ROLES = ("assistant", "function")
 SYNONYMS = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "developer": "system"}
 
 
-# ---------------------------------------------------------------------- sharegpt, openai
-
-
 def chat_messages(row: Mapping[Any, Any], entry: Entry, stage: StageRules) -> tuple[list[Message], str]:
     tags, turns = entry.tags, _turns(row, entry)
     column = entry.columns.messages

@@ -34,9 +34,6 @@ def add_unused(message: Message, what: str) -> None:
     message["unused"] = ", ".join(filter(None, [message.get("unused"), what]))
 
 
-# ---------------------------------------------------------------------- values
-
-
 def text_message(role: str, content: Any, what: str | None) -> Message:
     if content is None:
         raise FaultyRow(f"{what} without content")

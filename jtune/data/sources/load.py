@@ -3,13 +3,11 @@
 import difflib
 import glob
 import json
-import logging
 import lzma
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, fields, replace
-from functools import cache
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import config as datasets_config
 
-from jtune.config.stages import RULES, StageRules
 from jtune.data.cache.shards import arrow_column
-from jtune.data.sources.registry import OPENAI_TAGS, Columns, Entry, Tags
+from jtune.data.sources.columns import USUAL, note_once
+from jtune.data.sources.registry import Entry
 from jtune.data.sources.rows import (
     LATE,
     check_utf8,
@@ -31,14 +29,11 @@ from jtune.data.sources.rows import (
     open_bytes,
     reader,
     say_late,
-    value_of,
 )
 from jtune.errors import DataError
 
 # Otherwise `datasets` tells a counter on the internet of each reading, of local files, too.
 datasets_config.HF_UPDATE_DOWNLOAD_COUNTS = False
-
-log = logging.getLogger("jtune")
 
 # File extension -> the reader: our own (jtune.data.sources.rows) of "json" and "csv", that of `datasets` of the others.
 READERS = {"json": "json", "jsonl": "json", "ndjson": "json", "csv": "csv", "tsv": "csv"}
@@ -52,23 +47,6 @@ NO_DATA = (
     "requirements.txt",
     "LICENSE.txt",
 )
-# Columns that are text for the model under these names.
-USUAL = ("instruction", "input", "output", "prompt", "query", "question", "completion", "response", "answer", "text")
-USUAL += (
-    "content",
-    "system",
-    "history",
-    "tools",
-    "messages",
-    "conversations",
-    "chosen",
-    "rejected",
-    "label",
-    "kto_tag",
-)
-PREFERENCES = ("chosen", "rejected", "label", "kto_tag")  # other stages learn from them
-KEYS = {"instruction": "prompt", "input": "query", "output": "response", "conversations": "messages"}
-KEYS |= {"question": "prompt", "completion": "response", "answer": "response"}
 
 
 class Hub(NamedTuple):
@@ -78,7 +56,10 @@ class Hub(NamedTuple):
     token: str | None = None
 
 
-def load_table(entry: Entry, hub: Hub = Hub(), *, num_proc: int | None = None) -> datasets.Dataset:
+PUBLIC = Hub()  # no token, the cache of `datasets`
+
+
+def load_table(entry: Entry, hub: Hub = PUBLIC, *, num_proc: int | None = None) -> datasets.Dataset:
     """All rows of one dataset, unchanged.
 
     Raises:
@@ -112,7 +93,7 @@ def load_table(entry: Entry, hub: Hub = Hub(), *, num_proc: int | None = None) -
     return table
 
 
-def open_table(entry: Entry, hub: Hub = Hub()) -> tuple[datasets.IterableDataset, list[str], Mapping[str, Any]]:
+def open_table(entry: Entry, hub: Hub = PUBLIC) -> tuple[datasets.IterableDataset, list[str], Mapping[str, Any]]:
     """The rows of one dataset, unchanged, read as they are iterated over; the names of its columns; its first row.
 
     Raises:
@@ -198,19 +179,13 @@ def data_files(entry: Entry) -> list[str]:
             raise DataError(f"dataset {entry.name!r}: the folder {path} holds no files of data ({kinds})")
         left = [f.name + "/" * f.is_dir() for f in listed if str(f) not in files]
         if left:
-            _note(f"dataset {entry.name!r}: not read from {path}: {', '.join(left)}")
+            note_once(f"dataset {entry.name!r}: not read from {path}: {', '.join(left)}")
         return files
     if not os.path.isfile(path):
         siblings = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
         raise DataError(f"dataset {entry.name!r}: no file {path}." + (f" There is {near[0]!r}." if near else ""))
     return [str(path)]
-
-
-@cache
-def _note(text: str, level: int = logging.INFO) -> None:
-    """Say something once, though a run looks at its sets several times."""
-    log.log(level, "%s", text)
 
 
 def places(entries: Sequence[Entry] | Mapping[int, Entry], rows: datasets.Dataset) -> tuple[str, ...]:
@@ -244,76 +219,6 @@ def _places(entry: Entry, rows: Sequence[int]) -> dict[int, str]:
     return found
 
 
-def resolve_format(
-    entry: Entry, found: Sequence[str], stage: StageRules = RULES["sft"], first: Mapping[str, Any] | None = None
-) -> Entry:
-    """For a dataset without an entry: tell its format from its columns, and from the names in its first row.
-
-    `messages` is OpenAI's form, `conversations` ShareGPT's, or the one whose names the messages have; a table of `text`
-    (or `content`) alone is for stage pt; else alpaca, with a question and an answer under one of their usual names.
-    `system`, `tools`, `history`, `chosen`, `rejected` and `kto_tag` are what they are called, the last three in the
-    stages that learn from them.
-    """
-    if entry.formatting is not None:
-        return entry
-    has = set(found)
-    columns = Columns(system="system", tools="tools")
-    if stage.rows == "pair" and {"chosen", "rejected"} <= has:
-        entry = replace(entry, ranking=True)
-        columns = replace(columns, chosen="chosen", rejected="rejected")
-    if stage.rows == "feedback":
-        columns = replace(columns, kto_tag=next((name for name in ("kto_tag", "label") if name in has), None))
-    for name in ("messages", "conversations"):
-        if name in has:
-            openai = _has_roles((first or {}).get(name), default=name == "messages")
-            tags, formatting = (OPENAI_TAGS, "openai") if openai else (Tags(), "sharegpt")
-            return replace(entry, formatting=formatting, columns=replace(columns, messages=name), tags=tags)
-    present = lambda *names: next((name for name in names if name in has), names[0])
-    prompt = present("instruction", "prompt", "question", "query")
-    response = present("output", "response", "completion", "answer")
-    document = next((name for name in ("text", "content") if name in has), None)
-    asked = "instruction" if stage.rows == "text" else prompt
-    if document and asked not in has and not entry.ranking:
-        columns = Columns(prompt=document, query=None, response=None)
-        return replace(entry, formatting="alpaca", columns=columns)
-    query = "query" if "input" not in has and "query" in has and prompt != "query" else "input"
-    history = None if stage.rows == "text" else "history"  # whose first question would be the text
-    columns = replace(columns, prompt=prompt, query=query, response=response, history=history)
-    return replace(entry, formatting="alpaca", columns=columns)
-
-
-def _has_roles(turns: Any, default: bool) -> bool:
-    """Whether messages have OpenAI's names, `role` and `content`, rather than ShareGPT's."""
-    turn = turns[0] if isinstance(turns := value_of(turns), list) and turns else None
-    if not isinstance(turn, Mapping) or ("role" in turn) == ("from" in turn):
-        return default
-    return "role" in turn
-
-
-def say_unused(entry: Entry, found: Sequence[str], stage: StageRules) -> None:
-    """Name the columns that are not read, once; those that are usually text for the model with a warning."""
-    unread = {"response", "system", "tools"} if stage.rows == "text" else set()
-    own = {"prompt", "query", "response", "history"}
-    unread |= {"messages"} if entry.formatting == "alpaca" else own
-    unread |= {"response"} if entry.ranking else {"chosen", "rejected"}
-    used = {getattr(entry.columns, field.name) for field in fields(Columns) if field.name not in unread}
-    if stage.rows == "text" and (entry.formatting != "alpaca" or entry.columns.history in found):
-        _note(f"dataset {entry.name!r}: stage pt learns the first message of a row only", logging.WARNING)
-    unused = [name for name in found if name not in used]
-    if not unused:
-        return
-    text = [name for name in unused if name in USUAL and name not in PREFERENCES]
-    if text and stage.rows != "text":
-        key = KEYS.get(text[0], text[0])
-        _note(
-            f"dataset {entry.name!r}: {', '.join(map(repr, text))} {'is' if len(text) == 1 else 'are'} usually text "
-            f'for the model, but not used. To use it, say what it is in dataset_info.json: "columns": {{"{key}": '
-            f'"{text[0]}"}}',
-            logging.WARNING,
-        )
-    _note(f"dataset {entry.name!r}: columns not used: {', '.join(unused)}")
-
-
 def _say_late(entry: Entry, table: datasets.Dataset) -> None:
     """Name the columns that no row had when their names were looked up (see `rows.LATE`)."""
     column = arrow_column(table, LATE)
@@ -322,58 +227,6 @@ def _say_late(entry: Entry, table: datasets.Dataset) -> None:
         cells, first = column.take(pa.array(rows)).to_pylist(), int(rows[0])
         names = dict.fromkeys(name for cell in cells for name in json.loads(cell))
         say_late(entry.name, _places(entry, [first])[first], tuple(names))
-
-
-def check_columns(entry: Entry, found: list[str], stage: StageRules) -> None:
-    """Columns that the entry names, and those without which nothing can be read, must exist.
-
-    Raises:
-      DataError: with the columns that there are.
-    """
-    columns = entry.columns
-    needed = set(entry.listed) - ({"response"} if stage.rows == "prompt" else set())
-    if entry.formatting == "alpaca":
-        needed.add("prompt" if columns.prompt else "query")
-        needed |= {"response"} if stage.rows not in ("text", "prompt") and not entry.ranking else set()
-    else:
-        needed.add("messages")
-    needed |= {"chosen", "rejected"} if entry.ranking else set()
-    needed |= {"kto_tag"} if stage.rows == "feedback" else set()
-    for key in sorted(needed):
-        column = getattr(columns, key)
-        if column is None or column not in found:
-            if key == "response" and column is None:
-                raise DataError(
-                    f"dataset {entry.name!r} ({entry.path}) has texts ({columns.prompt}) without answers: they are for "
-                    f"stage pt, not {stage.name}. Its columns are {', '.join(found)}"
-                )
-            near = difflib.get_close_matches(column or key, found, n=1, cutoff=0.5)
-            suggestion = near[0] if near else "the_column"
-            raise DataError(
-                f"dataset {entry.name!r} ({entry.path}), row 1: no column {column or key!r} for the {key}. "
-                f"Its columns are {', '.join(found)}. In dataset_info.json, say which one it is: "
-                f'"columns": {{"{key}": "{suggestion}"}}'
-            )
-
-
-def check_stage(entry: Entry, stage: StageRules) -> None:
-    """Raise a DataError for sets that are not for `stage`."""
-    kind = "ranking" if entry.ranking else "kto_tag" if entry.columns.kto_tag else ""
-    if kind and not (stage.rows == "text" and kind == "kto_tag"):
-        wanted = "pair" if kind == "ranking" else "feedback"
-        if stage.rows != wanted:
-            stages = " and ".join(name for name, rules in RULES.items() if rules.rows == wanted)
-            raise DataError(
-                f"dataset {entry.name!r} holds preferences ({kind}): it is for stage {stages}, not {stage.name}"
-            )
-    elif stage.has_preferences:
-        wanted = '"columns": {"kto_tag": "..."}' if stage.rows == "feedback" else '"ranking": true'
-        raise DataError(
-            f"dataset {entry.name!r} holds no preferences, and stage {stage.name} learns from them: {wanted}"
-        )
-    media = [key for key in ("images", "videos", "audios") if getattr(entry.columns, key)]
-    if media:
-        raise DataError(f"dataset {entry.name!r} has {', '.join(media)}; jtune trains on text")
 
 
 def _reader(files: list[str], entry: Entry) -> str:

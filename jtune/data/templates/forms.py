@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 - full-width bars and commas are what the models use
 """Chat formats that several templates share."""
 
 from dataclasses import replace

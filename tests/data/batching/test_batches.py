@@ -312,8 +312,8 @@ def test_evaluation_of_a_few_rows_is_not_padded_to_a_large_batch():
 def test_the_divisor_counts_the_first_label_as_the_trainer_does():
     encoded = Examples([10, 20, 30, 40], train_on_all=True)
     batches = planned(
-        encoded, stage=rules_of("pt"), packing=False, cutoff_len=40, per_device_batch_size=2, batch_shards=1, accumulation=2,
-        seed=0, shuffle=False, num_epochs=1,
+        encoded, stage=rules_of("pt"), packing=False, cutoff_len=40, per_device_batch_size=2, batch_shards=1,
+        accumulation=2, seed=0, shuffle=False, num_epochs=1,
     )  # fmt: skip
     arrays = batches.update(0)
     assert arrays["divisor"] == 100

@@ -28,7 +28,7 @@ ROWS = [{"instruction": f"Say {n}.", "input": "", "output": "! " * (n % 7)} for 
 class Pair:
     """One of two hosts that share all folders, as threads."""
 
-    apart = False
+    is_partial = False
 
     def __init__(self, place, meeting, counted):
         self.place, self.meeting, self.counted = place, meeting, counted

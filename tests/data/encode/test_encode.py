@@ -1,6 +1,7 @@
 """Token ids and labels: what is learned, what is cut, what is left out."""
 
 import json
+from itertools import chain
 
 import datasets
 import numpy as np
@@ -14,7 +15,7 @@ from jtune.data import get_template
 from jtune.data.encode.encoded import Encoded, check_vocabulary
 from jtune.data.encode.pretraining import encode_documents
 from jtune.data.encode.rows import encode_rows
-from jtune.data.encode.turns import Rules, label_turns
+from jtune.data.encode.turns import Rules, infer_seqlen
 from jtune.data.formats.fields import ALIGNED
 from jtune.errors import DataError
 
@@ -45,6 +46,48 @@ def encode(template, *chats, **options):
 
 def learned(template, row):
     return template.tokenizer.decode([t for t, label in zip(row["input_ids"], row["labels"]) if label != -100])
+
+
+def label_turns(
+    turns,
+    *,
+    cutoff_len,
+    eos_id,
+    efficient_eos=False,
+    mask_history=False,
+    train_on_prompt=False,
+    wanted=None,
+):
+    """LLaMA-Factory's loop over the turns of one conversation: ids, labels, and whether anything is cut."""
+    parts = []
+    used = 1 if efficient_eos else 0
+    cut = False
+    may = np.reshape([True] * 2 * len(turns) if wanted is None else list(wanted), (-1, 2)).tolist()
+    ends_wanted = True  # whether the last answer is
+    for k in range(len(turns)):
+        turn = len(turns) - 1 - k if mask_history else k
+        source, target = turns[turn]
+        if used >= cutoff_len:
+            cut = True
+            break
+        kept_source, kept_target = infer_seqlen(len(source), len(target), cutoff_len - used)
+        cut |= kept_source < len(source) or kept_target < len(target)
+        source, target = source[:kept_source], target[:kept_target]
+        used += kept_source + kept_target
+        asked, answered = may[turn]
+        learned = target if answered and (not mask_history or k == 0) else [-100] * len(target)
+        given = source if train_on_prompt and asked else [-100] * len(source)
+        if efficient_eos and k > 0 and not train_on_prompt and not mask_history and source and ends_wanted:
+            given = [eos_id, *given[1:]]  # what ends the answer before is learned where this turn begins
+        ends_wanted = answered if k == 0 or not mask_history else ends_wanted
+        parts.append((source + target, given + learned))
+    if mask_history:
+        parts.reverse()
+    ids = list(chain.from_iterable(ids for ids, _ in parts))
+    labels = list(chain.from_iterable(labels for _, labels in parts))
+    if not efficient_eos:
+        return ids, labels, cut
+    return [*ids, eos_id], [*labels, eos_id if ends_wanted else -100], cut
 
 
 def test_answers_are_learned_and_prompts_are_not(template):

@@ -17,10 +17,11 @@ from jtune.config.stages import rules_of
 from jtune.data import load_datasets
 from jtune.data.formats.align import align, align_row
 from jtune.data.pipeline import Wanted
-from jtune.data.sources import load as loading
-from jtune.data.sources.load import Hub, load_table, resolve_format
+from jtune.data.sources import columns
+from jtune.data.sources.columns import resolve_format
+from jtune.data.sources.load import Hub, load_table
 from jtune.data.sources.registry import Columns, Entry, entry_of, find_datasets
-from jtune.data.sources.rows import CELLS, CHUNK, json_rows
+from jtune.data.sources.rows import CELLS, CHUNK, json_rows, say_late
 from jtune.data.stream import open_stream
 from jtune.errors import DataError
 
@@ -44,8 +45,8 @@ TEXTS += ["2031-05-09 10:00:00", "123456789012345678901234567890", "-0", "a\nb",
 
 @pytest.fixture(autouse=True)
 def said_anew():
-    loading._note.cache_clear()
-    loading.say_late.cache_clear()
+    columns.note_once.cache_clear()
+    say_late.cache_clear()
 
 
 def answers(table):
@@ -223,7 +224,7 @@ def test_a_column_that_comes_late_and_is_not_used_is_named_once(suffix, template
 def test_preferences_are_no_text_in_other_stages(tmp_path, caplog):
     caplog.set_level(logging.INFO, "jtune")
     entry = resolve_format(Entry("a", "file", "a", formatting=None), ["instruction", "output", "label", "chosen"])
-    loading.say_unused(entry, ["instruction", "output", "label", "chosen"], rules_of("sft"))
+    columns.say_unused(entry, ["instruction", "output", "label", "chosen"], rules_of("sft"))
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
         ("INFO", "dataset 'a': columns not used: label, chosen")
     ]
@@ -235,7 +236,7 @@ def test_what_stage_pt_leaves_of_a_conversation_is_said(tmp_path, caplog):
     chat = Entry("a", "file", "a", formatting="openai", columns=Columns(messages="messages"))
     history = Entry("b", "file", "b", columns=Columns(history="history"))
     for entry, found in ((chat, ["messages"]), (history, ["instruction", "history"]), (history, ["instruction"])):
-        loading.say_unused(entry, found, rules_of("pt"))
+        columns.say_unused(entry, found, rules_of("pt"))
     assert [r.getMessage() for r in caplog.records] == [
         f"dataset '{name}': stage pt learns the first message of a row only" for name in ("a", "b")
     ]

@@ -8,7 +8,7 @@ import pytest
 from sets import ALPACA, OPENAI, SHAREGPT, load, texts, write
 
 from jtune.data.formats.align import align_row
-from jtune.data.sources.load import resolve_format
+from jtune.data.sources.columns import resolve_format
 from jtune.data.sources.registry import Entry, entry_of, find_datasets
 from jtune.errors import DataError
 
