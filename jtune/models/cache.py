@@ -1,7 +1,7 @@
-"""What decoding remembers of the tokens so far: for each layer, keys and values, what they are made from, or a state.
+"""The cache of decoding: for each layer the keys and values of earlier tokens, or their latent vectors, or a state.
 
-The slot of a token follows from its position in its own sequence alone, `position mod slots`, so padding takes none,
-left or right, and a layer with a window needs no more slots than the window is long.
+The slot of a token is `position mod slots`, with the position in its own sequence. So padding takes no slot, left or
+right, and a layer with a window needs no more slots than the window is long.
 
 Shape suffixes: R layers of a stack that are alike, B batch, T new tokens, S slots.
 """
@@ -17,7 +17,7 @@ Entry = dict[str, jax.Array]  # [R, B, S, ...] each; of a linear layer [R, B, ..
 
 
 class LayerCache(NamedTuple):
-    """The cache of a stack of layers, and which of them this is."""
+    """The cache of a stack of layers, and the index of this layer in it."""
 
     entry: Entry
     index: jax.Array
@@ -31,7 +31,7 @@ def layer_cache(config: DecoderConfig, layer: Layer, repeats: int, batch: int, s
         channels = 2 * d.key_heads * d.key_dim + d.value_heads * d.value_dim
         return {
             "inputs": jnp.zeros((repeats, batch, d.taps - 1, channels), dtype),  # of the convolution
-            # The state adds up over all tokens, in float32.
+            # The state sums over all tokens, so it is float32.
             "state": jnp.zeros((repeats, batch, d.value_heads, d.key_dim, d.value_dim), jnp.float32),
         }
     if layer.window is not None:
@@ -44,11 +44,11 @@ def layer_cache(config: DecoderConfig, layer: Layer, repeats: int, batch: int, s
 
 
 def write(entry: Entry, index: Any, new: Entry, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> Entry:
-    """The cache with what is `new` of layer `index`, `[B, T, ...]` each; tokens of segment 0 are padding."""
+    """The cache with the `new` entries of layer `index`, `[B, T, ...]` each; tokens of segment 0 are padding."""
     slots = next(iter(entry.values())).shape[2]
     real_BT = segment_ids_BT > 0
     last_B1 = jnp.max(jnp.where(real_BT, positions_BT, -1), axis=1, keepdims=True)
-    # Of those that would share a slot, only the last is written.
+    # Of tokens that share a slot, only the last is written.
     kept_BT = real_BT & (positions_BT > last_B1 - slots)
     slot_BT = jnp.where(kept_BT, positions_BT % slots, slots)  # out of bounds: not written
     row_BT = jnp.broadcast_to(jnp.arange(positions_BT.shape[0])[:, None], slot_BT.shape)
@@ -56,6 +56,5 @@ def write(entry: Entry, index: Any, new: Entry, positions_BT: jax.Array, segment
 
 
 def key_positions(slots: int, positions_BT: jax.Array) -> jax.Array:
-    """Which position each slot holds when the token at `positions` `[B, 1]` has been written: int32 `[B, S]`, negative
-    where there is nothing yet."""
+    """The position in each slot after the token at `positions` `[B, 1]` is written: int32 `[B, S]`; negative: empty."""
     return positions_BT - (positions_BT - jnp.arange(slots)[None, :]) % slots

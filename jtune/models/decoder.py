@@ -1,4 +1,4 @@
-"""The decoder: one causal language model for all families, told by a `DecoderConfig` what it is.
+"""The decoder: one causal language model for all families, described by a `DecoderConfig`.
 
 Shape suffixes: B batch, T tokens, D embed, V vocab.
 """
@@ -29,29 +29,29 @@ from jtune.sharding import constrain, divides, spec
 
 REMAT = ("none", "dots", "attention", "full", "offload")
 
-# Reading a number of a product's output takes as long as so many multiply-adds, or longer, on the chips that there are.
+# Multiply-adds that take at most as long as reading one number of a product's output, on every chip today.
 THIN = 256
 
 
 class Loop(NamedTuple):
-    """Layers that are run in one loop."""
+    """Layers that run in one loop."""
 
-    stack: int  # which of the stacks of parameters
-    start: int  # the index of the first layer in it
+    stack: int  # the index of the stack of parameters
+    start: int  # the index of the first layer in the stack
     first: int  # the number of that layer in the model
-    period: int  # layers of a turn, which may differ among themselves
+    period: int  # layers per iteration, which may differ among themselves
     repeats: int
 
 
-Cache = tuple[tuple[caches.Entry, ...], ...]  # of each loop, of each layer of its period
+Cache = tuple[tuple[caches.Entry, ...], ...]  # for each loop, for each layer of its period
 
 
 class Hidden(NamedTuple):
-    """What the layers give."""
+    """The output of the layers."""
 
     x: jax.Array  # [batch, seq, embed] in the dtype of the computation
     cache: Cache | None  # with the new tokens in it
-    load: Load | None  # of the experts, where the config asks for a loss on it
+    load: Load | None  # of the experts, if the config asks for a loss on it
 
 
 class CausalLM(nn.Module):
@@ -65,17 +65,17 @@ class CausalLM(nn.Module):
 
     Attributes:
       dtype: of activations and matrix products. Norms, softmax and logits are float32.
-      remat: what the backward pass computes again: "none"; "dots", all but the products with parameters, adapters' thin
-        ones not among them; "attention", all but what attention gives; "full", all but the input of each layer;
-        "offload", the same, and those inputs wait in the memory of the host.
+      remat: what the backward pass recomputes: "none"; "dots": all but the products with parameters (it recomputes the
+        thin products of adapters); "attention": all but the output of attention; "full": all but the input of each
+        layer; "offload": the same, with these inputs in host memory.
       attention: the backend of `jtune.models.attention.dispatch.attend`.
-      mesh: where activations are said to lie (`jtune.sharding.RULES`); None: nothing is said, as suits one device.
-      unrolled: compile the layers one after the other instead of a loop over them. The code then grows with depth, but
-        nothing is copied into and out of stacks of what the backward pass needs, which takes a fifth of a step.
+      mesh: activations are constrained to it (`jtune.sharding.RULES`); None: one device, no constraints.
+      unrolled: compile the layers one after the other, without a loop. The program then grows with depth, but no
+        residual is copied into or out of a stack; these copies take a fifth of a step.
 
-    `params["layers"]` is a stack of layers (leaves `[layers, ...]`), or a tuple of such stacks, in order. Leaves may
-    also be lists, of an array for each layer: then the layers are unrolled. Dropout, of kernels that have it, happens
-    when `apply` gets `rngs={"dropout": key}`.
+    `params["layers"]` is a stack of layers (leaves `[layers, ...]`), or a tuple of such stacks, in order. A leaf may
+    also be a list with an array for each layer; then the layers are unrolled. Kernels with dropout apply it when
+    `apply` gets `rngs={"dropout": key}`.
     """
 
     config: DecoderConfig
@@ -122,12 +122,12 @@ class CausalLM(nn.Module):
         cache: Cache | None = None,
         embedding_noise: jax.Array | None = None,
     ) -> Hidden:
-        """What the last layer gives, before the final norm.
+        """The output of the last layer, before the final norm.
 
         Args:
-          cache: see `init_cache`. An empty one takes a whole prompt, in which tokens of segment 0 are padding; one that
-            is not empty takes the next token of each row.
-          embedding_noise: `[batch, seq, embed]`, added to what the table gives, before anything is done to that.
+          cache: see `init_cache`. With an empty cache, the input is a whole prompt, in which tokens of segment 0 are
+            padding; otherwise the input is the next token of each row.
+          embedding_noise: `[batch, seq, embed]`, added to the rows of the table before anything else.
         """
         c = self.config
         if positions is None:
@@ -155,13 +155,13 @@ class CausalLM(nn.Module):
         load, written = _no_load(c), []
         for i, loop in enumerate(loops(c, layers)):
             cut = slice(loop.start, loop.start + loop.period * loop.repeats)
-            params = jax.tree.map(itemgetter(cut), stacks(layers)[loop.stack], is_leaf=is_apart)
+            params = jax.tree.map(itemgetter(cut), stacks(layers)[loop.stack], is_leaf=is_unstacked)
             x, entries, load = self._scan(x, loop, params, None if cache is None else cache[i], load, key, shared)
             written.append(entries)
         return Hidden(x, None if cache is None else tuple(written), load)
 
     def _scan(self, x: jax.Array, loop: Loop, stack, entries, load: Load | None, key, shared: Shared):
-        """Run layers over `x`: unrolled, or a period of them in each turn of a loop, which does not grow with depth."""
+        """Run layers over `x`: unrolled, or in a loop with one period of layers per iteration."""
         c, period = self.config, loop.period
 
         def turn(carry: Any, turn_and_params: Any) -> Any:
@@ -171,17 +171,17 @@ class CausalLM(nn.Module):
                 number = loop.first + index * period + i
                 layer = DecoderLayer(c, c.layers[loop.first + i], self.attention, self.mesh, parent=None)
                 rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
-                remembered = None if entries is None else LayerCache(entries[i], index)
-                given: Any = layer.apply({"params": params[i]}, x, shared, remembered, rngs=rngs)
-                x, entry, its_load = given
+                layer_cache = None if entries is None else LayerCache(entries[i], index)
+                output: Any = layer.apply({"params": params[i]}, x, shared, layer_cache, rngs=rngs)
+                x, entry, its_load = output
                 if entries is not None:
                     entries[i] = entry
                 if load is not None and its_load is not None:
                     load = jax.tree.map(jnp.add, load, its_load)
             return (x, None if entries is None else tuple(entries), load), None
 
-        carry, leaves = (x, entries, load), jax.tree.leaves(stack, is_leaf=is_apart)
-        if self.unrolled or any(map(is_apart, leaves)):
+        carry, leaves = (x, entries, load), jax.tree.leaves(stack, is_leaf=is_unstacked)
+        if self.unrolled or any(map(is_unstacked, leaves)):
             turn = jax.jit(_rematerialised(turn, self.remat, prevent_cse=True))  # traced once
             layers = layers_of(stack)
             for index in range(loop.repeats):
@@ -218,13 +218,13 @@ def hidden_states(
 ) -> Hidden:
     """`CausalLM.hidden` of these parameters."""
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    given = input_ids, positions, segment_ids, cache, embedding_noise
-    found: Any = model.apply({"params": params}, *given, rngs=rngs, method="hidden")
-    return found
+    inputs = input_ids, positions, segment_ids, cache, embedding_noise
+    hidden: Any = model.apply({"params": params}, *inputs, rngs=rngs, method="hidden")
+    return hidden
 
 
 class Embedding(nn.Module):
-    """A table `[vocab, embed]`, looked up at the bottom and, when tied, multiplied with at the top."""
+    """A table `[vocab, embed]`: the input of the layers and, when tied, the head."""
 
     vocab: int
     features: int
@@ -242,21 +242,22 @@ class Embedding(nn.Module):
 
 
 def look_up(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any, mesh: Mesh | None) -> jax.Array:
-    """The rows of the table that `ids` name, `[batch, seq, embed]` in `dtype`.
+    """The rows `ids` of the table, `[batch, seq, embed]` in `dtype`.
 
-    On a mesh the table stays where it is: a device looks up its columns for all devices that have other ones, and they
-    exchange them, which costs as much as moving the result once. So does the gradient, on its way back.
+    On a mesh the table stays in place. A device looks up its columns for all devices with other columns, and an
+    all-to-all exchanges them, which costs as much as moving the result once. The gradient does the same in reverse.
     """
     if mesh is None or mesh.size == 1:
         return jnp.take(table_VD, ids_BT, axis=0).astype(dtype)
-    lies = spec(("vocab", "embed"), table_VD.shape, mesh)
-    rows, columns = lies
+    table = spec(("vocab", "embed"), table_VD.shape, mesh)
+    rows, columns = table
     tokens = spec(("batch", "sequence"), ids_BT.shape, mesh)
 
-    # Where tokens do not divide (a few prompts, one token each), devices do the same work, which cannot be inferred.
-    apart = divides(tokens, mesh)
+    # Where the mesh does not divide the tokens (few prompts, one token each), devices repeat the same work, and
+    # shard_map cannot infer that their results are equal.
+    each_its_own = divides(tokens, mesh)
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(lies, tokens), out_specs=P(*tokens, None), check_vma=apart)
+    @partial(jax.shard_map, mesh=mesh, in_specs=(table, tokens), out_specs=P(*tokens, None), check_vma=each_its_own)
     def local(table_VD, ids_BT):
         ids_ZBT = ids_BT[None] if columns is None else jax.lax.all_gather(ids_BT, columns)
         if rows is None:
@@ -279,23 +280,23 @@ def periods(kinds: Sequence[Any], longest: int = 8) -> list[tuple[int, int, int]
     >>> periods("aaaa"), periods("ababa"), periods("aabbb")
     ([(0, 1, 4)], [(0, 2, 2), (4, 1, 1)], [(0, 1, 2), (2, 1, 3)])
     """
-    found, start = [], 0
+    patterns, start = [], 0
     while start < len(kinds):
         best = (1, 1)
         for period in range(1, longest + 1):
             pattern, repeats = kinds[start : start + period], 1
             while len(pattern) == period and kinds[start + repeats * period :][:period] == pattern:
                 repeats += 1
-            # A pattern that is not repeated is no pattern; of equal coverage the shortest wins.
+            # A pattern must repeat. Of patterns with equal coverage, the shortest wins.
             if repeats > 1 and period * repeats > best[0] * best[1]:
                 best = (period, repeats)
-        found.append((start, *best))
+        patterns.append((start, *best))
         start += best[0] * best[1]
-    return found
+    return patterns
 
 
 def _rematerialised(turn, remat: str, *, prevent_cse: bool):
-    # Inside a loop there is nothing for common-subexpression elimination to undo, and preventing it costs fusions.
+    # Inside a loop, common-subexpression elimination finds nothing to undo, and preventing it costs fusions.
     if remat == "none":
         return turn
     if remat not in REMAT:
@@ -316,8 +317,10 @@ def _rematerialised(turn, remat: str, *, prevent_cse: bool):
 
 
 def _is_worth_keeping(primitive: Any, *inputs: Any, **params: Any) -> bool:
-    """A policy of `jax.checkpoint`: products with parameters are kept, but for thin ones, as an adapter's second. What
-    that gives is as large as what the kernel gives, and is computed again as soon as read back."""
+    """A policy of `jax.checkpoint`: keep products with parameters, except thin ones, like the second of an adapter.
+
+    The output of a thin product is as large as the kernel's, and recomputing it takes no longer than reading it back.
+    """
     if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **params):
         return False
     summed = params["dimension_numbers"][0][0]
@@ -329,19 +332,19 @@ def stacks(layers: Any) -> tuple[Any, ...]:
     return layers if isinstance(layers, tuple) else (layers,)
 
 
-def is_apart(leaf: Any) -> bool:
-    """Whether a leaf of a stack of layers is a list, of an array for each layer, instead of one array `[layers, ...]`.
+def is_unstacked(leaf: Any) -> bool:
+    """Whether a leaf of a stack of layers is a list with an array for each layer, instead of one array `[layers, ...]`.
 
-    A list is what layers that are unrolled best take: of a stack XLA copies what each product needs, twice a step.
+    Lists suit unrolled layers: from a stack, XLA copies the kernel of each product, twice per step.
     """
     return isinstance(leaf, list)
 
 
 def layers_of(stack: Any) -> list[Any]:
     """The parameters of each layer of a stack."""
-    leaves, structure = jax.tree.flatten(stack, is_leaf=is_apart)
-    # The gradient of `split` is one concatenation; that of taking each by its index would be a sum of whole stacks.
-    cut = lambda x: x if is_apart(x) else [part[0] for part in jax.lax.split(x, [1] * len(x))]
+    leaves, structure = jax.tree.flatten(stack, is_leaf=is_unstacked)
+    # The gradient of `split` is one concatenation; the gradient of indexing would be a sum of whole stacks.
+    cut = lambda x: x if is_unstacked(x) else [part[0] for part in jax.lax.split(x, [1] * len(x))]
     return [structure.unflatten(layer) for layer in zip(*map(cut, leaves), strict=True)]
 
 
@@ -349,29 +352,29 @@ def numbered(layers: Any) -> Iterator[tuple[range, Any]]:
     """The stacks of layers of a parameter tree, in order, each with the numbers of its layers."""
     first = 0
     for stack in stacks(layers):
-        count = len(jax.tree.leaves(stack, is_leaf=is_apart)[0])
+        count = len(jax.tree.leaves(stack, is_leaf=is_unstacked)[0])
         yield range(first, first + count), stack
         first += count
 
 
 def loops(config: DecoderConfig, layers: Any) -> list[Loop]:
-    """How `params["layers"]` is run: in loops over stacks, or over parts of them, as far as patterns repeat.
+    """The loops that run `params["layers"]`: over stacks, or over parts of stacks in which a pattern repeats.
 
     Raises:
-      ValueError: there are more or fewer layers than the config says.
+      ValueError: the number of layers is not that of the config.
     """
-    found, count = [], 0
+    all_loops, count = [], 0
     for i, (numbers, _) in enumerate(numbered(layers)):
         kinds = config.layers[numbers.start : numbers.stop]
-        found += [Loop(i, start, numbers[start], period, repeats) for start, period, repeats in periods(kinds)]
+        all_loops += [Loop(i, start, numbers[start], period, repeats) for start, period, repeats in periods(kinds)]
         count = numbers.stop
     if count != config.num_hidden_layers:
-        raise ValueError(f"params hold {count} layers, the config says {config.num_hidden_layers}")
-    return found
+        raise ValueError(f"params has {count} layers, the config has {config.num_hidden_layers}")
+    return all_loops
 
 
 def init_cache(config: DecoderConfig, params: Any, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache for `batch` sequences of up to `length` tokens (layers with a window hold no more than that)."""
+    """An empty cache for `batch` sequences of up to `length` tokens (layers with a window have as many slots as it)."""
 
     def of_loop(loop: Loop) -> tuple[caches.Entry, ...]:
         kinds = config.layers[loop.first : loop.first + loop.period]
@@ -388,17 +391,17 @@ def _no_load(config: DecoderConfig) -> Load | None:
 
 
 def runs(config: DecoderConfig) -> list[range]:
-    """The layers of each stack: runs of layers that have the same parameters."""
-    found, start = [], 0
+    """The layers of each stack: runs of layers with the same kinds of parameters."""
+    ranges, start = [], 0
     for _, group in groupby(config.layers, key=lambda layer: (layer.sparse, layer.linear)):
         stop = start + len(list(group))
-        found.append(range(start, stop))
+        ranges.append(range(start, stop))
         start = stop
-    return found
+    return ranges
 
 
 def _init_layers(config: DecoderConfig, key: jax.Array):
-    """All layers, initialised and stacked; every leaf gets the logical axis `layers` in front."""
+    """All layers, initialised and stacked; every leaf gets `layers` as its first logical axis."""
     x, one = jnp.zeros((1, 1, config.hidden_size)), jnp.ones((1, 1), jnp.int32)
     shared = Shared(tuple(cos_sin(rope, config.rope_dim, one * 0, one) for rope in config.ropes), one * 0, one)
     keys = jax.random.split(key, config.num_hidden_layers)
@@ -410,8 +413,8 @@ def _init_layers(config: DecoderConfig, key: jax.Array):
         label = lambda box: box.replace(names=("layers", *box.names))
         return jax.tree.map(label, tree, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
-    found = [stacked(run) for run in runs(config)]
-    return tuple(found) if len(found) > 1 else found[0]
+    initialised = [stacked(run) for run in runs(config)]
+    return tuple(initialised) if len(initialised) > 1 else initialised[0]
 
 
 def _boxed(config: DecoderConfig, key: jax.Array):
@@ -425,15 +428,15 @@ def init_params(config: DecoderConfig, key: jax.Array, dtype: Any = jnp.float32)
 
 @cache
 def _declared(config: DecoderConfig) -> Any:
-    """What `_boxed` gives, of `ShapeDtypeStruct`s. Traced once for a config: a run asks for it many times."""
+    """The tree of `_boxed` as `ShapeDtypeStruct`s. Cached: a run asks for it many times."""
     return jax.eval_shape(lambda: _boxed(config, jax.random.key(0)))
 
 
 def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """The parameter tree as `ShapeDtypeStruct`s; nothing is computed."""
+    """The parameter tree as `ShapeDtypeStruct`s, without computing it."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(_declared(config)))
 
 
 def logical_axes(config: DecoderConfig) -> dict[str, Any]:
-    """The parameter tree with the names of each leaf's axes (see `jtune.sharding.RULES`) in its place."""
+    """The parameter tree with the logical axes of each leaf (see `jtune.sharding.RULES`) in its place."""
     return jax.tree.map(lambda box: box.names, _declared(config), is_leaf=lambda x: isinstance(x, nn.Partitioned))

@@ -1,9 +1,9 @@
-"""The gated delta rule (arXiv:2412.06464), which a layer may have in the place of attention.
+"""The gated delta rule (arXiv:2412.06464), which some layers have instead of attention.
 
-A head keeps a matrix S, from keys to values, that is all it knows of the past. With each token it forgets some of it,
-and then corrects what it gives for the token's key, by a share beta of how far that is from the token's value:
+A head has a state, a matrix S from keys to values, and knows nothing else of the past. For each token, S decays; then
+the rule moves the value that S gives for the token's key towards the token's value, by a share beta of the difference:
 
-    S_t = a_t S_{t-1} + beta_t k_t (v_t - a_t S_{t-1}^T k_t)^T,    what is given: S_t^T q_t
+    S_t = a_t S_{t-1} + beta_t k_t (v_t - a_t S_{t-1}^T k_t)^T,    output: S_t^T q_t
 
 Shape suffixes: B batch, T tokens, D embed, M channels of the convolution, S taps of it, H value heads, K dimensions of
 a key, V dimensions of a value; in the rule: N chunks, C tokens of a chunk.
@@ -24,9 +24,9 @@ from jtune.models.mlp import ACTIVATIONS
 from jtune.models.norm import Norm
 from jtune.sharding import constrain
 
-CHUNK = 64  # tokens whose corrections are found at once
+CHUNK = 64  # tokens whose corrections are computed together
 
-# States add up over a whole row: on TPUs, products of float32 are otherwise rounded to bfloat16.
+# States sum over a whole row. By default, TPUs round float32 products to bfloat16.
 _dot = partial(jnp.matmul, precision="high")
 
 
@@ -38,18 +38,18 @@ class GatedDelta(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, segment_ids_BT: jax.Array, remembered: LayerCache | None = None
+        self, x_BTD: jax.Array, segment_ids_BT: jax.Array, layer_cache: LayerCache | None = None
     ) -> tuple[jax.Array, Entry | None]:
-        """What the rule gives, `[batch, seq, embed]`, and the cache with the new tokens in it."""
+        """The output of the rule, `[batch, seq, embed]`, and the cache with the new tokens."""
         c, d = self.config, delta_config(self.config)
         B, T, _ = x_BTD.shape
         qkv_BTM, z_BTHV, beta_BTH, a_BTH = self._project(x_BTD)
 
         run_BT, real_BT, state = number_runs(segment_ids_BT), segment_ids_BT > 0, None
-        if remembered is not None and T == 1:  # the token goes on from what the cache holds
-            held = {name: x[remembered.index] for name, x in remembered.entry.items()}
-            qkv_BTM = jnp.concatenate([held["inputs"].astype(x_BTD.dtype), qkv_BTM], axis=1)
-            run_BT, state = run_BT * 0, held["state"]
+        if layer_cache is not None and T == 1:  # the token continues from the cache
+            cached = {name: x[layer_cache.index] for name, x in layer_cache.entry.items()}
+            qkv_BTM = jnp.concatenate([cached["inputs"].astype(x_BTD.dtype), qkv_BTM], axis=1)
+            run_BT, state = run_BT * 0, cached["state"]
             before = ((0, 0), (d.taps - 1, 0))
             convolved = Convolution(d.taps, name="conv1d")(qkv_BTM, jnp.pad(run_BT, before))
             inputs_BSM = qkv_BTM[:, 1:]
@@ -67,31 +67,31 @@ class GatedDelta(nn.Module):
         beta_BTH = jax.nn.sigmoid(beta_BTH.astype(jnp.float32))
         log_decay_BTH, beta_BTH = (jnp.where(real_BT[..., None], x, 0.0) for x in (log_decay_BTH, beta_BTH))
 
-        # A state passes along all tokens of a row: devices that split rows elsewhere split heads here. In two steps
-        # each way, which XLA can each do with one exchange.
+        # A state depends on all tokens of a row, so devices that split rows elsewhere split heads here. There are two
+        # constraints each way, because XLA can do each of them with one all-to-all.
         split_rows = lambda x: constrain(x, self.mesh, "batch", "sequence", "heads", *(None,) * (x.ndim - 3))
         whole_rows = lambda x: constrain(x, self.mesh, "batch", None, "whole_row_heads", *(None,) * (x.ndim - 3))
-        given = q_BTHK, k_BTHK, heads(v, d.value_heads), log_decay_BTH, beta_BTH
-        q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH = (whole_rows(split_rows(x)) for x in given)
+        inputs = q_BTHK, k_BTHK, heads(v, d.value_heads), log_decay_BTH, beta_BTH
+        q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH = (whole_rows(split_rows(x)) for x in inputs)
         out_BTHV, state = gated_delta_rule(
             q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, run_BT, state, chunk=min(CHUNK, T)
         )
         out_BTHV = split_rows(whole_rows(out_BTHV)).astype(x_BTD.dtype)
         normed = Norm("rms", c.norm_eps, name="norm")(out_BTHV) * jax.nn.silu(z_BTHV.astype(jnp.float32))
         y_BTD = Linear(c.hidden_size, ("heads", "embed"), name="out_proj")(normed.astype(x_BTD.dtype).reshape(B, T, -1))
-        if remembered is None:
+        if layer_cache is None:
             return y_BTD, None
         new = {"inputs": inputs_BSM, "state": state}
-        entry = {name: x.at[remembered.index].set(new[name].astype(x.dtype)) for name, x in remembered.entry.items()}
+        entry = {name: x.at[layer_cache.index].set(new[name].astype(x.dtype)) for name, x in layer_cache.entry.items()}
         return y_BTD, entry
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """What the convolution takes, the gate of the norm, and of each head what becomes beta and the decay."""
+        """The input of the convolution, the gate of the norm, and for each head the inputs of beta and of the decay."""
         d = delta_config(self.config)
         B, T, _ = x_BTD.shape
         K, V = d.key_heads * d.key_dim, d.value_heads * d.value_dim
         linear = lambda n, axis, name: Linear(n, ("embed", axis), name=name)(x_BTD)
-        if d.joined:  # kernels have all of one key head, then all of the next
+        if d.joined:  # kernels are ordered by key head
             per = d.value_heads // d.key_heads
             by_head = lambda x: x.reshape(B, T, d.key_heads, -1)
             ends = [d.key_dim, 2 * d.key_dim, 2 * d.key_dim + per * d.value_dim]
@@ -105,19 +105,19 @@ class GatedDelta(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Each channel's own weighted sum of its last `taps` inputs, within a run of tokens; float32."""
+    """For each channel, a weighted sum of its last `taps` inputs within a run of tokens; float32."""
 
     taps: int
 
     @nn.compact
     def __call__(self, x_BTM: jax.Array, run_BT: jax.Array) -> jax.Array:
-        # Not called a kernel: it multiplies no vectors, and has no adapter. Its shape is that of files.
+        # It is not named kernel: it multiplies no vectors and gets no adapter. Its shape is that of the files.
         shape, axes = (x_BTM.shape[-1], 1, self.taps), (None, None, None)
         weight_MS = parameter(self, "weight", nn.initializers.normal(0.02), shape, axes)[:, 0].astype(jnp.float32)
         y_BTM = x_BTM * weight_MS[:, -1]
         for back in range(1, self.taps):
             earlier = lambda x, back=back: jnp.pad(x, ((0, 0), (back, 0), *((0, 0),) * (x.ndim - 2)))[:, :-back]
-            same_BT1 = (earlier(run_BT + 1) == run_BT + 1)[..., None]  # before the row there is no run
+            same_BT1 = (earlier(run_BT + 1) == run_BT + 1)[..., None]  # no run before the row
             y_BTM += jnp.where(same_BT1, earlier(x_BTM), 0) * weight_MS[:, -1 - back]
         return y_BTM
 
@@ -135,23 +135,23 @@ def gated_delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
     """The rule over rows, chunk by chunk (arXiv:2412.06464, section 3.3; arXiv:2406.06484 for the chunks).
 
-    Within a chunk, a token corrects what the tokens before it have left: a triangular system, whose solution is what
-    each writes, but for what the chunk's first state gives for its key. From chunk to chunk there is only that state.
+    Within a chunk, each token corrects the result of the tokens before it. This is a triangular system; its solution is
+    what each token writes, apart from the term of the chunk's first state. Between chunks only the state is passed on.
 
     Args:
       q, k, v, log_decay, beta: float32. A token of beta 0 and log_decay 0 changes nothing.
-      run: int32, never falling along a row: a state is that of a run, and the next one starts from nothing.
-      state: what run 0 goes on from; default: nothing.
-      chunk: how many tokens at a time; the result does not depend on it.
+      run: int32, never decreasing along a row: each run starts from an empty state.
+      state: the state at the start of run 0; default: empty.
+      chunk: tokens per chunk; the result does not depend on it.
 
     Returns:
-      What each token is given, float32 `[B, T, H, V]`, and the state after the last one, float32 `[B, H, K, V]`.
+      The output of each token, float32 `[B, T, H, V]`, and the state after the last one, float32 `[B, H, K, V]`.
     """
     B, T, H, K = q_BTHK.shape
     V, fill = v_BTHV.shape[-1], -T % chunk
 
     def cut(x, mode="constant"):
-        """`[B, T, ...]` -> `[N, B, C, ...]`; the last chunk is filled up with tokens that change nothing."""
+        """`[B, T, ...]` -> `[N, B, C, ...]`; the last chunk is padded with tokens that change nothing."""
         x = jnp.pad(x, ((0, 0), (0, fill), *((0, 0),) * (x.ndim - 2)), mode=mode)
         return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
 
@@ -161,7 +161,7 @@ def gated_delta_rule(
     run_NBC = cut(run_BT, "edge")
     before_NB1 = jnp.pad(run_NBC[:-1, :, -1:], ((1, 0), (0, 0), (0, 0)))  # the run of the token before the chunk
 
-    # What is left of something when token i reads it: of what token j wrote, and of the state before the chunk.
+    # The decay until token i reads: of the write of token j, and of the state before the chunk.
     sees_NBCC = (run_NBC[..., :, None] == run_NBC[..., None, :]) & jnp.tri(chunk, dtype=bool)
     left_NBHCC = jnp.exp(
         jnp.where(sees_NBCC[:, :, None], total_NBHC[..., :, None] - total_NBHC[..., None, :], -jnp.inf)
@@ -186,7 +186,8 @@ def gated_delta_rule(
     if state_BHKV is None:
         state_BHKV = jnp.zeros((B, H, K, V), jnp.float32)
     chunks = q_NBHCK * left_NBHC1, within_NBHCC, written_NBHCV, read_NBHCK, lasting_NBHCK, left_NBHC1[..., -1, :]
-    # Of a turn only the state before it is kept: it is larger than all that is made from it, which is quick to make.
+    # The backward pass keeps only the state before each chunk and recomputes the rest, which is smaller and quick to
+    # compute.
     turn = jax.checkpoint(turn, prevent_cse=False)
     state_BHKV, out_NBHCV = jax.lax.scan(turn, state_BHKV, chunks)
     out_BTHV = out_NBHCV.transpose(1, 0, 3, 2, 4).reshape(B, T + fill, H, V)
@@ -195,15 +196,15 @@ def gated_delta_rule(
 
 @jax.custom_vjp
 def inverse(lower: jax.Array) -> jax.Array:
-    """The inverse of a matrix `[..., n, n]` with ones on its diagonal, of which only what is below is read.
+    """The inverse of a matrix `[..., n, n]` with ones on its diagonal; only the part below the diagonal is read.
 
-    By blocks, [[A, 0], [B, C]] has the inverse [[A', 0], [-C' B A', C']]: of one row at first, then of two, of four.
-    Products are fast everywhere, and split over devices; triangular solves are neither, and on CPUs two at a time wait
-    for each other for ever in the BLAS that jaxlib takes from scipy.
+    By blocks, [[A, 0], [B, C]] has the inverse [[A', 0], [-C' B A', C']], with blocks of one row, then two, then four.
+    Products are fast everywhere, and split over devices. Triangular solves are neither; and on CPUs, two of them at the
+    same time deadlock in the BLAS that jaxlib takes from scipy.
     """
     n = lower.shape[-1]
     found, size, block = jnp.broadcast_to(jnp.eye(n, dtype=lower.dtype), lower.shape), 1, jnp.arange(n)
-    dot = partial(jnp.matmul, precision="highest")  # what is rounded here is corrected nowhere
+    dot = partial(jnp.matmul, precision="highest")  # no later step corrects its rounding
     while size < n:
         between = (block[:, None] > block[None, :]) & (block[:, None] // 2 == block[None, :] // 2)
         found = found - dot(dot(found, jnp.where(between, lower, 0)), found)
@@ -225,7 +226,7 @@ inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
 def number_runs(segment_ids_BT: jax.Array) -> jax.Array:
-    """Runs of tokens that share a state, int32: 1, 2, ... Padding belongs to the run before it; at the start, to 0.
+    """Number the runs of tokens that share a state, int32: 1, 2, ... Padding belongs to the run before it, or to run 0.
 
     >>> number_runs(jnp.array([[0, 0, 7, 7, 8, 0]])).tolist()
     [[0, 0, 1, 1, 2, 2]]
@@ -235,7 +236,7 @@ def number_runs(segment_ids_BT: jax.Array) -> jax.Array:
 
 
 def last_inputs(x_BTM: jax.Array, run_BT: jax.Array, real_BT: jax.Array, count: int) -> jax.Array:
-    """The last `count` inputs up to each row's last real token, `[B, count, M]`, zeros where its run has no more."""
+    """The last `count` inputs up to each row's last real token, `[B, count, M]`; zeros where its run has fewer."""
     last_B1 = (run_BT.shape[1] - 1 - jnp.argmax(real_BT[:, ::-1], axis=1))[:, None]
     place_BS = last_B1 + jnp.arange(1 - count, 1)
     take = lambda x: jnp.take_along_axis(x, jnp.maximum(place_BS, 0).reshape(*place_BS.shape, *(1,) * (x.ndim - 2)), 1)
@@ -244,12 +245,12 @@ def last_inputs(x_BTM: jax.Array, run_BT: jax.Array, real_BT: jax.Array, count: 
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Vectors of the last axis, made one long."""
+    """Vectors of the last axis, normalised to length one."""
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
 def delta_config(config: DecoderConfig) -> DeltaConfig:
-    """The gated delta layers of a config that has some."""
+    """`config.delta`, which must not be None."""
     assert config.delta is not None
     return config.delta
 

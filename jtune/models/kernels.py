@@ -1,7 +1,7 @@
-"""How parameters are declared and how kernels are applied.
+"""Declare parameters and apply kernels.
 
-A kernel is an array `[..., in, out]`, or a node that stands in its place and knows how it is applied (a LoRA adapter, a
-quantised kernel). Nothing else in the decoder knows of nodes.
+A kernel is an array `[..., in, out]`, or a node in its place that applies itself (a LoRA adapter, a quantised kernel).
+No other part of the decoder knows about nodes.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 
 @runtime_checkable
 class Kernel(Protocol):
-    """What may stand in the place of a kernel; a pytree whose first leaf is what it stands for."""
+    """A node in the place of a kernel: a pytree whose first leaf is the base that it stands for."""
 
     def project(self, x: jax.Array, rng: jax.Array | None, group_sizes: jax.Array | None) -> jax.Array: ...
 
     def lies(self, kernel: tuple[str | None, ...]) -> Any:
-        """The logical axes of every array, as a tree like it; `kernel`: those of the kernel."""
+        """The logical axes of every array, as a tree like the node; `kernel`: those of the kernel."""
         ...
 
 
@@ -29,9 +29,9 @@ def project(
     """`x @ kernel` in the dtype of `x`: `[..., in]` -> `[..., out]`.
 
     Args:
-      rng: key for dropout, of nodes that have it; None: no dropout.
-      group_sizes: int32 `[experts]`, for kernels `[experts, in, out]`: `x`, `[tokens, in]`, is sorted by expert, and
-        this is how many rows each has.
+      rng: key for the dropout of nodes; None: no dropout.
+      group_sizes: int32 `[experts]`, for kernels `[experts, in, out]`: the number of rows of each expert in `x`
+        `[tokens, in]`, which is sorted by expert.
     """
     if isinstance(kernel, Kernel):
         return kernel.project(x, rng, group_sizes)
@@ -40,17 +40,16 @@ def project(
 
 
 def recomputed(function: Callable) -> Callable:
-    """`function`, of whose work the backward pass keeps what it was given and nothing else: for what goes element by
-    element, and is as soon done again as read back."""
-    return jax.checkpoint(function, prevent_cse=False)  # where nothing keeps XLA from merging the two, it knows better
+    """`function`, recomputed from its inputs in the backward pass: for elementwise work, as fast to redo as to read."""
+    return jax.checkpoint(function, prevent_cse=False)  # XLA may merge the two computations where that is better
 
 
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`x @ kernel`, `[..., in]` and `[in, out]`.
 
-    Its gradients are those of any product, but for a hint to XLA on CPUs. The gradient by the kernel takes `x`
-    transposed, and XLA likes to compute `x` a second time for it, transposed: an element at a time, across the cache.
+    Its gradients are the usual ones, with a hint to XLA on CPUs. The gradient for the kernel needs `x` transposed, and
+    XLA would recompute `x` in transposed order for it: an element at a time, across the cache.
     """
     return x @ kernel
 
@@ -62,7 +61,7 @@ def _matmul_forward(x, kernel):
 def _matmul_backward(residuals, dy):
     x, kernel = residuals
     rows_x, rows_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    # By platform when lowered, not by where this runs: `jtune plan` compiles for others.
+    # The platform of the lowering counts, not that of this process: `jtune plan` compiles for other platforms.
     hold = lambda *x: jax.lax.optimization_barrier(x)
     rows_x, rows_dy = jax.lax.platform_dependent(rows_x, rows_dy, cpu=hold, default=lambda *x: x)
     return dy @ kernel.T, rows_x.T @ rows_dy
@@ -72,9 +71,10 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def parameter(module: nn.Module, name: str, init: Callable, shape: Sequence[int], axes: Sequence[str | None]) -> Any:
-    """The parameter `name` of a module, with its shape, initialiser and logical axes: its one declaration.
+    """The parameter `name` of a module, with its shape, initialiser and logical axes: its only declaration.
 
-    What is there is taken as it is. Linen would compare its shape with the declared one, which a node does not have.
+    An existing parameter is returned as it is. Linen would compare its shape with the declared shape, and a node has
+    another structure.
     """
     if module.has_variable("params", name):
         return module.get_variable("params", name)
@@ -101,7 +101,7 @@ class Linear(nn.Module):
             return y
         lead, lead_axes = ((self.experts,), ("experts",)) if self.experts else ((), ())
         bias = parameter(self, "bias", nn.initializers.zeros, (*lead, self.features), (*lead_axes, self.axes[1]))
-        if self.experts:  # each row has that of its expert
+        if self.experts:  # each row gets the bias of its expert
             assert group_sizes is not None
             bias = jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=x.shape[0])
         return y + bias.astype(y.dtype)

@@ -26,16 +26,16 @@ from jtune.models.norm import Norm, norm
 from jtune.models.rope import rotate
 from jtune.sharding import constrain
 
-# The name of what a remat policy may keep.
+# The name by which a remat policy can keep the input of a layer.
 LAYER_INPUT = "layer_input"
 
-LATENT_EPS = 1e-6  # of the norms inside latent attention, whatever the config says of the others
+LATENT_EPS = 1e-6  # of the norms inside latent attention; the config sets that of the other norms only
 
 
 class Shared(NamedTuple):
-    """What all layers get alike."""
+    """The inputs that all layers share."""
 
-    turns: tuple[Any, ...]  # of each of DecoderConfig.ropes: (cos, sin), float32 [B, T, 1, frequencies]
+    turns: tuple[Any, ...]  # for each of DecoderConfig.ropes: (cos, sin), float32 [B, T, 1, frequencies]
     positions: jax.Array  # int32 [B, T]
     segment_ids: jax.Array  # int32 [B, T]
 
@@ -47,8 +47,8 @@ class Attention(nn.Module):
     mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, shared: Shared, remembered: LayerCache | None = None):
-        """What attention gives, `[batch, seq, embed]`, and the cache with the new tokens in it."""
+    def __call__(self, x_BTD: jax.Array, shared: Shared, layer_cache: LayerCache | None = None):
+        """The output of attention, `[batch, seq, embed]`, and the cache with the new tokens."""
         c = self.config
         q_BTHD, new, gate = (self._latent if c.latent else self._plain)(x_BTD, shared)
         fixed: dict[str, Any] = {
@@ -64,14 +64,14 @@ class Attention(nn.Module):
         )
 
         entry = None
-        if remembered is not None:
-            entry = caches.write(remembered.entry, remembered.index, new, shared.positions, shared.segment_ids)
-        if remembered is not None and entry is not None and x_BTD.shape[1] == 1:
-            here = {name: x[remembered.index].astype(x_BTD.dtype) for name, x in entry.items()}
-            k_BSKD, v_BSKD = self._keys_values(here)
+        if layer_cache is not None:
+            entry = caches.write(layer_cache.entry, layer_cache.index, new, shared.positions, shared.segment_ids)
+        if layer_cache is not None and entry is not None and x_BTD.shape[1] == 1:
+            cached = {name: x[layer_cache.index].astype(x_BTD.dtype) for name, x in entry.items()}
+            k_BSKD, v_BSKD = self._keys_values(cached)
             at_BS = caches.key_positions(k_BSKD.shape[1], shared.positions)
             out = attend_cached(q_BTHD, k_BSKD, v_BSKD, shared.positions, at_BS, bias_BHS=bias(at_BS), **fixed)
-        else:  # nothing came before
+        else:  # no earlier tokens
             k_BTKD, v_BTKD = self._keys_values(new)
             place = lambda x, axis: constrain(x, self.mesh, "batch", "sequence", axis, None)
             out = attend(
@@ -97,14 +97,14 @@ class Attention(nn.Module):
         return rotate(x_BTHD, cos_BT1F, sin_BT1F, self.config.ropes[self.layer.rope].interleaved)
 
     def _plain(self, x_BTD: jax.Array, shared: Shared) -> tuple[jax.Array, caches.Entry, jax.Array | None]:
-        """Queries `[batch, seq, heads, head_dim]`; the keys and values that a cache holds; `[batch, seq, heads *
-        head_dim]`, the gate of what attention gives, if there is one."""
+        """Queries `[batch, seq, heads, head_dim]`; keys and values for the cache; the gate of the output, `[batch, seq,
+        heads * head_dim]`, if there is one."""
         c = self.config
         H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         linear = lambda n, axis, name: Linear(n * D, ("embed", axis), use_bias=c.qkv_bias, name=name)(x_BTD)
         split = lambda x, n: x.reshape(*x.shape[:-1], n, D)
         gate = None
-        if c.attention_gate:  # of each head the query, then the gate
+        if c.attention_gate:  # for each head the query, then the gate
             both = linear(2 * H, "heads", "q_proj").reshape(*x_BTD.shape[:-1], H, 2 * D)
             q, gate = (x.reshape(*x_BTD.shape[:-1], -1) for x in jnp.split(both, 2, axis=-1))
             k, v = linear(K, "kv_heads", "k_proj"), linear(K, "kv_heads", "v_proj")
@@ -150,16 +150,16 @@ class Attention(nn.Module):
         q_BTHD = jnp.concatenate([q_nope, self._turn(q_rope, shared)], axis=-1)
         return q_BTHD, {"latent": inner("kv_a_layernorm")(kv), "rope_key": rope_key}, None
 
-    def _keys_values(self, held: caches.Entry) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of all heads, from what a cache holds of them."""
+    def _keys_values(self, entry: caches.Entry) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of all heads, from the entry of a cache."""
         c = self.config
         if c.latent is None:
-            return held["k"], held["v"]
+            return entry["k"], entry["v"]
         width = c.num_attention_heads * (c.latent.nope_dim + c.latent.value_dim)
-        both = Linear(width, ("embed", "heads"), name="kv_b_proj")(held["latent"])
+        both = Linear(width, ("embed", "heads"), name="kv_b_proj")(entry["latent"])
         both = both.reshape(*both.shape[:-1], c.num_attention_heads, -1)
         k_nope, v = jnp.split(both, [c.latent.nope_dim], axis=-1)
-        rope_key = jnp.broadcast_to(held["rope_key"][:, :, None, :], (*k_nope.shape[:-1], c.latent.rope_dim))
+        rope_key = jnp.broadcast_to(entry["rope_key"][:, :, None, :], (*k_nope.shape[:-1], c.latent.rope_dim))
         return jnp.concatenate([k_nope, rope_key], axis=-1), v
 
 
@@ -170,18 +170,18 @@ class DecoderLayer(nn.Module):
     mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, shared: Shared, remembered: LayerCache | None = None):
-        """The next hidden state, the cache with the new tokens in it, and the load of the experts (`jtune.models.moe`);
-        None for what there is not."""
+    def __call__(self, x_BTD: jax.Array, shared: Shared, layer_cache: LayerCache | None = None):
+        """The next hidden state; the cache with the new tokens, or None; the load of the experts (`jtune.models.moe`),
+        or None."""
         c = self.config
         named = partial(norm, c)
-        settle = lambda x: constrain(x, self.mesh, "batch", "sequence", None)
-        add = lambda x, y: settle(x + (y if c.residual_multiplier == 1.0 else y * c.residual_multiplier))
+        constrained = lambda x: constrain(x, self.mesh, "batch", "sequence", None)
+        add = lambda x, y: constrained(x + (y if c.residual_multiplier == 1.0 else y * c.residual_multiplier))
 
-        def attention(x, shared, remembered):
+        def attention(x, shared, layer_cache):
             if self.layer.linear:
-                return GatedDelta(c, self.mesh, name="linear_attn")(x, shared.segment_ids, remembered)
-            return Attention(c, self.layer, self.backend, self.mesh, name="self_attn")(x, shared, remembered)
+                return GatedDelta(c, self.mesh, name="linear_attn")(x, shared.segment_ids, layer_cache)
+            return Attention(c, self.layer, self.backend, self.mesh, name="self_attn")(x, shared, layer_cache)
 
         def feed_forward(x):
             if self.layer.sparse:
@@ -191,14 +191,14 @@ class DecoderLayer(nn.Module):
         x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
         if c.block in ("parallel", "parallel_two"):
             normed = named("input_layernorm")(x_BTD)
-            y, entry = attention(normed, shared, remembered)
+            y, entry = attention(normed, shared, layer_cache)
             if c.block == "parallel_two":
                 normed = named("post_attention_layernorm")(x_BTD)
             z, load = feed_forward(normed)
             return add(x_BTD, y + z), entry, load
 
         before, after = c.block in ("before", "around"), c.block in ("around", "after")
-        y, entry = attention(named("input_layernorm")(x_BTD) if before else x_BTD, shared, remembered)
+        y, entry = attention(named("input_layernorm")(x_BTD) if before else x_BTD, shared, layer_cache)
         x_BTD = add(x_BTD, named("post_attention_layernorm")(y) if after else y)
         name = "pre_feedforward_layernorm" if after else "post_attention_layernorm"
         y, load = feed_forward(named(name)(x_BTD) if before else x_BTD)

@@ -24,9 +24,9 @@ ACTIVATIONS = {
 
 
 def gated(gate_up: jax.Array, c: DecoderConfig) -> jax.Array:
-    """`act(gate) * up` of what one kernel gave for both, `[..., 2 * width]`: side by side, or in turns.
+    """`act(gate) * up`, of the output of one kernel for both, `[..., 2 * width]`: side by side, or interleaved.
 
-    gpt-oss clamps both, has a sigmoid of its own slope, and adds one to `up`.
+    gpt-oss clamps both, has a sigmoid with its own slope, and adds one to `up`.
     """
     if c.mlp == "interleaved":
         gate, up = gate_up[..., ::2], gate_up[..., 1::2]

@@ -1,8 +1,8 @@
-"""Mixture of experts: each token goes through the few experts that its router gives the most weight.
+"""Mixture of experts: each token passes through the few experts to which the router gives the most weight.
 
-On a mesh, each device sorts the tokens it has. Where experts are split over the axis `expert`, the devices along it
-show each other their tokens, each adds up what its own experts give for all of them, and each gets back the sums of its
-own tokens. Nothing is dropped, and all sizes are static.
+On a mesh, each device sorts its own tokens. If experts are split over the axis `expert`, the devices along it
+all-gather their tokens. Each device sums the outputs of its own experts for all of them, and a reduce-scatter returns
+the sums to the devices of the tokens. No token is dropped, and all sizes are static.
 
 Shape suffixes: B batch, T tokens in a row, N tokens, D embed, E experts (of this device), P experts of a token,
 M = N*P pairs of a token and one of its experts.
@@ -28,15 +28,15 @@ SMALL = 2**16  # elements of one layer
 
 
 class Load(NamedTuple):
-    """How tokens were spread over the experts; sums over tokens, and over layers."""
+    """The distribution of tokens over experts; sums over tokens, and over layers."""
 
     chosen: jax.Array  # float32 [E]: how often an expert was among the best
-    probability: jax.Array  # float32 [E]: of its being chosen
+    probability: jax.Array  # float32 [E]: its router probability
     tokens: jax.Array  # float32 scalar
 
 
 class Experts(nn.Module):
-    """MLPs `[experts, in, out]`, each applied to its own run of rows: no token is dropped, none is padded."""
+    """MLPs `[experts, in, out]`, each applied to its own run of rows, without dropping or padding tokens."""
 
     config: DecoderConfig
 
@@ -55,7 +55,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Router, experts, and the weighted sum of what they give; and the MLP that all tokens share, if there is one."""
+    """Router, experts, and the weighted sum of their outputs; and the MLP that all tokens share, if there is one."""
 
     config: DecoderConfig
     mesh: Mesh | None = None
@@ -64,7 +64,7 @@ class MoE(nn.Module):
     def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, Load | None]:
         c, e = self.config, expert_config(self.config)
         router = Linear(e.count, ("embed", None), use_bias=e.router_bias, name="gate")
-        # Scores decide by small differences: the sigmoid routers compute them in float32.
+        # Small differences of scores decide, so sigmoid routers compute them in float32.
         router_BTE = router(x_BTD.astype(jnp.float32) if e.scoring == "sigmoid" else x_BTD)
         correction = None
         if e.correction_bias:
@@ -89,7 +89,7 @@ class MoE(nn.Module):
 
 
 def expert_config(config: DecoderConfig) -> ExpertConfig:
-    """The experts of a config that has some."""
+    """`config.experts`, which must not be None."""
     assert config.experts is not None
     return config.experts
 
@@ -100,7 +100,7 @@ def choose(router_NE: jax.Array, correction_E: jax.Array | None, e: ExpertConfig
     scores_NE = jax.nn.sigmoid(router_NE) if e.scoring == "sigmoid" else jax.nn.softmax(router_NE, -1)
     ranked_NE = scores_NE if correction_E is None else scores_NE + correction_E.astype(jnp.float32)
     if e.groups > 1:
-        # A group is as good as its two best experts (arXiv:2412.19437, section 2.1.2).
+        # The two best experts of a group give its score (arXiv:2412.19437, section 2.1.2).
         grouped = ranked_NE.reshape(-1, e.groups, e.count // e.groups)
         worth = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
         best = jax.lax.top_k(worth, e.top_groups)[1]
@@ -114,7 +114,7 @@ def choose(router_NE: jax.Array, correction_E: jax.Array | None, e: ExpertConfig
 
 
 def measure(router_NE: jax.Array, real_N: jax.Array, e: ExpertConfig) -> Load:
-    """The load of one layer; padding counts for nothing."""
+    """The load of one layer, without padding."""
     probability_NE = jax.nn.softmax(router_NE.astype(jnp.float32), -1) * real_N[:, None]
     best_NP = jax.lax.top_k(probability_NE, e.per_token)[1]
     weights = jnp.broadcast_to(real_N[:, None], best_NP.shape).astype(jnp.float32)
@@ -123,27 +123,27 @@ def measure(router_NE: jax.Array, real_N: jax.Array, e: ExpertConfig) -> Load:
 
 
 def balance_loss(load: Load) -> jax.Array:
-    """The load-balancing loss, a float32 scalar: P when all experts are alike.
+    """The load-balancing loss, a float32 scalar; P when all experts have the same load.
 
-    Equations 4 to 6 of arXiv:2101.03961, for the best P experts of a token and over all layers at once, as transformers
-    has it.
+    Equations 4 to 6 of arXiv:2101.03961, for the best P experts of a token and over all layers together, as in
+    transformers.
     """
     tokens = jnp.maximum(load.tokens, 1.0)
     return load.chosen.size * jnp.sum(load.chosen / tokens * load.probability / tokens)
 
 
 def mix(apply: Callable, x_ND: jax.Array, weight_NP: jax.Array, expert_NP: jax.Array, first: Any, count: int):
-    """The weighted sum, for each token, of what its experts among `first ... first + count - 1` give: `[N, D]`.
+    """For each token, the weighted sum of the outputs of its experts among `first ... first + count - 1`: `[N, D]`.
 
     Args:
-      apply: `apply(x [M, D], group_sizes [count]) -> [M, D]`; what it gives for rows after the last group is not used.
+      apply: `apply(x [M, D], group_sizes [count]) -> [M, D]`; its rows after the last group are not used.
     """
     local_M = expert_NP.ravel() - first
     mine_M = (local_M >= 0) & (local_M < count)
     local_M = jnp.where(mine_M, local_M, count)  # the pairs of other devices' experts come last
     order_M = jnp.argsort(local_M, stable=True)
     group_sizes_E = jnp.bincount(local_M, length=count).astype(jnp.int32)
-    # Rows of no group are undefined in a ragged product and in its gradient: nothing may come in or out of them.
+    # Rows of no group are undefined in a ragged product and in its gradient, so they are masked on both sides.
     only_mine = lambda x_MD: jnp.where(mine_M[order_M, None], x_MD, 0)
     y_MD = only_mine(apply(only_mine(x_ND[order_M // expert_NP.shape[1]]), group_sizes_E))
     y_NPD = y_MD[jnp.argsort(order_M)].reshape(*expert_NP.shape, -1)
@@ -161,11 +161,11 @@ def mix_on_mesh(
     config: DecoderConfig,
     mesh: Mesh,
 ) -> tuple[jax.Array, Load | None]:
-    """`mix` of all experts, on every device for the tokens it has, `[B, T, D]`; and the load of the experts.
+    """`mix` of all experts, on every device for its own tokens, `[B, T, D]`; and the load of the experts.
 
     Args:
-      params: of `Experts`, as they lie on the mesh; gathered here over the axes along which tokens differ, so that
-        gradients are scattered over them.
+      params: of `Experts`, sharded. They are all-gathered over the axes along which tokens differ, so their gradients
+        are reduce-scattered over these axes.
       key: of dropout.
     """
     e = expert_config(config)
@@ -179,11 +179,11 @@ def mix_on_mesh(
         mesh=mesh,
         in_specs=(specs, tokens, tokens, P(), P(*tokens[:2]), P()),
         out_specs=(tokens, P()),
-        check_vma=divides(tokens, mesh),  # else devices do the same work for the same tokens, which cannot be inferred
+        check_vma=divides(tokens, mesh),  # otherwise devices repeat the same work, which shard_map cannot infer
     )
     def local(params, x_BTD, router_BTE, correction_E, segment_ids_BT, key):
         params = jax.tree.map(partial(_cast, dtype=x_BTD.dtype), params, is_leaf=is_kernel)
-        # Along `expert`, the experts are a device's own; what else is split along it is not.
+        # A device keeps its own experts along `expert`, and gathers every other dimension that is split along it.
         params = jax.tree.map(lambda x, where: gather(x, P(None, *where[1:])), params, specs)
         if key is not None:
             for axis in ("data", "fsdp", "expert", "context"):
@@ -191,13 +191,13 @@ def mix_on_mesh(
         rngs = None if key is None else {"dropout": key}
         apply = lambda x_MD, sizes_E: Experts(config, parent=None).apply({"params": params}, x_MD, sizes_E, rngs=rngs)
         x_ND = _flat(x_BTD)
-        # Chosen here: outside, XLA would gather the whole batch to find the best.
+        # The choice is inside the shard_map: outside, XLA would gather the whole batch for it.
         weight_NP, expert_NP = choose(_flat(router_BTE), correction_E, e)
         load = None
         if e.aux_coef:
             load = measure(_flat(router_BTE), segment_ids_BT.ravel() > 0, e)
-            apart = tuple(axis for part in tokens for axis in named(part))
-            load = jax.tree.map(lambda x: jax.lax.psum(x, apart), load) if apart else load
+            split_by = tuple(axis for entry in tokens for axis in named(entry))
+            load = jax.tree.map(lambda x: jax.lax.psum(x, split_by), load) if split_by else load
         if count == e.count:
             y_ND = mix(apply, x_ND, weight_NP, expert_NP, 0, count)
         else:
@@ -216,7 +216,7 @@ def _flat(x_BTX: jax.Array) -> jax.Array:
 
 
 def _width_axis(config: DecoderConfig) -> str | None:
-    """Along what the experts' MLPs are split: where one kernel gives gate and up, halves of it would be of one kind."""
+    """The logical axis of the experts' width. Not split if one kernel has gate and up: a shard would have only one."""
     return "mlp" if config.mlp == "gated" else None
 
 
@@ -225,7 +225,7 @@ def is_kernel(x: Any) -> bool:
 
 
 def _specs(path: Any, leaf: Any, *, config: DecoderConfig, mesh: Mesh) -> Any:
-    """Where a kernel or a bias of `Experts` lies, or every array of a node. All have the experts in front."""
+    """The partition of a kernel or bias of `Experts`, or of every array of a node. Axis 0 is the experts."""
     wide = _width_axis(config)
     axes = (wide, "embed") if path[0].key == "down_proj" else ("embed", wide)
     if path[1].key == "bias":
@@ -234,7 +234,7 @@ def _specs(path: Any, leaf: Any, *, config: DecoderConfig, mesh: Mesh) -> Any:
         return spec(("experts", *axes), leaf.shape, mesh)
 
     def of(x: Any, names: tuple[str | None, ...]) -> P:
-        # What is small comes whole: it is not worth a collective of its own.
+        # Small arrays are replicated: they are not worth a collective of their own.
         names = tuple(name if name in ("experts", wide) else None for name in names) if x.size < SMALL else names
         return spec(names, x.shape, mesh)
 
@@ -242,5 +242,5 @@ def _specs(path: Any, leaf: Any, *, config: DecoderConfig, mesh: Mesh) -> Any:
 
 
 def _cast(kernel: Any, dtype: Any) -> Any:
-    """A plain kernel in the dtype it is used in, before it travels; nodes know themselves."""
+    """Cast a plain kernel to the dtype of its use before it is gathered; nodes cast themselves."""
     return kernel if is_kernel(kernel) else kernel.astype(dtype)

@@ -1,7 +1,7 @@
-"""Where each parameter lies in a Hugging Face checkpoint: one map, read by loading, saving and adapters alike.
+"""The place of each parameter in a Hugging Face checkpoint: one map for loading, saving and adapters.
 
-The tree already has Hugging Face's names. What is left: the prefix `model.`, the layer's number, `weight` for kernels
-and scales, and what a family's files say otherwise (`jtune.models.families.base.Names`).
+The tree already has Hugging Face's names. The map adds the prefix `model.`, the number of the layer, `weight` for
+kernels and scales, and the names that differ in a family's files (`jtune.models.families.base.Names`).
 """
 
 import re
@@ -21,7 +21,7 @@ LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 
 
 class Tensor(NamedTuple):
-    """One tensor of a checkpoint, and the part of a leaf that it holds."""
+    """One tensor of a checkpoint, and its part of a leaf."""
 
     name: str  # of the tensor
     index: tuple[int, ...]  # into the leading axes (layer, expert, head) of the leaf
@@ -37,28 +37,28 @@ def module_name(path: Path, their: Names, *, layer: int | None = None, expert: i
     """
     if path[0] == "lm_head":
         return their.words.get("lm_head", "lm_head")
-    parts = [their.prefix]
-    for part in path:
-        parts.append(their.words.get(part, part))
-        if part == "layers":
-            parts.append(str(layer))
-        if part == "experts" and not their.stacked_experts:
-            parts.append(str(expert))
-    return ".".join(parts)
+    words = [their.prefix]
+    for word in path:
+        words.append(their.words.get(word, word))
+        if word == "layers":
+            words.append(str(layer))
+        if word == "experts" and not their.stacked_experts:
+            words.append(str(expert))
+    return ".".join(words)
 
 
 def tensors(path: Path, config: DecoderConfig, layers: range) -> Iterator[Tensor]:
     """The tensors that make up the leaf at `path`, e.g. `("layers", "self_attn", "q_proj", "kernel")`.
 
     Args:
-      layers: those that the leaf holds (see `located`).
+      layers: the layers of the leaf (see `located`).
     """
     their, modules, leaf = file_names(config), path[:-1], path[-1]
-    apart = "experts" in modules and not their.stacked_experts
-    number = config.experts.count if config.experts is not None and apart else 0
+    one_each = "experts" in modules and not their.stacked_experts  # a tensor for each expert
+    number = config.experts.count if config.experts is not None and one_each else 0
     heads = {"q_norm": config.num_attention_heads, "k_norm": config.num_key_value_heads}
     for layer in layers or (None,):
-        for expert in range(number) if apart else (None,):
+        for expert in range(number) if one_each else (None,):
             for head in range(heads[modules[-1]]) if modules[-1] in their.per_head else (None,):
                 name = module_name(modules, their, layer=layer, expert=expert)
                 name += f".{LEAVES.get(leaf, leaf)}" if head is None else f".{head}.{LEAVES.get(leaf, leaf)}"
@@ -70,25 +70,25 @@ def tensors(path: Path, config: DecoderConfig, layers: range) -> Iterator[Tensor
 
 
 def located(params: Any) -> list[tuple[Path, Any, range]]:
-    """Every leaf of a parameter tree, in the order of `jax.tree.leaves`: its path, and the layers that it holds.
+    """Every leaf of a parameter tree, in the order of `jax.tree.leaves`: its path, the leaf, and its layers.
 
-    A leaf that is not of a layer holds none. Nodes that stand in the place of a kernel count as one leaf. Layers may be
-    in one stack or in several.
+    A leaf outside of the layers has none. A node in the place of a kernel counts as one leaf. Layers may be in one
+    stack or in several.
     """
     layers = [numbers for numbers, _ in numbered(params["layers"])]
-    found = []
+    leaves = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: hasattr(x, "project")):
         keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
         stack = next((key.idx for key in path if isinstance(key, jax.tree_util.SequenceKey)), 0)
-        found.append((keys, leaf, layers[stack] if keys[0] == "layers" else range(0)))
-    return found
+        leaves.append((keys, leaf, layers[stack] if keys[0] == "layers" else range(0)))
+    return leaves
 
 
 def knows(path: Path, wanted: str, their: Names) -> bool:
-    """Whether the module at `path` is one that `wanted` names: the end of its name, in our words or the family's.
+    """Whether `wanted` names the module at `path`: it is the end of its name, in jtune's words or the family's.
 
     >>> knows(("layers", "self_attn", "qkv_proj"), "c_attn", Names(words={"qkv_proj": "c_attn"}))
     True
     """
     ends = tuple(wanted.split("."))
-    return any(p[-len(ends) :] == ends for p in (path, tuple(their.words.get(part, part) for part in path)))
+    return any(p[-len(ends) :] == ends for p in (path, tuple(their.words.get(word, word) for word in path)))

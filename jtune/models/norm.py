@@ -9,10 +9,10 @@ from jtune.models.kernels import parameter, recomputed
 
 
 class Norm(nn.Module):
-    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last axis, its moments in float32.
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last axis, with moments in float32.
 
     Attributes:
-      heads: with a scale of its own for each; their axis is the last but one.
+      heads: each head has its own scale; heads are the last but one axis.
     """
 
     kind: str
@@ -51,5 +51,5 @@ class Norm(nn.Module):
 
 
 def norm(c: DecoderConfig, name: str | None = None) -> Norm:
-    """The norm that a model has around its layers."""
+    """The norm of a model around its layers."""
     return Norm(c.norm, c.norm_eps, c.norm_scale, c.norm_bias, c.norm_offset, name=name)

@@ -1,6 +1,6 @@
 """Rotary position embeddings.
 
-Shape suffixes: B batch, T tokens, H heads, D head_dim, F frequencies, half as many as dimensions turn.
+Shape suffixes: B batch, T tokens, H heads, D head_dim, F frequencies, one for two rotated dimensions.
 """
 
 import math
@@ -13,7 +13,7 @@ from jtune.models.config import Rope
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Radians per position, float32 `[F]`, highest first: those of segments up to `rope.original_length`."""
+    """Radians per position, float32 `[F]`, highest first, for segments up to `rope.original_length`."""
     dim = rope.dim or head_dim
     plain = rope.theta ** -(np.arange(0, dim, 2, dtype=np.float32) / dim)
     if rope.kind == "linear":
@@ -28,9 +28,9 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
-    """Long waves are stretched, short ones kept, those between blended by their length (the Llama 3.1 model card)."""
+    """Stretch long waves, keep short waves, and blend those between by their length (the Llama 3.1 model card)."""
     wavelengths = 2 * np.pi / plain
-    # How far a wave is from the long end (0) to the short end (1).
+    # The place of a wave between the long end (0) and the short end (1).
     ratio = rope.original_length / wavelengths
     kept = np.clip((ratio - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
     return ((1 - kept) * plain / rope.factor + kept * plain).astype(np.float32)
@@ -40,7 +40,7 @@ def _yarn(rope: Rope, plain: np.ndarray, dim: int) -> np.ndarray:
     """NTK-by-parts (arXiv:2309.00071, section 3.2): a linear ramp over dimensions, from kept to stretched."""
 
     def dimension(rotations: float) -> float:
-        """The dimension that turns `rotations` times over the original length."""
+        """The dimension that rotates `rotations` times over the original length."""
         return dim * math.log(rope.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
@@ -54,8 +54,8 @@ def _yarn(rope: Rope, plain: np.ndarray, dim: int) -> np.ndarray:
 def cos_sin(rope: Rope, head_dim: int, positions_BT: jax.Array, segment_ids_BT: jax.Array):
     """Float32 `[batch, seq, 1, F]` each.
 
-    Where frequencies depend on how long a sequence is (dynamic, longrope), that is the length of each segment: what a
-    sequence is packed with changes nothing.
+    Where frequencies depend on the length of a sequence (dynamic, longrope), each segment has its own length, so
+    packing changes nothing.
     """
     frequencies_F = jnp.asarray(frequencies(rope, head_dim))
     if rope.kind in ("dynamic", "longrope"):
@@ -67,7 +67,7 @@ def cos_sin(rope: Rope, head_dim: int, positions_BT: jax.Array, segment_ids_BT: 
 
 
 def _lengths(positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    """The length of the segment that a token is in, as far as it is here."""
+    """The length so far of the segment of each token."""
 
     def of_row(positions_T, segment_ids_T):
         last = jax.ops.segment_max(positions_T, segment_ids_T, num_segments=positions_T.shape[0] + 1)
@@ -89,9 +89,9 @@ def _by_length(rope: Rope, head_dim: int, length_BT1: jax.Array, short_F: jax.Ar
 
 
 def rotate(x_BTHD: jax.Array, cos_BT1F: jax.Array, sin_BT1F: jax.Array, interleaved: bool = False) -> jax.Array:
-    """Turn pairs of a head's dimensions by their angles; computed in float32, returned in the dtype of `x`.
+    """Rotate pairs of a head's dimensions by their angles; computed in float32, returned in the dtype of `x`.
 
-    Of the first 2F dimensions, i and i + F are a pair, or 2i and 2i + 1 if `interleaved`; the others stay as they are.
+    Of the first 2F dimensions, i and i + F are a pair, or 2i and 2i + 1 if `interleaved`; the others do not change.
     """
     turning, rest = jnp.split(x_BTHD, [2 * cos_BT1F.shape[-1]], axis=-1)
     turning = turning.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""What XLA is told: where compiled programs are kept, and which options a step is compiled with."""
+"""Settings of XLA: the cache of compiled programs, and the compiler options of a step."""
 
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 def use_compile_cache(folder: str | None) -> None:
     """Keep compiled programs on disk, so that the second run of a shape compiles nothing.
 
-    Compiled programs are code: the folder is the user's own and readable by nobody else. Several devices on CPUs go
-    without where XLA, before jax 0.12, forgets in a program read back from disk that its collectives have an order: the
-    devices would wait for each other for ever.
+    Compiled programs are code, so only the user can read the folder. Several CPU devices do not use the cache before
+    jax 0.12: in a program that XLA reads from the disk, collectives lose their order, and devices would wait for each
+    other forever.
     """
     if jax.default_backend() == "cpu" and jax.device_count() > 1 and jax.__version_info__ < (0, 12):
         jax.config.update("jax_enable_compilation_cache", False)
@@ -24,9 +24,9 @@ def use_compile_cache(folder: str | None) -> None:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
-    """What XLA is told of a step, besides its defaults.
+    """The compiler options of a step, besides XLA's defaults.
 
-    On GPUs, to leave all matrix products to cuBLAS: it adds an adapter's part while it writes the kernel's product, and
-    nothing is tried out first. XLA's own, in Triton, are as fast for a moment, on a card that is cool.
+    On GPUs, cuBLAS computes all matrix products: it adds the adapter's product while it writes the kernel's, and needs
+    no autotuning. XLA's own products, in Triton, are as fast only for a short time, on a cool card.
     """
     return {"xla_gpu_enable_triton_gemm": False} if mesh.devices.flat[0].platform == "gpu" else None

@@ -1,4 +1,4 @@
-"""The device mesh: its axes, and what may be said of their sizes.
+"""The device mesh: its axes and their sizes.
 
 `data`, `fsdp` and `expert` split the rows of a batch, `context` the tokens of a row, `tensor` each matrix product.
 Parameters are split over all but `data` (see rules.py).
@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh
 from jtune.config import TrainingArguments
 from jtune.errors import ConfigError
 
-# Neighbours in the last axis are neighbours in hardware: what is waited for most often comes last.
+# Neighbours on the last axis are neighbours in hardware, so the axis with the most frequent collectives comes last.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
 
@@ -28,7 +28,7 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh over `devices` (default: all) with the axes `AXES`; at most one size is -1, "what is left".
+    """A mesh over `devices` (default: all) with the axes `AXES`; at most one size is -1: the remaining devices.
 
     The default puts every device on `fsdp`: parameters, gradients and optimizer state are split over all of them.
 
@@ -39,7 +39,7 @@ def make_mesh(
     sizes = {"data": data, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
     wrong = [f"mesh_{axis}={size}" for axis, size in sizes.items() if size != -1 and size < 1]
     if wrong:
-        raise ConfigError(f"{', '.join(wrong)}: a mesh size is a number of devices, or -1 for what is left")
+        raise ConfigError(f"{', '.join(wrong)}: a mesh size is a number of devices, or -1 for the remaining ones")
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1:
@@ -48,15 +48,15 @@ def make_mesh(
         sizes[free[0]] = max(1, len(devices) // fixed)
     if math.prod(sizes.values()) != len(devices):
         asked = ", ".join(f"mesh_{axis}={size}" for axis, size in sizes.items() if size > 1) or "a mesh of size 1"
-        raise ConfigError(f"{asked} asks for {math.prod(sizes.values())} devices, but there are {len(devices)}")
-    # Auto, said aloud: the default of make_mesh is Explicit, which Linen modules cannot be traced under.
+        raise ConfigError(f"{asked} needs {math.prod(sizes.values())} devices, but there are {len(devices)}")
+    # Linen modules cannot be traced under Explicit axes, the default of make_mesh.
     return jax.make_mesh(
         tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """How many pieces the batch is cut into: the number of data-parallel replicas in LLaMA-Factory's arithmetic."""
+    """How many shards the batch has: the number of data-parallel replicas in LLaMA-Factory's arithmetic."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
@@ -64,21 +64,21 @@ def check_experts(mesh: Mesh, num_experts: int) -> None:
     """Raise a ConfigError if `mesh_expert` does not divide the experts of the model (0: it has none)."""
     size = mesh.shape["expert"]
     if size > 1 and not num_experts:
-        raise ConfigError(f"mesh_expert={size}, but this model has no experts: split it with mesh_fsdp")
+        raise ConfigError(f"mesh_expert={size}, but this model has no experts: use mesh_fsdp instead")
     if num_experts % size:
         raise ConfigError(f"mesh_expert={size} does not divide the {num_experts} experts of this model")
 
 
 def check_row_length(mesh: Mesh, seq: int) -> None:
-    """Raise a ConfigError if rows of `seq` tokens cannot be cut into `mesh_context` equal pieces."""
+    """Raise a ConfigError if rows of `seq` tokens cannot be cut into `mesh_context` equal shards."""
     size = mesh.shape["context"]
     if seq % size:
         raise ConfigError(
             f"rows of {seq} tokens cannot be split over mesh_context={size}: with packing, and in stage pt, set "
-            f"cutoff_len to a multiple of it (rows are {-(-seq // size) * size} then); other rows are multiples of 64"
+            f"cutoff_len to a multiple of it, as {-(-seq // size) * size}; other rows are multiples of 64"
         )
 
 
 def mesh_of(training: TrainingArguments, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh that the arguments `mesh_*` ask for, over `devices` (default: all that are here)."""
+    """The mesh that the arguments `mesh_*` ask for, over `devices` (default: all)."""
     return make_mesh(devices=devices, **{axis: getattr(training, f"mesh_{axis}") for axis in AXES})

@@ -10,8 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from jtune.sharding.mesh import BATCH_AXES
 
-# Logical axis -> mesh axes. `embed` over fsdp is ZeRO-3: every kernel has it, so every kernel is split. The devices of
-# `expert` and `context` hold other rows or tokens, so each would need a copy of the parameters: they split them too.
+# Logical axis -> mesh axes. `embed` over fsdp is ZeRO-3: every kernel has this axis, so every kernel is split. The
+# devices along `expert` and `context` hold different rows or tokens, so each would need a copy of the parameters:
+# parameters are split over these axes too.
 ZERO_AXES = ("fsdp", "expert", "context")
 RULES: dict[str | None, tuple[str, ...]] = {
     # parameters
@@ -23,11 +24,11 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
-    # activations; heads, kv_heads, mlp and vocab are the same ones
+    # activations; heads, kv_heads, mlp and vocab are as above
     "batch": BATCH_AXES,
     "sequence": ("context",),
-    "whole_row_heads": ("tensor", "context"),  # where no row can be split
-    "shards": (*BATCH_AXES, "context"),  # labelled positions, dealt out to all who split tokens
+    "whole_row_heads": ("tensor", "context"),  # in layers that cannot split rows
+    "shards": (*BATCH_AXES, "context"),  # labelled positions, distributed over all devices that split tokens
     None: (),
 }
 
@@ -38,7 +39,7 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
     A mesh axis that does not divide the dimension is left out, and a mesh axis serves one dimension only (the first).
     """
     used: set[str] = set()
-    parts: list[Any] = []
+    entries: list[Any] = []
     for name, size in zip(axes, shape, strict=True):
         mine: tuple[str, ...] = ()
         for axis in RULES[name]:
@@ -46,33 +47,33 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
             if n > 1 and axis not in used and size % n == 0:
                 mine, size = (*mine, axis), size // n
         used.update(mine)
-        parts.append(mine[0] if len(mine) == 1 else mine or None)
-    return P(*parts)
+        entries.append(mine[0] if len(mine) == 1 else mine or None)
+    return P(*entries)
 
 
 def only(where: P, axes: Collection[str]) -> P:
-    """What `where` says of the mesh axes `axes`.
+    """The partition `where`, restricted to the mesh axes `axes`.
 
     >>> only(P(("fsdp", "expert"), "tensor"), ("fsdp",)) == P("fsdp", None)
     True
     """
-    parts = [tuple(axis for axis in named(part) if axis in axes) for part in where]
-    return P(*(part[0] if len(part) == 1 else part or None for part in parts))
+    entries = [tuple(axis for axis in named(entry) if axis in axes) for entry in where]
+    return P(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
 
 
-def named(part: Any) -> tuple[str, ...]:
+def named(entry: Any) -> tuple[str, ...]:
     """The mesh axes of one entry of a partition: a name, several, or None."""
-    return () if part is None else part if isinstance(part, tuple) else (part,)
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def divides(tokens: P, mesh: Mesh) -> bool:
-    """Whether each device has tokens of its own, but for those along `tensor`: what `tokens` says of them."""
+    """Whether the partition `tokens` gives each device tokens of its own (devices along `tensor` share them)."""
     split = {axis for part in tokens for axis in named(part)}
     return all(axis in split for axis in (*BATCH_AXES, "context") if mesh.shape[axis] > 1)
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
-    """`x`, said to lie as its logical axes tell; without a mesh, or on one device, nothing is said.
+    """Constrain `x` to the sharding of its logical axes. Without a mesh, or on one device, return `x`.
 
     >>> constrain(x_BTD, mesh, "batch", "sequence", None)                                      # doctest: +SKIP
     """
@@ -82,9 +83,9 @@ def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
 
 
 def gather(x: jax.Array, where: P, axes: Collection[str] = ZERO_AXES) -> jax.Array:
-    """Inside `jax.shard_map`: `x`, which lies as `where` says, whole along the mesh axes `axes`.
+    """Inside `jax.shard_map`: all-gather `x`, whose partition is `where`, along the mesh axes `axes`.
 
-    The gradient is the other way round: summed over these axes, and each device keeps its part.
+    The gradient is reduce-scattered: summed over these axes, and each device keeps its shard.
     """
     for dim, part in enumerate(where):
         mine = tuple(axis for axis in named(part) if axis in axes)
@@ -109,22 +110,22 @@ def tree_shardings(axes, shapes, mesh: Mesh):
 
 
 class Unsplit(NamedTuple):
-    """A parameter that a mesh axis was meant to split and does not."""
+    """A parameter that a mesh axis should split but does not."""
 
     path: str
     shape: tuple[int, ...]
-    axes: tuple[str, ...]  # the mesh axes that divide none of the dimensions they are for
-    bytes: int  # what each device holds more than if they did
+    axes: tuple[str, ...]  # the mesh axes that divide none of their dimensions
+    bytes: int  # extra bytes on each device
 
 
 def unsplit(axes, params, mesh: Mesh) -> list[Unsplit]:
-    """The parameters that are not split as far as the table says, those that cost most first.
+    """The parameters that are not split as far as `RULES` allows, largest cost first.
 
     Args:
       axes: tree of tuples of logical axis names, of the structure of `params`.
       params: tree of anything with `.shape` and `.dtype`.
     """
-    found = []
+    replicated_leaves = []
 
     def look(path, leaf, names):
         wanted = {axis for name in names for axis in RULES[name] if mesh.shape[axis] > 1}
@@ -132,26 +133,28 @@ def unsplit(axes, params, mesh: Mesh) -> list[Unsplit]:
         split = {axis for part in where for axis in named(part)}
         missing = tuple(axis for axis in mesh.axis_names if axis in wanted - split)
         if missing:
-            held = math.prod(NamedSharding(mesh, where).shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            needless = held - held // math.prod(mesh.shape[axis] for axis in missing)
-            found.append(Unsplit(jax.tree_util.keystr(path, simple=True, separator="."), leaf.shape, missing, needless))
+            size = math.prod(NamedSharding(mesh, where).shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            extra = size - size // math.prod(mesh.shape[axis] for axis in missing)
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            replicated_leaves.append(Unsplit(name, leaf.shape, missing, extra))
 
     jax.tree_util.tree_map_with_path(look, params, axes)
-    return sorted(found, key=lambda x: -x.bytes)
+    return sorted(replicated_leaves, key=lambda x: -x.bytes)
 
 
-def describe_unsplit(found: list[Unsplit], most: int = 4) -> str:
-    """One line about them, with what they cost."""
-    shown = [f"{x.path} {list(x.shape)} over {', '.join(x.axes)} ({x.bytes / 1e6:,.1f} MB)" for x in found[:most]]
-    more = f" and {len(found) - most} more" if len(found) > most else ""
-    total = sum(x.bytes for x in found) / 1e6
-    return f"not split, as the mesh does not divide them: {'; '.join(shown)}{more}. {total:,.1f} MB more on each device"
+def describe_unsplit(leaves: list[Unsplit], most: int = 4) -> str:
+    """One line about parameters that are not split, with their cost."""
+    shown = [f"{x.path} {list(x.shape)} over {', '.join(x.axes)} ({x.bytes / 1e6:,.1f} MB)" for x in leaves[:most]]
+    more = f" and {len(leaves) - most} more" if len(leaves) > most else ""
+    total = sum(x.bytes for x in leaves) / 1e6
+    cause = "the mesh axis does not divide the dimension"
+    return f"replicated: {cause}: {'; '.join(shown)}{more}. {total:,.1f} MB more on each device"
 
 
 def batch_sharding(mesh: Mesh, *, accumulated: bool) -> NamedSharding:
     """Rows over `batch`, tokens over `sequence`; arrays are `[accum, batch, seq]` when accumulated, or `[batch, seq]`.
 
-    The sizes must divide: rows do by plan, and `jtune.sharding.check_row_length` says whether tokens do.
+    The mesh must divide the sizes. The plan makes rows divisible; `jtune.sharding.check_row_length` checks tokens.
     """
     rows = P(BATCH_AXES, *RULES["sequence"])
     return NamedSharding(mesh, P(None, *rows) if accumulated else rows)

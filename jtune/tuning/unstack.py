@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from jtune import tuning
 from jtune.models import CausalLM
-from jtune.models.decoder import is_apart
+from jtune.models.decoder import is_unstacked
 
 
 def unstack_layers(frozen: Any, module: CausalLM) -> Any:
@@ -43,5 +43,5 @@ def unstack_layers(frozen: Any, module: CausalLM) -> Any:
 
 def restacked_shapes(frozen: Any) -> Any:
     """The tree before `unstack_layers`, with `jax.ShapeDtypeStruct`s of stacks in the place of lists."""
-    stack = lambda x: jax.ShapeDtypeStruct((len(x), *x[0].shape), x[0].dtype) if is_apart(x) else x
-    return jax.tree.map(stack, frozen, is_leaf=is_apart)
+    stack = lambda x: jax.ShapeDtypeStruct((len(x), *x[0].shape), x[0].dtype) if is_unstacked(x) else x
+    return jax.tree.map(stack, frozen, is_leaf=is_unstacked)

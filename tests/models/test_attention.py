@@ -10,7 +10,7 @@ import pytest
 from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.models.attention import dispatch
 from jtune.models.attention.blocks import block_size
-from jtune.models.attention.choose import _tried, choose
+from jtune.models.attention.choose import gpu_kernel_failure, choose
 from jtune.models.attention.dispatch import attend
 from jtune.models.attention.flash import flash_attention
 from jtune.sharding import make_mesh
@@ -119,7 +119,7 @@ def test_the_choice_follows_from_platform_and_flash_attn():
 def test_the_gpu_kernel_is_tried_before_it_is_chosen(monkeypatch):
     """On a device where it does not compile (a CPU), where it gives wrong numbers, and where all is well."""
     device, right = jax.devices()[0], partial(flash_attention, interpret=True)
-    choice = lambda: _tried.cache_clear() or choose("auto", "gpu", device=device)
+    choice = lambda: gpu_kernel_failure.cache_clear() or choose("auto", "gpu", device=device)
     backend, why = choice()
     assert backend == "blocks"
     assert "it does not work on cpu (ValueError: Only interpret mode" in why

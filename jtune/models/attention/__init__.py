@@ -1,6 +1,6 @@
-"""Attention within segments: one function, and a kernel for each platform.
+"""Attention within segments: one function, with a kernel for each platform.
 
-choose ── attend (dispatch) ─┬─ reference   all scores at once; what the others must equal
+choose ── attend (dispatch) ─┬─ reference   all scores at once; the others must equal it
                              ├─ blocks      XLA, a block of queries at a time
                              ├─ splash      TPUs
                              └─ flash       GPUs (flash_kernels)

@@ -15,9 +15,10 @@ from jtune.models.attention.reference import MASKED, RESIDUALS, dot, scores_of, 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def in_blocks(q_GTD, k_SD, v_SD, segment_ids_S, scale, window, softcap):
-    """A block of queries at a time, with the keys that it can see: none after its last query, nor any out of the window
-    of its first. The backward pass forms the scores of a block again from their log-sum-exp, as flash attention does
-    (arXiv:2205.14135): what is kept is linear in the row.
+    """Attention of one block of queries at a time to the keys that it can see.
+
+    These end with the last query, and begin with the window of the first. The backward pass recomputes the scores of a
+    block from their log-sum-exp, as flash attention does (arXiv:2205.14135), so residuals are linear in the row.
     """
     return _in_blocks_forward(q_GTD, k_SD, v_SD, segment_ids_S, scale, window, softcap)[0]
 
@@ -76,5 +77,5 @@ def _cuts(T: int, window: int | None) -> list[tuple[int, int, int]]:
 
 
 def block_size(T: int) -> int:
-    """Queries of a block: an eighth of the row, since what lies above the diagonal is saved in steps of a block."""
+    """Queries per block: an eighth of the row. Scores above the diagonal are skipped in steps of a block."""
     return max(128, -(-T // 8 // 64) * 64)

@@ -1,4 +1,4 @@
-"""Attention of new tokens to what a cache holds."""
+"""Attention of new tokens to the tokens in a cache."""
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,11 @@ def attend_cached(
     sinks_H: jax.Array | None = None,
     bias_BHS: jax.Array | None = None,
 ) -> jax.Array:
-    """`attend` of new tokens to what a cache holds: `[batch, T, heads, head_dim of v]`.
+    """`attend` of new tokens to the keys and values of a cache: `[batch, T, heads, head_dim of v]`.
 
     Args:
       positions: of the new tokens in their sequence.
-      key_positions: of what is in the slots of the cache; negative: nothing.
+      key_positions: of the tokens in the slots of the cache; negative: an empty slot.
     """
     B, T, H, D = q_BTHD.shape
     K = k_BSKD.shape[2]

@@ -1,4 +1,4 @@
-"""Flash attention on GPUs, over a mesh: the kernels are in flash_kernels.py."""
+"""Flash attention on GPUs, over a mesh. The kernels are in flash_kernels.py."""
 
 from collections.abc import Callable
 
@@ -7,29 +7,27 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jtune.models.attention.parts import parts_of
-
-# ---------------------------------------------------------------------- GPU: flash.py
+from jtune.models.attention.shards import shards_of
 
 
 def flash_attention(q_BTHD, k_BSKD, v_BSKD, segment_ids_BS, scale, window, softcap, mesh: Mesh | None, interpret=False):
-    """Flash attention over the mesh, as splash: `[B, T, H, V]`, and logarithms of the sums of weights, `[B, T, H]`.
+    """Flash attention over the mesh, split as splash: `[B, T, H, V]`, and logs of the sums of weights, `[B, T, H]`.
 
-    Rows are filled up to whole blocks with tokens of segment 0, heads to a power of two with zeros.
+    Rows are padded to whole blocks with tokens of segment 0, heads to a power of two with zeros.
     """
     from jtune.models.attention.flash_kernels import ROW_MULTIPLE, Options, flash, plan_of
 
     T, V = q_BTHD.shape[1], v_BSKD.shape[3]
     width = power_of_two(max(q_BTHD.shape[3], V))
-    parts = parts_of(mesh, q_BTHD, k_BSKD)
-    pad = -T % (ROW_MULTIPLE * parts.context)
+    shards = shards_of(mesh, q_BTHD, k_BSKD)
+    pad = -T % (ROW_MULTIPLE * shards.context)
     fill = lambda x: jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, width - x.shape[3])))
     first_BT, last_BS = bounds(jnp.pad(segment_ids_BS, ((0, 0), (0, pad))), window)
-    offsets = jnp.arange(parts.context, dtype=jnp.int32) * ((T + pad) // parts.context)
+    offsets = jnp.arange(shards.context, dtype=jnp.int32) * ((T + pad) // shards.context)
     options = Options(scale, softcap, plan_of(width), interpret)
     local: Callable = lambda *args: flash(*args, options)
     if mesh is not None and mesh.size > 1:
-        rows, heads, sequence = parts.axes
+        rows, heads, sequence = shards.axes
         keys = P(rows, None, heads)
         local = jax.shard_map(
             local,
@@ -43,8 +41,10 @@ def flash_attention(q_BTHD, k_BSKD, v_BSKD, segment_ids_BS, scale, window, softc
 
 
 def bounds(segment_ids_BS: jax.Array, window: int | None) -> tuple[jax.Array, jax.Array]:
-    """The first key that each query sees, and the last query that sees each key: int32 `[B, S]`. Segments are
-    contiguous."""
+    """The first key that each query sees, and the last query that sees each key: int32 `[B, S]`.
+
+    Segments must be contiguous.
+    """
     at_S = jnp.arange(segment_ids_BS.shape[1], dtype=jnp.int32)
     changes = segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1]
     begins, ends = (jnp.pad(changes, ((0, 0), side), constant_values=True) for side in ((1, 0), (0, 1)))
@@ -56,5 +56,5 @@ def bounds(segment_ids_BS: jax.Array, window: int | None) -> tuple[jax.Array, ja
 
 
 def power_of_two(n: int) -> int:
-    """The next one, and at least what a product of blocks takes."""
+    """The next power of two, at least 16, the smallest that a product of blocks takes."""
     return max(16, 1 << (n - 1).bit_length())

@@ -1,12 +1,12 @@
 """Flash attention within segments for GPUs (arXiv:2205.14135, 2307.08691): Pallas kernels that Triton compiles.
 
-Segments are contiguous. So a query sees the keys from a first one up to itself, and a key is seen by the queries from
-itself up to a last one; a window only moves these bounds. Neither bound ever falls along a row: a block of queries
-visits the keys from the first of its first query on, and no mask is formed for blocks in which all see all.
+Segments are contiguous. So a query sees the keys from a first one up to itself, and the queries from a key up to a last
+one see that key; a window only moves these bounds. Neither bound ever decreases along a row: a block of queries visits
+the keys from the first key of its first query on, and blocks in which every query sees every key need no mask.
 
-The sums over keys and over queries are each formed by one program, in order: the same bits every time. cuDNN's kernels
-for segments, the other choice, want to know the largest number of segments of a row when they are compiled, keep as
-much for each as for a whole row, and give other bits each time.
+One program computes each sum over keys or over queries, in order, so the bits are the same every time. The alternative,
+cuDNN's kernels for segments, needs the largest number of segments of a row at compile time, stores as much for each
+segment as for a whole row, and gives different bits each time.
 
 Shape suffixes: B rows, T tokens of queries, S tokens of keys, H query heads, K key/value heads, G = H/K queries of a
 group, D head_dim; of one block: Q queries, N keys; M and N either way.
@@ -24,22 +24,22 @@ from jax.experimental.pallas import triton
 
 from jtune.models.attention.reference import MASKED, RESIDUALS
 
-LOG2_E = math.log2(math.e)  # weights are powers of two inside, which is what the hardware computes
+LOG2_E = math.log2(math.e)  # the kernels compute weights as powers of two, as the hardware does
 
-ROW_MULTIPLE = 128  # what lengths of rows must be multiples of
+ROW_MULTIPLE = 128  # lengths of rows must be multiples of it
 
 
 class Blocks(NamedTuple):
-    """How a kernel cuts its work."""
+    """The block sizes of a kernel."""
 
     queries: int
     keys: int
     warps: int
-    stages: int  # of the pipeline that loads blocks ahead of their use
+    stages: int  # of the pipeline that prefetches blocks
 
 
 class Plan(NamedTuple):
-    """How all three kernels do, for one head_dim."""
+    """The blocks of all three kernels, for one head_dim."""
 
     forward: Blocks
     by_queries: Blocks  # the gradient of queries
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 
 
 def plan_of(head_dim: int) -> Plan:
-    """The blocks for a head_dim, a power of two: the fastest of those tried on an H200, of segments of a few hundred
+    """The blocks for a head_dim, a power of two: the fastest of those tried on an H200, for segments of a few hundred
     and of thousands of tokens (scripts/bench/attention.py --sweep)."""
     if head_dim <= 64:
         return Plan(Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(128, 64, 4, 2))
@@ -57,7 +57,7 @@ def plan_of(head_dim: int) -> Plan:
 
 
 class Options(NamedTuple):
-    """What is the same for all heads; static."""
+    """Static options, the same for all heads."""
 
     scale: float
     softcap: float | None
@@ -71,8 +71,8 @@ def flash(q_BTHD, k_BSKD, v_BSKD, first_BT, last_BS, offset_1, options: Options)
 
     Args:
       q, k, v: of one dtype; D a power of two, T and S multiples of ROW_MULTIPLE.
-      first: int32 `[B, T]`, the first key that a query sees. It must not fall along a row.
-      last: int32 `[B, S]`, the last query that sees a key, numbered as keys are. It must not fall along a row.
+      first: int32 `[B, T]`, the first key that a query sees. It must not decrease along a row.
+      last: int32 `[B, S]`, the last query that sees a key, numbered as keys are. It must not decrease along a row.
       offset: int32 `[1]`, the number of the first query.
 
     Returns:
@@ -163,7 +163,7 @@ def _backward(options: Options, residuals, d_outs):
 flash.defvjp(_forward, _backward)
 
 
-# ---------------------------------------------------------------------- what a program of the grid gets
+# ---------------------------------------------------------------------- the inputs of a program of the grid
 
 _OFFSET = pl.BlockSpec((1,), lambda n, b, h: (0,))
 
@@ -275,7 +275,7 @@ def _by_keys_kernel(
 
 
 def _scores(a, b, options: Options):
-    """Scores of all pairs, in units of log 2, and what their derivative is multiplied by (but for the scale)."""
+    """Scores of all pairs, in units of log 2, and the factor of their derivative (without the scale)."""
     products = _dot(a, b.T) * options.scale
     if options.softcap is None:
         return products * LOG2_E, 1.0
@@ -284,7 +284,7 @@ def _scores(a, b, options: Options):
 
 
 def _masked(scores_MN, low_M, number_N, high_M):
-    """The scores of pairs that see each other: the second's number is from the first's low one to its high one."""
+    """The scores with those masked whose second number is not between the low and the high bound of the first."""
     seen_MN = (number_N[None, :] >= low_M[:, None]) & (number_N[None, :] <= high_M[:, None])
     return jnp.where(seen_MN, scores_MN, MASKED)
 
@@ -294,15 +294,15 @@ def _dot(a, b):
 
 
 def _over_keys(first_ref, begin, blocks: Blocks, visit, carry):
-    """`visit(masked, n, carry)` for the blocks n of keys that a block of queries, from number `begin` on, sees any of:
-    those before all queries see all of it, those in between, those after."""
+    """`visit(masked, n, carry)` for the blocks n of keys that a block of queries, from number `begin` on, can see:
+    blocks with a mask, then blocks that every query sees whole, then blocks with a mask."""
     lowest, highest = first_ref[0], first_ref[blocks.queries - 1]
     low, high = _div(lowest, blocks.keys), _up(begin + blocks.queries, blocks.keys)
     return _in_three(low, _up(highest, blocks.keys), _div(begin + 1, blocks.keys), high, visit, carry)
 
 
 def _over_queries(last_ref, begin, offset, T: int, blocks: Blocks, visit, carry):
-    """The same for the blocks of queries, of T from number `offset` on, that see any of a block of keys."""
+    """The same for the blocks of queries, of T from number `offset` on, that can see a block of keys."""
     lowest, highest = last_ref[0], last_ref[blocks.keys - 1]
     low = _div(jnp.maximum(begin - offset, 0), blocks.queries)
     high = jnp.minimum(_up(jnp.maximum(highest + 1 - offset, 0), blocks.queries), T // blocks.queries)
@@ -320,7 +320,7 @@ def _in_three(low, all_from, all_to, high, visit, carry):
 
 
 def _div(a, b: int):
-    return jax.lax.div(a, jnp.int32(b))  # `//` of Python floors, with a branch for what is negative; nothing is here
+    return jax.lax.div(a, jnp.int32(b))  # Python's `//` floors, with a branch for negative numbers; there are none
 
 
 def _up(a, b: int):

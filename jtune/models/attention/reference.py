@@ -1,4 +1,4 @@
-"""Attention in plain XLA, of one row and key head: the reference that every other kernel must equal.
+"""Attention in plain XLA, for one row and key head: the reference that every other kernel must equal.
 
 Shape suffixes: T tokens of queries, S tokens of keys, G query heads of a group, D head_dim, M = G * T.
 """
@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# Scores of masked pairs. Finite, so that a row of padding gives numbers and not NaN.
+# The score of masked pairs. It is finite, so that a row of padding gives numbers and not NaN.
 MASKED = -1e30
 
-# The name of what a backend gives and keeps for its backward pass, for remat policies.
+# Remat policies can keep the output and the residuals of a backend by this name.
 RESIDUALS = "attention_residuals"
 
 
 def alibi_bias(positions_BS: jax.Array, heads: int, multiplier: float, dtype: str) -> jax.Array:
-    """What alibi (arXiv:2108.12409, section 3) adds to the scores of a key, float32 `[batch, heads, seq]`.
+    """The bias of alibi (arXiv:2108.12409, section 3) for the scores of a key, float32 `[batch, heads, seq]`.
 
-    It is `slope * position of the key`; the softmax makes it one of distance. The published models round it to `dtype`,
-    before they multiply it by `multiplier`: that is part of what they are.
+    It is `slope * position of the key`; the softmax turns position into distance. The published models round it to
+    `dtype` before they multiply it by `multiplier`, so it is rounded here as well.
     """
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
@@ -29,11 +29,8 @@ def alibi_bias(positions_BS: jax.Array, heads: int, multiplier: float, dtype: st
     return bias_BHS.astype(jnp.float32) * multiplier
 
 
-# ---------------------------------------------------------------------- plain XLA, of one row and key head; M = G * Q
-
-
 def at_once(q_GTD, k_SD, v_SD, segment_ids_S, scale, window, softcap, bias_GS=None):
-    """The reference: what the others must equal. `[G, T, D]` and the logarithm of the sum of weights, `[G, T, 1]`."""
+    """The reference: `[G, T, D]`, and the logarithm of the sum of weights, `[G, T, 1]`."""
     G, T, D = q_GTD.shape
     scores_GTS = scores_of(q_GTD.reshape(-1, D), k_SD, scale, softcap).reshape(G, T, -1)
     if bias_GS is not None:
@@ -50,13 +47,15 @@ def scores_of(q_MD, k_ND, scale: float, softcap: float | None) -> jax.Array:
 
 
 def dot(a, b) -> jax.Array:
-    """`a @ b`, float32 whatever they are in."""
+    """`a @ b` in float32, for any dtype of the inputs."""
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
 def visible(segment_ids_S, begin: int, end: int, first: int, window: int | None) -> jax.Array:
-    """Which keys from `first` to `end` the queries from `begin` to `end` see, bool `[queries, keys]`. Segments are
-    contiguous, so distance in the row is distance in the segment."""
+    """Whether the queries from `begin` to `end` see the keys from `first` to `end`, bool `[queries, keys]`.
+
+    Segments must be contiguous, so that distance in the row is distance in the segment.
+    """
     distance = jnp.arange(begin, end)[:, None] - jnp.arange(first, end)[None, :]
     near = distance >= 0
     if window is not None:

@@ -1,4 +1,4 @@
-"""Splash attention on TPUs, over a mesh: the kernel comes with jax."""
+"""Splash attention on TPUs, over a mesh. The kernel comes with jax."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -8,13 +8,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jtune.models.attention.parts import parts_of
 from jtune.models.attention.reference import RESIDUALS
+from jtune.models.attention.shards import shards_of
 
-LANES = 128  # what splash wants head_dim and row lengths to be multiples of
-
-
-# ---------------------------------------------------------------------- TPU: splash attention, which comes with jax
+LANES = 128  # splash needs head_dim and row lengths to be multiples of it
 
 
 def splash_attention(
@@ -22,7 +19,7 @@ def splash_attention(
 ):
     """Splash attention over the mesh: each device has its rows, its heads and, with `context`, its queries.
 
-    What does not divide (heads over `tensor`) is computed on each device. Rows are filled up to whole lanes with tokens
+    If `tensor` does not divide the heads, each device computes all of them. Rows are padded to whole lanes with tokens
     of segment 0, heads with zeros, which change no score.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
@@ -30,19 +27,19 @@ def splash_attention(
     _, T, H, D = q_BTHD.shape
     V = v_BSKD.shape[3]
     width = max(D, V) + -max(D, V) % LANES
-    parts = parts_of(mesh, q_BTHD, k_BSKD)
-    pad = -T % (LANES * parts.context)
+    shards = shards_of(mesh, q_BTHD, k_BSKD)
+    pad = -T % (LANES * shards.context)
     fill = lambda x: jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, width - x.shape[3]))).transpose(0, 2, 1, 3)
-    # The kernel does not scale. In the precision of q, as its products are.
+    # The kernel does not scale scores. The scale is in the dtype of q, as the products of the kernel are.
     q_BHTD, k_BKSD, v_BKSD = fill(q_BTHD * jnp.asarray(scale, q_BTHD.dtype)), fill(k_BSKD), fill(v_BSKD)
     segments = jnp.pad(segment_ids_BS, ((0, 0), (0, pad)))
-    kernel = _splash_kernel(T + pad, H, parts.tensor, parts.context, window, softcap, interpret)
+    kernel = _splash_kernel(T + pad, H, shards.tensor, shards.context, window, softcap, interpret)
 
     def local(kernel, q, k, v, of_queries, of_keys):
         return jax.vmap(lambda q, k, v, a, b: kernel(q, k, v, SegmentIds(q=a, kv=b)))(q, k, v, of_queries, of_keys)
 
     if mesh is not None and mesh.size > 1:
-        rows, heads, sequence = parts.axes
+        rows, heads, sequence = shards.axes
         kept = jax.sharding.NamedSharding(mesh, P(heads, sequence))
         local = jax.shard_map(
             local,
@@ -78,7 +75,7 @@ def _splash_kernel(T, heads, head_shards, q_seq_shards, window, softcap, interpr
         block_kv_dkv_compute=of_keys,
         use_fused_bwd_kernel=True,
     )
-    with jax.ensure_compile_time_eval():  # its tables are constants, also when first made while tracing
+    with jax.ensure_compile_time_eval():  # its tables are constants, even if this is called while tracing
         return splash.make_splash_mha(
             splash.MultiHeadMask([one] * heads),
             block_sizes=blocks,

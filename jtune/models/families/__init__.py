@@ -1,8 +1,8 @@
-"""What each family's config.json means: Hugging Face's config -> DecoderConfig.
+"""Families of models: Hugging Face's config.json -> DecoderConfig.
 
-transformers reads the config (it fills in the family's defaults and knows older spellings). What it then says is either
-read by the family's file here, of no consequence for training (`HARMLESS`), or refused by name when it is not the
-family's default. `docs/adding-a-model.md` shows how to add one.
+transformers reads the config, fills in the defaults of the family, and knows older spellings. Each option is then read
+by the file of the family, or does not matter for training (`HARMLESS`), or is refused by name if it is not the default.
+`docs/adding-a-model.md` shows how to add a family.
 """
 
 import difflib
@@ -18,7 +18,7 @@ from jtune.models.families.base import Asked, Family, Names
 
 log = logging.getLogger("jtune")
 
-# Options that say nothing about the computation of logits in training, or only name what is in the files anyway.
+# Options that do not affect the logits of training, or only repeat what the files contain.
 HARMLESS = frozenset(
     [
         "_name_or_path",
@@ -67,7 +67,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def decoder_config(source: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder that a Hugging Face config.json (written by transformers 4 or 5) describes.
+    """The decoder of a Hugging Face config.json, written by transformers 4 or 5.
 
     Raises:
       DataError: an unknown family, or an option that the decoder does not honour, by name.
@@ -81,10 +81,10 @@ def decoder_config(source: Mapping[str, Any]) -> DecoderConfig:
 
 
 def full_config(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A config.json as transformers reads it, with everything that it fills in; and the family's defaults.
+    """A config.json as transformers reads it, with all defaults filled in; and the family's defaults.
 
     Raises:
-      DataError: an unknown family, or a value that it cannot have.
+      DataError: an unknown family, or an invalid value.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # slow to import
 
@@ -92,24 +92,24 @@ def full_config(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     config_class = CONFIG_MAPPING[family.config_of or kind]
     try:
         return config_class.from_dict(dict(source)).to_dict(), config_class().to_dict()
-    except Exception as error:  # transformers raises its own kinds for values of a wrong type
+    except Exception as error:  # transformers raises its own classes for values of a wrong type
         raise DataError(f"config.json: {str(error).strip()}") from error
 
 
 def file_names(config: DecoderConfig) -> Names:
-    """How the files of a model name its tensors."""
+    """The names of tensors in the files of a model."""
     return FAMILIES[config.family].names(config)
 
 
 def module_names(config: DecoderConfig) -> Names:
-    """How transformers' model names its modules, which adapters go by."""
+    """The names of modules in the model of transformers, which adapters use."""
     family = FAMILIES[config.family]
     return (family.modules or family.names)(config)
 
 
 def _family(model_type: str | None) -> tuple[str, Family]:
     if model_type is None:
-        raise DataError("config.json: no model_type: is this the folder of a Hugging Face model?")
+        raise DataError("config.json: model_type is missing: is this the folder of a Hugging Face model?")
     if model_type in FAMILIES:
         return model_type, FAMILIES[model_type]
     near = difflib.get_close_matches(model_type, FAMILIES, n=1)
@@ -124,8 +124,8 @@ def _refuse_what_is_not_honoured(
     differs = lambda key: full.get(key) != defaults[key] and bool(full.get(key) or defaults[key])  # null is false
     strange = [key for key in defaults if key not in known and differs(key)]
     if strange:
-        found = ", ".join(f"{key}={full[key]!r} (usual: {defaults[key]!r})" for key in strange)
-        raise DataError(f"config.json: jtune's {kind} does not know how to honour {found}")
+        values = ", ".join(f"{key}={full[key]!r} (usual: {defaults[key]!r})" for key in strange)
+        raise DataError(f"config.json: jtune's {kind} does not support {values}")
     dropped = [key for key in full if key.endswith(("dropout", "pdrop")) and key not in known and full[key]]
     if dropped:
-        log.info("%s: its config asks for %s, which jtune does not apply", kind, ", ".join(dropped))
+        log.info("%s: the config asks for %s, which jtune does not apply", kind, ", ".join(dropped))

@@ -1,4 +1,4 @@
-"""What the family files have in common: how a Hugging Face config is read, and how a family's tensors are named."""
+"""Shared parts of the family files: read a Hugging Face config, and name the tensors of a family."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +25,7 @@ KINDS_OF_ROPE = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 class Asked(Mapping[str, Any]):
-    """A config that remembers what was read of it: what is not read is not honoured."""
+    """A config that records the keys that were read. A key that is not read is not honoured."""
 
     def __init__(self, content: Mapping[str, Any]):
         self._content = content
@@ -44,23 +44,23 @@ class Asked(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class Names:
-    """How a family's files name the tensors of our tree, where they differ from it."""
+    """The names that a family's files give to the tensors of jtune's tree, where they differ."""
 
     prefix: str = "model"
-    words: Mapping[str, str] = field(default_factory=dict)  # our name of a module -> theirs
-    patterns: tuple[tuple[str, str], ...] = ()  # of a whole tensor's name: (regular expression, replacement)
+    words: Mapping[str, str] = field(default_factory=dict)  # jtune's name of a module -> the family's
+    patterns: tuple[tuple[str, str], ...] = ()  # (regular expression, replacement), for the whole name of a tensor
     stacked_experts: bool = False  # one tensor holds all experts of a layer
-    per_head: frozenset[str] = frozenset()  # modules of ours that are one module for each head there
-    as_is: frozenset[str] = frozenset()  # modules of ours whose kernels are stored as [in, out]
+    per_head: frozenset[str] = frozenset()  # modules of jtune that the files split into one for each head
+    as_is: frozenset[str] = frozenset()  # modules of jtune whose kernels the files store as [in, out]
 
 
 class Family(NamedTuple):
-    """One file of this package: what its config.json means, and how its files name tensors."""
+    """A family: the meaning of its config.json, and the names in its files."""
 
     read: Callable[[Asked], Fields]
     names: Callable[[DecoderConfig], Names] = lambda config: Names()
-    modules: Callable[[DecoderConfig], Names] | None = None  # in transformers' model, if not as in its files
-    config_of: str | None = None  # the model_type whose class in transformers reads the config; default: its own
+    modules: Callable[[DecoderConfig], Names] | None = None  # in the model of transformers; default: as in the files
+    config_of: str | None = None  # the model_type whose class of transformers reads the config; default: its own
 
 
 def common(c: Asked) -> Fields:
@@ -86,7 +86,7 @@ def common(c: Asked) -> Fields:
 
 
 def layer_norm(eps: float, *, scale: bool = True, bias: bool = True) -> Fields:
-    """LayerNorm in the place of RMSNorm."""
+    """LayerNorm instead of RMSNorm."""
     return {"norm": "layer", "norm_eps": eps, "norm_scale": scale, "norm_bias": bias}
 
 
@@ -96,7 +96,7 @@ def biases(c: Asked, *, key: str = "attention_bias") -> Fields:
 
 
 def activation(c: Asked, key: str = "hidden_act") -> str:
-    """Our name of an activation; refuses others."""
+    """jtune's name of an activation; refuses unknown ones."""
     if c[key] not in ACTIVATIONS:
         raise DataError(f"config.json: {key} {c[key]!r} is not supported; there are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[c[key]]
@@ -108,7 +108,7 @@ def ropes(c: Asked, head_dim: int) -> tuple[Rope, ...]:
     if not _by_kind(parameters):
         return (rope(parameters, c["max_position_embeddings"], head_dim),)
     present = next(parameters[kind] for kind in KINDS_OF_LAYER if parameters.get(kind))
-    each = (parameters.get(kind) or present for kind in KINDS_OF_LAYER)  # of a kind that there is not: any
+    each = (parameters.get(kind) or present for kind in KINDS_OF_LAYER)  # any value serves for a kind without layers
     return tuple(rope(of_kind, c["max_position_embeddings"], head_dim) for of_kind in each)
 
 
@@ -117,7 +117,7 @@ def _by_kind(parameters: Mapping[str, Any]) -> bool:
 
 
 def windows(c: Asked) -> list[int | None]:
-    """The window of each layer, as `sliding_window`, `use_sliding_window` and `layer_types` say."""
+    """The window of each layer, from `sliding_window`, `use_sliding_window` and `layer_types`."""
     count = c["num_hidden_layers"]
     window = c.get("sliding_window")
     kinds = c.get("layer_types") or ["sliding_attention"] * count
@@ -136,7 +136,9 @@ def delta(c: Asked, *, joined: bool) -> Fields:
             raise DataError(f"config.json: layer_types: {kind!r} is not supported")
     key_heads, value_heads = c["linear_num_key_heads"], c["linear_num_value_heads"]
     if value_heads % key_heads:
-        raise DataError(f"config.json: linear_num_value_heads {value_heads} is no multiple of {key_heads} key heads")
+        raise DataError(
+            f"config.json: linear_num_value_heads {value_heads} is not a multiple of the {key_heads} key heads"
+        )
     dims = c["linear_key_head_dim"], c["linear_value_head_dim"]
     return {
         "delta": Delta(key_heads, value_heads, *dims, c["linear_conv_kernel_dim"], joined),
@@ -146,7 +148,7 @@ def delta(c: Asked, *, joined: bool) -> Fields:
 
 
 def sliding(c: Asked) -> Fields:
-    """Layers that differ by their windows, and by their rotations where each kind of layer has its own."""
+    """Layers with different windows, and with different rotations if each kind of layer has its own."""
     if not _by_kind(c["rope_parameters"]):
         return {"layers": tuple(Layer(window=window) for window in windows(c))}
     kinds = map(KINDS_OF_LAYER.index, c["layer_types"])
@@ -154,10 +156,10 @@ def sliding(c: Asked) -> Fields:
 
 
 def experts(c: Asked, width: str = "moe_intermediate_size", **fields: Any) -> Experts:
-    """A mixture, with the load-balancing loss that the config asks for.
+    """A mixture of experts, with the load-balancing loss that the config asks for.
 
     Args:
-      width: the key that says how wide the experts are.
+      width: the key of the experts' width.
     """
     count = next(key for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in c)
     coefficient = c.get("router_aux_loss_coef") or 0.0
@@ -166,17 +168,17 @@ def experts(c: Asked, width: str = "moe_intermediate_size", **fields: Any) -> Ex
 
 
 def sparse_layers(c: Asked, layers: list[Layer]) -> tuple[Layer, ...]:
-    """Which layers have experts: every `decoder_sparse_step`th, but for `mlp_only_layers`."""
+    """Mark the layers with experts: every `decoder_sparse_step`th, except `mlp_only_layers`."""
     step, dense = c["decoder_sparse_step"], c["mlp_only_layers"] or ()
     is_sparse = lambda i: i not in dense and (i + 1) % step == 0
     return tuple(replace(layer, sparse=is_sparse(i)) for i, layer in enumerate(layers))
 
 
 def rope(parameters: Mapping[str, Any], max_positions: int, head_dim: int, **fields: Any) -> Rope:
-    """Rotary frequencies; refuses by name what is not honoured.
+    """Rotary frequencies; refuses unsupported kinds by name.
 
     Args:
-      head_dim: of what turns; `partial_rotary_factor` leaves some of it.
+      head_dim: dimensions that may rotate; `partial_rotary_factor` leaves out some of them.
     """
     kind = parameters.get("rope_type", "default")
     if kind not in KINDS_OF_ROPE:
@@ -219,5 +221,5 @@ def _yarn_attention_factor(parameters: Mapping[str, Any], factor: float) -> floa
 
 
 def yarn_scale(factor: float, m: float) -> float:
-    """How much sharper attention gets when positions are stretched by `factor`."""
+    """The factor by which attention gets sharper when positions are stretched by `factor`."""
     return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0

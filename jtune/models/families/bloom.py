@@ -1,4 +1,4 @@
-"""BLOOM: alibi in the place of positions, a norm on the embeddings, one kernel for each head's query, key and value."""
+"""BLOOM: alibi instead of positions, a norm on the embeddings, one kernel for each head's query, key and value."""
 
 from jtune.models.config import Layer
 from jtune.models.families import falcon

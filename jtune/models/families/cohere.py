@@ -1,4 +1,4 @@
-"""Cohere (Command R): attention and MLP side by side from one LayerNorm, neighbouring pairs turn, scaled logits."""
+"""Cohere (Command R): attention and MLP in parallel from one LayerNorm, neighbouring pairs rotate, scaled logits."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""ERNIE 4.5, its dense models: Llama whose neighbouring pairs turn."""
+"""ERNIE 4.5, its dense models: Llama whose neighbouring pairs rotate."""
 
 from dataclasses import replace
 

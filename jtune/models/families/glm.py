@@ -1,4 +1,4 @@
-"""GLM: half of each head turns, in neighbouring pairs; one kernel for gate and up."""
+"""GLM: half of each head rotates, in neighbouring pairs; one kernel for gate and up."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""GLM-4.5 and later mixtures: experts as DeepSeek-V3 has them, ordinary attention of which half of each head turns."""
+"""GLM-4.5 and later mixtures: experts as in DeepSeek-V3, ordinary attention of which half of each head rotates."""
 
 from jtune.models.config import Layer
 from jtune.models.families.base import Asked, Family, Fields, Names, common

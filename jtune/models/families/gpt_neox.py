@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: attention and MLP side by side from two LayerNorms, a quarter of each head turns."""
+"""GPT-NeoX and Pythia: attention and MLP in parallel from two LayerNorms, a quarter of each head rotates."""
 
 from jtune.models.families.base import Asked, Family, Fields, Names, common, layer_norm
 

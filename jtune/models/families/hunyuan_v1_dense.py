@@ -1,4 +1,4 @@
-"""Hunyuan, its dense models: norms on queries and keys after they are turned, and a base stretched by `alpha`."""
+"""Hunyuan, its dense models: norms on queries and keys after they are rotated, and a base stretched by `alpha`."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Phi-1.5 and Phi-2: attention and MLP side by side from one LayerNorm, biases everywhere."""
+"""Phi-1.5 and Phi-2: attention and MLP in parallel from one LayerNorm, biases everywhere."""
 
 from jtune.models.families.base import Asked, Family, Fields, Names, common, layer_norm
 

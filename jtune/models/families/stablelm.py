@@ -1,4 +1,4 @@
-"""StableLM: LayerNorms, a quarter of each head turns, attention and MLP side by side if the config says so."""
+"""StableLM: LayerNorms, a quarter of each head rotates, attention and MLP in parallel if the config says so."""
 
 from jtune.models.families.base import Asked, Family, Fields, Names, common, layer_norm
 
