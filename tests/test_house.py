@@ -1,4 +1,4 @@
-"""The order of the folders, and sizes that keep files readable: so that the house stays as docs/architecture.md has it."""
+"""The order of the folders, and sizes that keep files readable: the house of docs/architecture.md stays."""
 
 import ast
 from collections.abc import Iterator

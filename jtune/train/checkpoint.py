@@ -49,7 +49,7 @@ class _Pending(NamedTuple):
 
 
 class Checkpointer:
-    """Writes checkpoints in the background and keeps the newest few. It is a class because it owns the writer threads."""
+    """Writes checkpoints in the background and keeps the newest few. A class: it owns writer threads."""
 
     def __init__(self, output_dir: Path, *, keep: int | None = None):
         self.output_dir, self.keep = output_dir, keep

@@ -1,4 +1,4 @@
-"""The train step of a run, from the model to the compiled program: what `jtune train` runs and `jtune plan` measures."""
+"""The train step of a run, from model to compiled program: `jtune train` runs it and `jtune plan` measures it."""
 
 import logging
 from collections.abc import Callable, Mapping

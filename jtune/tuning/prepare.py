@@ -147,7 +147,7 @@ def whole_modules(params: PyTree, mask: PyTree, names: Sequence[str]) -> PyTree:
 def describe_trainable(params: PyTree, mask: PyTree) -> str:
     """What trains, module by module, and how much of the whole that is.
 
-    >>> print(describe_trainable(*prepare(...)))                                                         # doctest: +SKIP
+    >>> print(describe_trainable(*prepare(...)))                                                        # doctest: +SKIP
     trains 81,920 of 412,352 parameters (19.9%):
       layers.*.self_attn.{q_proj,v_proj}: LoRA of rank 8, scale 2
     """

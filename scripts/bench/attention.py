@@ -2,7 +2,7 @@
 
     python scripts/bench/attention.py [--only "8B"] [--sweep]
 
---sweep also times other blocks for the kernels of jtune/models/attention/flash_kernels.py. What is compared is said in README.md.
+--sweep also times other blocks for jtune/models/attention/flash_kernels.py. README.md says what is compared.
 """
 
 import argparse

@@ -10,7 +10,7 @@ import pytest
 from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.models.attention import dispatch
 from jtune.models.attention.blocks import block_size
-from jtune.models.attention.choose import gpu_kernel_failure, choose
+from jtune.models.attention.choose import choose, gpu_kernel_failure
 from jtune.models.attention.dispatch import attend
 from jtune.models.attention.flash import flash_attention
 from jtune.sharding import make_mesh
