@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: eight virtual CPU devices, tiny checkpoints, the reference data where it is present."""
 
+import logging
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
+
+
+@pytest.fixture(autouse=True)
+def logger_as_before():
+    """A command sets up jtune's logger for its process; in tests it must not stay so for the next one."""
+    logger = logging.getLogger("jtune")
+    handlers, level, propagates = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagates
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

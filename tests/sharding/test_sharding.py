@@ -261,7 +261,7 @@ def test_what_the_mesh_does_not_divide_is_kept_whole_and_said():
         (lambda: make_mesh(context=3), "mesh_context=3"),
         (lambda: make_mesh(context=-1), "at most one mesh size may be -1, but mesh_fsdp, mesh_context are"),
         (lambda: make_mesh(expert=0), "mesh_expert=0: a mesh size is a number of devices"),
-        (lambda: make_mesh(fsdp=16), "asks for 16 devices, but there are 8"),
+        (lambda: make_mesh(fsdp=16), "needs 16 devices, but there are 8"),
         (lambda: check_experts(make_mesh(expert=8), 4), "mesh_expert=8 does not divide the 4 experts"),
         (lambda: check_experts(make_mesh(expert=8), 0), "this model has no experts"),
         (lambda: check_row_length(make_mesh(context=8), 2050), "cutoff_len to a multiple of it"),
