@@ -7,6 +7,7 @@ anything is compiled; each slow phase says that it begins.
 import json
 import logging
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,7 +69,7 @@ def train(config: Config) -> dict[str, Any]:
     """
     timing, arguments, training = Timing(), arguments_of(config), config.training
     output_dir = Path(training.output_dir)
-    check_before_compute(config)
+    check_before_compute(config, arguments)
 
     # ------------------------------------------------------------------ devices, data, model
     mesh = find_devices(config)
@@ -89,7 +90,7 @@ def train(config: Config) -> dict[str, Any]:
     files = ModelFiles(config, source, model.mask, rows.endings)
     plan = prepare_plan(config, rows.splits, mesh)
     program = prepare_program(config, model, mesh, objective, plan)
-    trainable, frozen = tuning.partition(model.params, model.mask)
+    trainable = tuning.partition(model.params, model.mask)[0]
     rates = make_rates(model_flops(program, rows.splits), mesh)
     parameters = tuning.count(model.params)
 
@@ -97,7 +98,7 @@ def train(config: Config) -> dict[str, Any]:
     identity = identity_of(config, source, program, trainable, rows.splits, plan)
     run = Run(json.loads(json.dumps(identity)), arguments)
     state, progress = start_or_resume(training, run, program, trainable, plan, rows.splits.stream, timing)
-    del trainable, frozen, model  # nothing else may keep the first parameters alive
+    del trainable, model  # nothing else may keep the first parameters alive
     program = unstacked(program)
     update = compile_steps(program, plan, timing)
 
@@ -135,7 +136,7 @@ def train(config: Config) -> dict[str, Any]:
 # ---------------------------------------------------------------------- before anything is read
 
 
-def check_before_compute(config: Config) -> None:
+def check_before_compute(config: Config, arguments: Mapping[str, Any]) -> None:
     """Look at everything that can be wrong without a file of the model or the data."""
     training, output_dir = config.training, Path(config.training.output_dir)
     for note in config.notes:
@@ -144,7 +145,7 @@ def check_before_compute(config: Config) -> None:
     if training.predict_with_generate:
         check_installed()
     check_folder(output_dir)
-    exchange.from_first("start", partial(check_start, output_dir, training, arguments_of(config)))
+    exchange.from_first("start", partial(check_start, output_dir, training, arguments))
     preflight.check_processes(config, output_dir)
 
 

@@ -1,10 +1,11 @@
 """Conversations and documents as token ids and labels, kept in Arrow tables on disk.
 
 The rules are LLaMA-Factory's, except:
-  - with mask_history and a template of efficient_eos, the eos that ends an earlier answer is not learned; there it is;
-  - in stage pt every eos is learned; there none is where the tokenizer has no pad token of its own;
-  - rows without anything to learn are left out; there they take part in a batch with nothing;
-  - stage pt with neat_packing: a row for each document, long ones in pieces of cutoff_len. There it is refused.
+  - with mask_history and a template of efficient_eos, the eos that ends an earlier answer is not learned;
+    LLaMA-Factory learns it;
+  - in stage pt every eos is learned; LLaMA-Factory learns none if the tokenizer has no pad token of its own;
+  - rows without anything to learn are left out; in LLaMA-Factory they take part in a batch with nothing;
+  - stage pt with neat_packing: a row for each document, long ones in pieces of cutoff_len; LLaMA-Factory refuses it.
 """
 
 import logging
