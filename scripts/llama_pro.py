@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jtune.data import load_tokenizer
 from jtune.errors import ConfigError, JtuneError
+from jtune.files import whole_or_absent
 from jtune.interop import hf
 from jtune.models import abstract_params, logical_axes
 from jtune.models.families import decoder_config
@@ -53,10 +54,10 @@ def run(model: str, output_dir: Path, num_expand: int, *, shard_bytes: int = 5 *
     decoder = decoder_config(source)
     shardings = tree_shardings(logical_axes(decoder), abstract_params(decoder), make_mesh())
     params, decoder = expand(hf.load_params(folder, decoder, shardings=shardings), decoder, num_expand)
-    with hf.whole_or_absent(output_dir) as unfinished:
+    with whole_or_absent(output_dir) as unfinished:
         load_tokenizer(str(folder)).save_pretrained(unfinished)
         hf.copy_generation_config(folder, unfinished)
-        hf.save_model(params, decoder, grown, unfinished, max_shard_bytes=shard_bytes)
+        hf.save_model(params, decoder, grown, unfinished, base=folder, max_shard_bytes=shard_bytes)
     print(f"{source['model_type']}: {decoder.num_hidden_layers} layers, {num_expand} of them new, in {output_dir}")
 
 

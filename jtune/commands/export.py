@@ -12,6 +12,7 @@ import numpy as np
 from jtune.config import Config
 from jtune.data import template_of
 from jtune.errors import ConfigError
+from jtune.files import whole_or_absent
 from jtune.interop import hf
 from jtune.interop.endings import forget_tokenizer, resolve_endings, write_generation, write_tokenizer
 from jtune.loading import vocabulary
@@ -59,12 +60,11 @@ def export(config: Config) -> Path:
         log.info("reading adapter %s", path)
         params, _ = read_adapter(params, decoder, path)
     before = sample_logits(decoder, params)
-    with hf.whole_or_absent(out) as unfinished:
+    with whole_or_absent(out) as unfinished:
         write_tokenizer(unfinished, tokenizer)
         write_generation(unfinished, endings)
-        hf.save_model(
-            params, decoder, endings.source, unfinished, max_shard_bytes=args.export_size * 10**9, dtype=dtype
-        )
+        size = args.export_size * 10**9
+        hf.save_model(params, decoder, endings.source, unfinished, base=base, max_shard_bytes=size, dtype=dtype)
         del params  # there is room for one model
         params = read(unfinished, change=None)
         difference = np.abs(sample_logits(decoder, params) - before).max()

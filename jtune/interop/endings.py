@@ -22,6 +22,7 @@ from jtune.data.templates.chat_format import Pieces
 from jtune.data.templates.jinja import to_jinja
 from jtune.errors import DataError
 from jtune.interop.hf import GENERATION
+from jtune.models.families.wrapped import text_part, with_text
 
 log = logging.getLogger("jtune")
 
@@ -55,7 +56,8 @@ def resolve_endings(
       DataError: the model has no row for the token that ends answers; generation_config.json is no JSON object; a chat
         template has a name that no file can have.
     """
-    rows = source.get("vocab_size") or len(tokenizer)
+    text = text_part(source)
+    rows = text.get("vocab_size") or len(tokenizer)
     generation = read_generation(base)
     ends: list[int | None] = []
     if not rules_of(config.finetuning.stage).has_prompts and template is not None:
@@ -79,7 +81,7 @@ def resolve_endings(
             raise DataError(f"{base}: the tokenizer has a chat template named {name!r}, which is no name of a file")
     ends += [tokenizer.eos_token_id]
     own = [i for i in dict.fromkeys(ends) if i is not None and i < rows]
-    had = _ids(generation.get("eos_token_id")) or _ids(source.get("eos_token_id"))
+    had = next(filter(None, (_ids(x.get("eos_token_id")) for x in (generation, source, text))), [])
     source = _aligned(source, tokenizer, rows)
     eos = tuple(dict.fromkeys((*own, *had)))
     generation.pop("_from_model_config", None)  # it would let config.json, which has one eos, take precedence
@@ -136,14 +138,15 @@ def _ids(value: Any) -> list[int]:
 
 def _aligned(source: Mapping[str, Any], tokenizer: Any, rows: int) -> dict[str, Any]:
     """config.json with the eos and the pad token of the tokenizer, where the model has rows for them."""
-    source = dict(source)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    aligned: dict[str, Any] = {}
     if eos is not None and eos < rows:
         had = source.get("eos_token_id")
-        source["eos_token_id"] = [eos, *(i for i in _ids(had) if i != eos)] if isinstance(had, list) else eos
+        aligned["eos_token_id"] = [eos, *(i for i in _ids(had) if i != eos)] if isinstance(had, list) else eos
     if pad is not None and pad < rows:
-        source["pad_token_id"] = pad
-    return source
+        aligned["pad_token_id"] = pad
+    inside = {key: value for key, value in aligned.items() if key in text_part(source)}
+    return {**with_text(source, inside), **aligned}
 
 
 # ---------------------------------------------------------------------- the chat template

@@ -4,8 +4,7 @@ import json
 import math
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,8 @@ import numpy as np
 
 from jtune.distributed import exchange, processes
 from jtune.errors import ConfigError, DataError
+from jtune.files import whole_or_absent
+from jtune.interop.layout import open_decoder, others, to_place, turned
 from jtune.interop.weights import (
     BLOCK,
     DTYPES,
@@ -33,12 +34,14 @@ from jtune.interop.weights import (
 )
 from jtune.models import DecoderConfig, abstract_params
 from jtune.models.families import file_names
+from jtune.models.families.wrapped import text_part
 from jtune.models.names import Tensor, located, tensors
 from jtune.sharding import arrays
 from jtune.tuning.nodes import is_node
 from jtune.tuning.quantize import Form, apply, chosen, quantize
 
 GENERATION = "generation_config.json"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # What a decoder of ours does not use, though some files hold it: buffers that follow from the config.
 # Or say how others round activations to float8.
 UNUSED = (
@@ -133,7 +136,8 @@ def check_quantization(path: Path, options: Mapping[str, Any]) -> None:
 
 def stored_dtype(source: Mapping[str, Any]) -> jnp.dtype:
     """What a config.json says its weights are stored in."""
-    return jnp.dtype(source.get("dtype") or source.get("torch_dtype") or "float32")
+    said = (part.get(key) for part in (source, text_part(source)) for key in ("dtype", "torch_dtype"))
+    return jnp.dtype(next(filter(None, said), "float32"))
 
 
 def load_params(
@@ -155,10 +159,13 @@ def load_params(
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: here, jax.eval_shape(partial(apply, form=form), abstract))
-    stored = open_weights(folder)
+    stored = open_decoder(folder, config)
     leaves = located(abstract)
     damaged: set[str] = set()
-    wanted = [(list(tensors(keys, config, layers)), leaf.shape) for keys, leaf, layers in leaves]
+    wanted = [
+        ([turned(part, _lying(part, leaf.shape), stored) for part in tensors(keys, config, layers)], leaf.shape)
+        for keys, leaf, layers in leaves
+    ]
     _check_tensors(folder, stored, wanted, config)
     read = []
     for (parts, shape), (keys, *_), sharding in zip(
@@ -184,7 +191,7 @@ def has_own_head(folder: Path, config: DecoderConfig) -> bool:
     if not config.tie_word_embeddings:
         return False
     try:
-        stored = open_weights(folder)
+        stored = open_decoder(folder, config)
     except DataError:
         return False
     [part] = tensors(("embed_tokens", "embedding"), config, range(0))
@@ -207,8 +214,7 @@ def _check_tensors(folder: Path, stored: Mapping[str, Stored], wanted: list[Any]
     known: set[str] = set()
     for parts, shape in wanted:
         for part in parts:
-            expected = shape[len(part.index) :]
-            fault = _fault(stored, part.name, _swapped(expected) if part.transposed else expected)
+            fault = _fault(stored, part.name, _lying(part, shape))
             if fault:
                 faults.setdefault(fault, []).append(part.name)
             known |= {part.name, *(part.name + suffix for suffix in SCALES)}
@@ -226,6 +232,12 @@ def _check_tensors(folder: Path, stored: Mapping[str, Stored], wanted: list[Any]
         raise DataError(f"{folder}: these weights are not the model of config.json:\n  " + "\n  ".join(lines))
 
 
+def _lying(part: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor in its file. `shape`: of the leaf that it is a part of."""
+    rest = shape[len(part.index) :]
+    return _swapped(rest) if part.transposed else rest
+
+
 def _swapped(x: tuple[Any, ...]) -> tuple[Any, ...]:
     """A shape or an index with its last two dimensions swapped."""
     return (*x[:-2], x[-1], x[-2])
@@ -235,7 +247,7 @@ def _fault(stored: Mapping[str, Stored], name: str, expected: tuple[int, ...]) -
     """What is wrong with one tensor, if anything is."""
     if name not in stored:
         return f"is missing (expected shape {list(expected)})"
-    _, _, shape, dtype = stored[name]
+    shape, dtype = stored[name].shape, stored[name].dtype
     if shape != expected:
         return f"has shape {list(shape)}, config.json says {list(expected)}"
     if dtype not in DTYPES:
@@ -352,6 +364,7 @@ def save_model(
     source: Mapping[str, Any],
     folder: str | Path,
     *,
+    base: Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
     dtype: Any = None,
 ) -> None:
@@ -362,10 +375,17 @@ def save_model(
     Args:
       params: arrays, or nodes in their place: these are merged in float32, and rounded to `dtype` once.
       source: the config.json that the model came with.
-      dtype: of all tensors; default: what `source` says its weights are.
+      base: the folder that it came from: tensors that are not the decoder's, and what processes images, are taken from
+        there as they are, and its names for tensors.
+      dtype: of all tensors of the decoder; default: what `source` says its weights are.
     """
     dtype = stored_dtype(source) if dtype is None else jnp.dtype(dtype)
-    shapes, found = _layout(params, config)
+    base = base if processes.is_first() else None
+    shapes, found = _layout(params, config, None if base is None else open_decoder(base, config))
+    beside: dict[str, Stored] = {}
+    if base is not None:
+        beside, names = others(open_weights(base), config), to_place(shapes, config, base)
+        shapes = {names[name]: shape for name, shape in shapes.items()}
     pieces = (jax.tree.map(lambda x, i=part.index: arrays.whole(x, i), leaf) for leaf, part in found)
     if not processes.is_first():
         deque(pieces, maxlen=0)  # their parts are sent
@@ -373,9 +393,12 @@ def save_model(
     stored = (_in_file(piece, part.transposed) for piece, (_, part) in zip(pieces, found))
     config_json = {key: value for key, value in source.items() if key not in ("_name_or_path", "torch_dtype")}
     with whole_or_absent(Path(folder)) as partial_folder:
-        write_weights(partial_folder, shapes, dtype, stored, max_shard_bytes)
+        write_weights(partial_folder, shapes, dtype, stored, max_shard_bytes, copied=beside)
         text = json.dumps(config_json | {"dtype": dtype.name}, indent=2) + "\n"
         (partial_folder / "config.json").write_text(text)
+        for name in PROCESSORS if base is not None else ():
+            if (base / name).exists():
+                shutil.copyfile(base / name, partial_folder / name)
 
 
 def check_writable(params: Mapping[str, Any], config: DecoderConfig) -> None:
@@ -384,16 +407,20 @@ def check_writable(params: Mapping[str, Any], config: DecoderConfig) -> None:
 
 
 def _layout(
-    params: Mapping[str, Any], config: DecoderConfig
+    params: Mapping[str, Any], config: DecoderConfig, stored: Mapping[str, Stored] | None = None
 ) -> tuple[dict[str, tuple[int, ...]], list[tuple[Any, Tensor]]]:
-    """The tensors of a checkpoint: their shapes by name, and the leaf that each is a part of."""
+    """The tensors of a checkpoint: their shapes by name, and the leaf that each is a part of.
+
+    Args:
+      stored: of the base: what it holds the other way round is written so.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     found: list[tuple[Any, Tensor]] = []
     for keys, leaf, layers in located(params):
         try:
             for part in tensors(keys, config, layers):
-                rest = leaf.shape[len(part.index) :]
-                shapes[part.name] = _swapped(rest) if part.transposed else rest
+                part = turned(part, _lying(part, leaf.shape), stored or {})
+                shapes[part.name] = _lying(part, leaf.shape)
                 found.append((leaf, part))
         except (LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"{'.'.join(keys[:-1])}: a checkpoint has no place for it: {error!r}") from error
@@ -405,27 +432,6 @@ def _in_file(piece: Any, transposed: bool) -> np.ndarray:
     piece = jax.tree.map(np.asarray, piece)
     x = np.asarray(piece.merged(jnp.float32)) if is_node(piece) else piece
     return x.swapaxes(-1, -2) if transposed else x
-
-
-@contextmanager
-def whole_or_absent(folder: Path) -> Iterator[Path]:
-    """A new folder inside of `folder`, whose files move to it when the block has ended well, config.json last.
-
-    Until then a model that was there stays; what fails or is killed leaves no config.json beside half of its weights.
-    """
-    unfinished = folder / "unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        for old in [folder / "config.json", *folder.glob("model*.safetensors*")]:
-            old.unlink(missing_ok=True)
-        for new in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
-            if (folder / new.name).is_dir():
-                shutil.rmtree(folder / new.name)
-            new.replace(folder / new.name)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def copy_generation_config(base: Path, folder: Path) -> None:

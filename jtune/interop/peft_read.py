@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from jtune.errors import DataError
 from jtune.interop import hf
+from jtune.interop.layout import in_place
 from jtune.interop.peft_options import CONFIG, EMBEDDINGS, PREFIX, WEIGHTS, note_base, read_options, selective, start_of
 from jtune.interop.weights import grouped, is_finite
 from jtune.models import DecoderConfig
@@ -114,7 +115,7 @@ def load_adapter(
     Raises:
       DataError: it is no LoRA adapter, is not for this model, or uses what jtune does not honour, by name.
     """
-    adapter = _open(hf.fetch(path, **hub) / (subfolder or ""))
+    adapter = _open(hf.fetch(path, **hub) / (subfolder or ""), config)
     note_base(adapter.options, adapter.folder, base)
     _check_tied(adapter, config)
     if on_embedding := next((name for name in adapter.stored if ".lora_embedding_" in name), None):
@@ -204,7 +205,7 @@ def _beside(leaf: jax.Array, x: np.ndarray) -> jax.Array:
     return arrays.put(x, everywhere)
 
 
-def _open(folder: Path) -> Adapter:
+def _open(folder: Path, config: DecoderConfig) -> Adapter:
     options = read_options(folder)
     with ExitStack() as stack:
         try:
@@ -214,7 +215,8 @@ def _open(folder: Path) -> Adapter:
         except (SafetensorError, OSError) as error:
             raise DataError(f"{folder / WEIGHTS}: not a complete safetensors file: {error}") from error
         every = list(file.keys())
-        stored = {name.removeprefix(PREFIX): file.get_tensor(name) for name in every}
+        ours = in_place((name.removeprefix(PREFIX) for name in every), config)
+        stored = {ours[name.removeprefix(PREFIX)]: file.get_tensor(name) for name in every}
     if len(stored) < len(every):
         twice = sorted(name for name in every if name.startswith(PREFIX) and name.removeprefix(PREFIX) in every)
         raise DataError(f"{folder / WEIGHTS}: {twice[0]} is there twice, with {PREFIX} and without")
@@ -237,7 +239,8 @@ def has_own_head(folder: Path, config: DecoderConfig) -> bool:
     try:
         options = read_options(folder)
         with safe_open(folder / WEIGHTS, "np") as file:
-            names = {name.removeprefix(PREFIX): name for name in file.keys()}  # noqa: SIM118
+            every = {name.removeprefix(PREFIX): name for name in file.keys()}  # noqa: SIM118
+            names = {ours: every[name] for name, ours in in_place(every, config).items()}
             tables = ("weight", "token_adapter.trainable_tokens_delta")
             held = {name: file.get_tensor(names[name]) for x in (stem, head) for end in tables
                     if (name := f"{x}.{end}") in names}  # fmt: skip
@@ -305,7 +308,7 @@ def _read_whole(adapter: Adapter, keys: Keys, leaf: jax.Array, config: DecoderCo
             )
         out[part.index] = x
     if keys[0] == "embed_tokens" and config.tie_word_embeddings:
-        adapter.used.add("lm_head.weight")  # the same, repeated
+        adapter.used.add(hf.head_name(config))  # the same, repeated
     return arrays.put(out, leaf.sharding)
 
 

@@ -132,7 +132,10 @@ def contents(
             for part in tensors(keys, config, layers):
                 piece = x[part.index] if part.index else x
                 out[PREFIX + part.name] = piece.swapaxes(-1, -2) if part.transposed else piece
-            whole[their.words.get(keys[-2], keys[-2])] = None
+            word = their.words.get(keys[-2], keys[-2])
+            if config.wrapper is not None and keys[0] in ("embed_tokens", "norm"):  # other towers may have one, too
+                word = f"{their.prefix.rpartition('.')[2]}.{word}"
+            whole[word] = None
             if keys[0] == "embed_tokens" and config.tie_word_embeddings:
                 # PEFT asks for both names of a tied pair.
                 out[f"{PREFIX}{their.words.get('lm_head', 'lm_head')}.weight"] = x
@@ -180,7 +183,7 @@ def _options(
         "rank_pattern": {_pattern(name, head): rank for name, (rank, _) in other.items()},
         "alpha_pattern": {_pattern(name, head): a for name, (_, a) in other.items()},
         "lora_dropout": nodes[0].dropout,
-        "target_modules": sorted(modules),
+        "target_modules": sorted(modules) if config.wrapper is None else _inside(sorted(modules), head, config),
         "target_parameters": sorted(parameters) or None,
         "modules_to_save": list(whole) or None,
         "ensure_weight_tying": bool(whole) and config.tie_word_embeddings,
@@ -229,6 +232,14 @@ def _pattern(name: str, head: str) -> str:
       head: the module that lies in no other.
     """
     return re.escape(name) if name == head or re.search(r"\.\d+\.", name) else f".*\\.{re.escape(name)}"
+
+
+def _inside(names: Sequence[str], head: str, config: DecoderConfig) -> str:
+    """A regular expression of PEFT's for these modules of the text stack: other towers may have such modules, too."""
+    prefix = module_names(config).prefix
+    whole = [name for name in names if name == head or name.startswith(f"{prefix}.")]
+    ends = "|".join(re.escape(name) for name in names if name not in whole)
+    return "|".join([*map(re.escape, whole), *([rf"{re.escape(prefix)}\..*\.({ends})"] if ends else [])])
 
 
 def _target(module: Keys, every: Collection[Keys], their: Names) -> str:

@@ -31,6 +31,7 @@ SCALES = ("_scale_inv", "_scale")
 
 
 FINITE_PIECE = 2**16  # elements
+COPIED_PIECE = 2**24  # bytes
 
 
 class Stored(NamedTuple):
@@ -40,6 +41,7 @@ class Stored(NamedTuple):
     offset: int  # of its first byte, in the file
     shape: tuple[int, ...]
     dtype: str  # safetensors' name
+    size: int = 0  # bytes in the file
 
 
 # ---------------------------------------------------------------------- what there is
@@ -124,7 +126,13 @@ def read_header(path: Path) -> dict[str, Stored]:
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{path}: not a complete safetensors file: {error}") from error
     return {
-        name: Stored(path, start + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
+        name: Stored(
+            path,
+            start + (bounds := entry["data_offsets"])[0],
+            tuple(entry["shape"]),
+            entry["dtype"],
+            bounds[1] - bounds[0],
+        )
         for name, entry in header.items()
         if name != "__metadata__"
     }
@@ -246,17 +254,23 @@ def write_weights(
     dtype: np.dtype,
     tensors: Iterable[np.ndarray],
     max_shard_bytes: int,
+    copied: Mapping[str, Stored] | None = None,
 ) -> None:
     """Write safetensors files, and their index if they are several. One tensor is held at a time.
 
     Args:
       shapes: of all tensors, by name; they are cut into files in this order.
       tensors: of these shapes, in this order; cast to `dtype`.
+      copied: tensors of other files, by name, which are written after them, byte for byte.
 
     Raises:
       NonFiniteError: a tensor holds NaN or infinity, by name.
     """
+    copied = copied or {}
+    kind = next(theirs for theirs, ours in DTYPES.items() if ours == dtype)
+    entries = {name: Stored(Path(), 0, shape, kind) for name, shape in shapes.items()} | copied
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    sizes |= {name: x.size for name, x in copied.items()}
     shards, filled = [[]], 0
     for name, size in sizes.items():
         if shards[-1] and filled + size > max_shard_bytes:
@@ -269,8 +283,14 @@ def write_weights(
     files = [WEIGHTS] if len(files) == 1 else files
     for path, names in zip(files, shards):
         with (folder / path).open("wb") as file:
-            file.write(_header({name: shapes[name] for name in names}, sizes, dtype))
+            file.write(_header({name: entries[name] for name in names}, sizes))
             for name in names:
+                if name in copied:
+                    with copied[name].file.open("rb") as other:
+                        other.seek(copied[name].offset)
+                        for left in range(sizes[name], 0, -COPIED_PIECE):
+                            file.write(other.read(min(left, COPIED_PIECE)))
+                    continue
                 x = next(arrays)
                 if x.shape != shapes[name]:
                     raise ValueError(f"{name} is {x.shape}, expected {shapes[name]}")
@@ -286,11 +306,10 @@ def write_weights(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], dtype: np.dtype) -> bytes:
-    names = {ours: theirs for theirs, ours in DTYPES.items()}
+def _header(entries: Mapping[str, Stored], sizes: Mapping[str, int]) -> bytes:
     header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        entry = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, offset + sizes[name]]}
+    for name, x in entries.items():
+        entry = {"dtype": x.dtype, "shape": list(x.shape), "data_offsets": [offset, offset + sizes[name]]}
         header[name] = entry  # type: ignore[assignment]
         offset += sizes[name]
     text = json.dumps(header).encode()

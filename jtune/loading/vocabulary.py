@@ -17,8 +17,10 @@ from jtune.data import load_tokenizer, template_of
 from jtune.data.tokens.tokenizer import add_model_tokens, ids_of
 from jtune.errors import ConfigError, DataError
 from jtune.interop import hf, peft
+from jtune.interop.layout import in_place
 from jtune.models import DecoderConfig, abstract_params
 from jtune.models.families import decoder_config
+from jtune.models.families.wrapped import with_text
 from jtune.models.names import tensors
 from jtune.sharding import tree_shardings
 from jtune.tuning.axes import prepared_axes
@@ -42,8 +44,10 @@ class Vocabulary(NamedTuple):
     def config_json(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         """The config.json of the model that is trained, from the one that is stored."""
         rows = {"vocab_size": self.decoder.vocab_size} if self.change else {}
-        tied = decoder_config(stored).tie_word_embeddings and not self.decoder.tie_word_embeddings
-        return {**stored, **rows, **({"tie_word_embeddings": False} if tied else {})}
+        found = with_text(stored, rows)
+        if decoder_config(stored).tie_word_embeddings and not self.decoder.tie_word_embeddings:
+            found = {**with_text(found, {"tie_word_embeddings": False}), "tie_word_embeddings": False}
+        return found
 
 
 def resolve_vocabulary(config: Config, folder: Path, decoder: DecoderConfig) -> Vocabulary:
@@ -193,7 +197,8 @@ def stored_rows(adapter: Path, decoder: DecoderConfig) -> int | None:
     """
     try:
         with safe_open(adapter / peft.WEIGHTS, "np") as file:
-            names = {name.removeprefix(peft.PREFIX): name for name in file.keys()}  # noqa: SIM118
+            every = {name.removeprefix(peft.PREFIX): name for name in file.keys()}  # noqa: SIM118
+            names = {ours: every[name] for name, ours in in_place(every, decoder).items()}
             found: dict[str, int | None] = {}
             for module, leaf in TABLES:
                 if module in embedding_modules(decoder.tie_word_embeddings) and leaf != "bias":

@@ -98,6 +98,7 @@ class DecoderConfig:
     num_key_value_heads: int
     head_dim: int
     family: str = "llama"  # gives the tensor names of a checkpoint (see names.py)
+    wrapper: str | None = None  # the image-text model that this is the text stack of, by its model_type
     layers: tuple[Layer, ...] = ()  # default: all alike, sparse if there are experts
     # Norms
     norm: Literal["rms", "layer"] = "rms"

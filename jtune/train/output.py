@@ -83,7 +83,8 @@ def save_model(folder: Path, params: Any, files: ModelFiles) -> None:
             resized=files.source.resized,
         )
     else:
-        hf.save_model(params, decoder, files.endings.source, folder, max_shard_bytes=model.export_size * 10**9)
+        size, base = model.export_size * 10**9, None if model.train_from_scratch else files.source.folder
+        hf.save_model(params, decoder, files.endings.source, folder, base=base, max_shard_bytes=size)
         if processes.is_first():
             write_generation(folder, files.endings)
     if processes.is_first():

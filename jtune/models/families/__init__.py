@@ -8,6 +8,7 @@ by the file of the family, or does not matter for training (`HARMLESS`), or is r
 import difflib
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from jtune.errors import DataError
 from jtune.models.config import DecoderConfig
 from jtune.models.families.base import Asked, Family, Names
+from jtune.models.families.wrapped import WRAPPERS, placed, text_config
 
 log = logging.getLogger("jtune")
 
@@ -62,16 +64,20 @@ HARMLESS = frozenset(
 
 # A family is a file of this package, under its model_type.
 FAMILIES: dict[str, Family] = {
-    name: import_module(f"{__name__}.{name}").FAMILY for _, name, _ in iter_modules(__path__) if name != "base"
+    name: import_module(f"{__name__}.{name}").FAMILY
+    for _, name, _ in iter_modules(__path__)
+    if name not in ("base", "wrapped")
 }
 
 
 def decoder_config(source: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder of a Hugging Face config.json, written by transformers 4 or 5.
+    """The decoder of a Hugging Face config.json, written by transformers 4 or 5; of an image-text model its text stack.
 
     Raises:
       DataError: an unknown family, or an option that the decoder does not honour, by name.
     """
+    if (wrapper := source.get("model_type")) in WRAPPERS:
+        return replace(decoder_config(text_config(source)), wrapper=wrapper)
     kind, family = _family(source.get("model_type"))
     full, defaults = full_config(source)
     asked = Asked(full)
@@ -97,14 +103,16 @@ def full_config(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
 
 
 def file_names(config: DecoderConfig) -> Names:
-    """The names of tensors in the files of a model."""
-    return FAMILIES[config.family].names(config)
+    """The names of tensors in the files of a model; of an image-text model, as transformers has them."""
+    names = FAMILIES[config.family].names(config)
+    return names if config.wrapper is None else placed(names, WRAPPERS[config.wrapper])
 
 
 def module_names(config: DecoderConfig) -> Names:
     """The names of modules in the model of transformers, which adapters use."""
     family = FAMILIES[config.family]
-    return (family.modules or family.names)(config)
+    names = (family.modules or family.names)(config)
+    return names if config.wrapper is None else placed(names, WRAPPERS[config.wrapper])
 
 
 def _family(model_type: str | None) -> tuple[str, Family]:
@@ -112,9 +120,10 @@ def _family(model_type: str | None) -> tuple[str, Family]:
         raise DataError("config.json: model_type is missing: is this the folder of a Hugging Face model?")
     if model_type in FAMILIES:
         return model_type, FAMILIES[model_type]
-    near = difflib.get_close_matches(model_type, FAMILIES, n=1)
+    known = sorted({*FAMILIES, *WRAPPERS})
+    near = difflib.get_close_matches(model_type, known, n=1)
     hint = f" The nearest is {near[0]}." if near else ""
-    raise DataError(f"config.json: model_type {model_type!r} is not supported.{hint} There are: {', '.join(FAMILIES)}.")
+    raise DataError(f"config.json: model_type {model_type!r} is not supported.{hint} There are: {', '.join(known)}.")
 
 
 def _refuse_what_is_not_honoured(

@@ -1,0 +1,14 @@
+"""GLM-4.1V and GLM-4.6V-Flash, their text model: GLM-4 (0414), with biases on queries, keys and values."""
+
+from jtune.models.families import glm4
+from jtune.models.families.base import Asked, Family, Fields
+
+
+def read(c: Asked) -> Fields:
+    full = Asked({**c, "attention_bias": True})
+    fields = glm4.read(full)
+    c.read |= full.read
+    return fields
+
+
+FAMILY = Family(read, glm4.FAMILY.names)
