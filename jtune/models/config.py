@@ -25,6 +25,18 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class QueryScale:
+    """Queries that grow with their position, so that attention stays sharp over many keys (arXiv:2501.19399).
+
+    The factor is `1 + beta * log(1 + floor((position + offset) / length))`.
+    """
+
+    beta: float
+    length: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
 class Layer:
     """Options of one layer of a decoder."""
 
@@ -32,6 +44,7 @@ class Layer:
     rope: int | None = 0  # which of DecoderConfig.ropes rotates its queries and keys; None: none
     sparse: bool = False  # a mixture of experts instead of the MLP
     linear: bool = False  # the gated delta rule instead of attention
+    query_scale: QueryScale | None = None  # of its queries; None: they do not grow
 
 
 @dataclass(frozen=True)
@@ -86,8 +99,8 @@ class DecoderConfig:
     """A decoder-only transformer. Field names are Hugging Face's, if it has one name for the thing.
 
     >>> DecoderConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-    ...               num_attention_heads=4, num_key_value_heads=2, head_dim=16).layers
-    (Layer(window=None, rope=0, sparse=False, linear=False), Layer(window=None, rope=0, sparse=False, linear=False))
+    ...               num_attention_heads=4, num_key_value_heads=2, head_dim=16).layers == (Layer(), Layer())
+    True
     """
 
     vocab_size: int

@@ -17,7 +17,7 @@ from jtune.models.attention.cached import attend_cached
 from jtune.models.attention.dispatch import attend
 from jtune.models.attention.reference import alibi_bias
 from jtune.models.cache import LayerCache
-from jtune.models.config import DecoderConfig, Layer
+from jtune.models.config import DecoderConfig, Layer, QueryScale
 from jtune.models.delta import GatedDelta
 from jtune.models.kernels import Linear, parameter
 from jtune.models.mlp import MLP
@@ -51,6 +51,8 @@ class Attention(nn.Module):
         """The output of attention, `[batch, seq, embed]`, and the cache with the new tokens."""
         c = self.config
         q_BTHD, new, gate = (self._latent if c.latent else self._plain)(x_BTD, shared)
+        if self.layer.query_scale is not None:
+            q_BTHD = grown(q_BTHD, shared.positions, self.layer.query_scale)
         fixed: dict[str, Any] = {
             "scale": c.qk_dim**-0.5 if c.attention_scale is None else c.attention_scale,
             "window": self.layer.window,
@@ -161,6 +163,12 @@ class Attention(nn.Module):
         k_nope, v = jnp.split(both, [c.latent.nope_dim], axis=-1)
         rope_key = jnp.broadcast_to(entry["rope_key"][:, :, None, :], (*k_nope.shape[:-1], c.latent.rope_dim))
         return jnp.concatenate([k_nope, rope_key], axis=-1), v
+
+
+def grown(q_BTHD: jax.Array, positions_BT: jax.Array, s: QueryScale) -> jax.Array:
+    """Queries times their factor (`QueryScale`), which is float32, in the dtype of `q`."""
+    factor_BT = 1 + s.beta * jnp.log1p(((positions_BT + s.offset) // s.length).astype(jnp.float32))
+    return (q_BTHD * factor_BT[:, :, None, None]).astype(q_BTHD.dtype)
 
 
 class DecoderLayer(nn.Module):
