@@ -44,6 +44,7 @@ class Layer:
     rope: int | None = 0  # which of DecoderConfig.ropes rotates its queries and keys; None: none
     sparse: bool = False  # a mixture of experts instead of the MLP
     linear: bool = False  # the gated delta rule instead of attention
+    chunked: bool = False  # the window does not slide: a token sees back to the last multiple of its length
     query_scale: QueryScale | None = None  # of its queries; None: they do not grow
 
 
@@ -91,6 +92,8 @@ class Experts:
     bias: bool = False  # of the experts' products
     shared_size: int = 0  # width of an additional MLP for all tokens
     shared_gate: bool = False  # a sigmoid per token weights the output of that MLP
+    joined: bool = False  # one kernel of the experts for gate and up, also where the MLP has two
+    scale_input: bool = False  # the weights are factors of the input of the experts, not of their output
     aux_coef: float = 0.0  # of the load-balancing loss, if a config asks for it
 
 
@@ -138,7 +141,8 @@ class DecoderConfig:
     qkv: Literal["separate", "joined", "grouped"] = "separate"  # one kernel; one, by key head
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: Literal["head", "heads", "all"] | None = None  # one scale for all heads; one each; one norm over all
+    # One scale for all heads; one each; one norm over all; no scale, after the rotation, in layers that rotate.
+    qk_norm: Literal["head", "heads", "all", "rotated"] | None = None
     qk_norm_after_rope: bool = False
     clip_qkv: float | None = None
     attention_scale: float | None = None  # default: 1 / sqrt(head_dim)
