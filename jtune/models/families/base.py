@@ -50,6 +50,7 @@ class Names:
     words: Mapping[str, str] = field(default_factory=dict)  # jtune's name of a module -> the family's
     patterns: tuple[tuple[str, str], ...] = ()  # (regular expression, replacement), for the whole name of a tensor
     stacked_experts: bool = False  # one tensor holds all experts of a layer
+    swapped_experts: bool = False  # PEFT takes their tensors, which are [in, out], for [out, in]
     per_head: frozenset[str] = frozenset()  # modules of jtune that the files split into one for each head
     as_is: frozenset[str] = frozenset()  # modules, or ends of their names, whose kernels the files store as [in, out]
 

@@ -54,4 +54,5 @@ def _layers(c: Asked) -> tuple[Layer, ...]:
     return tuple(layer(i, kind, c["no_rope_layers"][i]) for i, kind in enumerate(kinds))
 
 
-FAMILY = Family(read, lambda config: Names(words=WORDS, patterns=PATTERNS, stacked_experts=True, as_is=AS_IS))
+NAMES = Names(words=WORDS, patterns=PATTERNS, stacked_experts=True, swapped_experts=True, as_is=AS_IS)
+FAMILY = Family(read, lambda config: NAMES)
