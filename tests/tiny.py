@@ -25,6 +25,13 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 GEMMA3 = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+MINISTRAL3 = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,  # queries grow every eight tokens
+    "llama_4_scaling_beta": 0.4,
+}
 OLMO3 = {
     "full_attention": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 64},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -96,7 +103,18 @@ FAMILIES = {
     },
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "residual_multiplier": 0.3, "logits_scaling": 4.0},
     "hunyuan_v1_dense": {"head_dim": 16},
+    "llama4_text": {
+        "head_dim": 16,
+        "intermediate_size": 24,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 4,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 8,
+        "floor_scale": 6,
+        "attn_scale": 0.5,
+    },
     "ministral": {"sliding_window": 8, "head_dim": 16},
+    "ministral3": {"head_dim": 16, "rope_parameters": MINISTRAL3},
     "olmo": {"clip_qkv": 1.0},
     "olmo2": {},
     "olmo3": {"sliding_window": 8, "rope_parameters": OLMO3},

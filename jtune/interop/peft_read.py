@@ -402,9 +402,11 @@ def _read_experts(adapter: Adapter, keys: Keys, config: DecoderConfig, layer: in
         return Pair(
             np.stack([m.a for m in modules]), np.stack([m.b * np.float32(m.scale / scale) for m in modules]), scale
         )
-    block = module_name(keys[: keys.index("experts")], module_names(config), layer=layer) + ".experts"
-    down = keys[-2] == "down_proj"
+    their, down = module_names(config), keys[-2] == "down_proj"
+    block = module_name(keys[: keys.index("experts")], their, layer=layer) + ".experts"
     inputs, outputs = (M, config.hidden_size) if down else (config.hidden_size, 2 * M)
+    if their.swapped_experts:
+        inputs, outputs = outputs, inputs
     # PEFT nests one wrapper in the other; which is which shows in the shapes.
     for module in (f"{block}.base_layer", block):
         stored = [adapter.stored.get(f"{module}.lora_{x}.weight") for x in "AB"]
@@ -415,6 +417,8 @@ def _read_experts(adapter: Adapter, keys: Keys, config: DecoderConfig, layer: in
         rank = found[0].shape[0] // E
         a = found[0].reshape(E, rank, inputs).transpose(0, 2, 1)
         b = found[1].reshape(outputs, rank, E).transpose(2, 1, 0)
+        if their.swapped_experts:
+            a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
         if keys[-2] in ("gate_proj", "up_proj"):
             b = b[..., :M] if keys[-2] == "gate_proj" else b[..., M:]
         return Pair(a, b, adapter.scale(f"{block}.{'down_proj' if down else 'gate_up_proj'}", rank))

@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def contents(
                 if pair.magnitude is not None:
                     out[f"{module}.lora_magnitude_vector"] = pair.magnitude[place]
             is_router = keys[-2] == "gate" and config.experts is not None
-            names = ["gate" if is_router else _target(keys[:-1], every.keys(), their)]
+            names = [their.words.get("gate", "gate") if is_router else _target(keys[:-1], every.keys(), their)]
             if not everywhere(keys[:-1]):
                 names = [module_name(keys[:-1], their, layer=layer) for layer in layers]
             for name in names:
@@ -262,13 +263,15 @@ def _join_experts(
             for name, leaf in stack.get("mlp", {}).get("experts", {}).items()
             if is_adapter(leaf["kernel"])
         }
-        block = [module_name(("layers", "mlp"), module_names(config), layer=layer) + ".experts" for layer in numbers]
+        their = module_names(config)
+        block = [module_name(("layers", "mlp"), their, layer=layer) + ".experts" for layer in numbers]
+        files = partial(_files, swapped=their.swapped_experts)
         down, joined = nodes.get("down_proj"), _joined(nodes)
         if joined is not None:
             modules = [f"{name}.base_layer" for name in block] if down is not None else block
-            yield "gate_up_proj", block, (joined.a.shape[-1], joined.scale), _files(joined, modules)
+            yield "gate_up_proj", block, (joined.a.shape[-1], joined.scale), files(joined, modules)
         if down is not None:
-            yield "down_proj", block, (down.a.shape[-1], down.scale), _files(down, block)
+            yield "down_proj", block, (down.a.shape[-1], down.scale), files(down, block)
 
 
 def _joined(nodes: Mapping[str, Pair]) -> Pair | None:
@@ -288,10 +291,12 @@ def _joined(nodes: Mapping[str, Pair]) -> Pair | None:
     return Pair(np.concatenate([node.a for node, _ in found], axis=-1), b, scale)
 
 
-def _files(pair: Pair, modules: list[str]) -> dict[str, np.ndarray]:
-    """PEFT's layout, for each layer: A `[experts * rank, in]`, B `[out, rank * experts]`."""
+def _files(pair: Pair, modules: list[str], *, swapped: bool) -> dict[str, np.ndarray]:
+    """PEFT's layout, for each layer: A `[experts * rank, in]`, B `[out, rank * experts]`; `swapped`: in is out."""
     found = {}
     for module, a, b in zip(modules, pair.a, pair.b, strict=True):
+        if swapped:
+            a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
         E, inputs, rank = a.shape
         found[f"{module}.lora_A.weight"] = a.transpose(0, 2, 1).reshape(E * rank, inputs)
         found[f"{module}.lora_B.weight"] = b.transpose(2, 1, 0).reshape(-1, rank * E)

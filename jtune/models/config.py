@@ -25,6 +25,18 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class QueryScale:
+    """Queries that grow with their position, so that attention stays sharp over many keys (arXiv:2501.19399).
+
+    The factor is `1 + beta * log(1 + floor((position + offset) / length))`.
+    """
+
+    beta: float
+    length: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
 class Layer:
     """Options of one layer of a decoder."""
 
@@ -32,6 +44,8 @@ class Layer:
     rope: int | None = 0  # which of DecoderConfig.ropes rotates its queries and keys; None: none
     sparse: bool = False  # a mixture of experts instead of the MLP
     linear: bool = False  # the gated delta rule instead of attention
+    chunked: bool = False  # the window does not slide: a token sees back to the last multiple of its length
+    query_scale: QueryScale | None = None  # of its queries; None: they do not grow
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,8 @@ class Experts:
     bias: bool = False  # of the experts' products
     shared_size: int = 0  # width of an additional MLP for all tokens
     shared_gate: bool = False  # a sigmoid per token weights the output of that MLP
+    joined: bool = False  # one kernel of the experts for gate and up, also where the MLP has two
+    scale_input: bool = False  # the weights are factors of the input of the experts, not of their output
     aux_coef: float = 0.0  # of the load-balancing loss, if a config asks for it
 
 
@@ -86,8 +102,8 @@ class DecoderConfig:
     """A decoder-only transformer. Field names are Hugging Face's, if it has one name for the thing.
 
     >>> DecoderConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-    ...               num_attention_heads=4, num_key_value_heads=2, head_dim=16).layers
-    (Layer(window=None, rope=0, sparse=False, linear=False), Layer(window=None, rope=0, sparse=False, linear=False))
+    ...               num_attention_heads=4, num_key_value_heads=2, head_dim=16).layers == (Layer(), Layer())
+    True
     """
 
     vocab_size: int
@@ -126,7 +142,8 @@ class DecoderConfig:
     qkv: Literal["separate", "joined", "grouped"] = "separate"  # one kernel; one, by key head
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: Literal["head", "heads", "all"] | None = None  # one scale for all heads; one each; one norm over all
+    # One scale for all heads; one each; one norm over all; no scale, after the rotation, in layers that rotate.
+    qk_norm: Literal["head", "heads", "all", "rotated"] | None = None
     qk_norm_after_rope: bool = False
     clip_qkv: float | None = None
     attention_scale: float | None = None  # default: 1 / sqrt(head_dim)

@@ -13,11 +13,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from jtune.models import cache as caches
+from jtune.models.attention import chunks
 from jtune.models.attention.cached import attend_cached
 from jtune.models.attention.dispatch import attend
 from jtune.models.attention.reference import alibi_bias
 from jtune.models.cache import LayerCache
-from jtune.models.config import DecoderConfig, Layer
+from jtune.models.config import DecoderConfig, Layer, QueryScale
 from jtune.models.delta import GatedDelta
 from jtune.models.kernels import Linear, parameter
 from jtune.models.mlp import MLP
@@ -51,6 +52,8 @@ class Attention(nn.Module):
         """The output of attention, `[batch, seq, embed]`, and the cache with the new tokens."""
         c = self.config
         q_BTHD, new, gate = (self._latent if c.latent else self._plain)(x_BTD, shared)
+        if self.layer.query_scale is not None:
+            q_BTHD = grown(q_BTHD, shared.positions, self.layer.query_scale)
         fixed: dict[str, Any] = {
             "scale": c.qk_dim**-0.5 if c.attention_scale is None else c.attention_scale,
             "window": self.layer.window,
@@ -63,22 +66,27 @@ class Attention(nn.Module):
             None if c.alibi is None else alibi_bias(positions, c.num_attention_heads, c.alibi, c.alibi_dtype)
         )
 
-        entry = None
+        entry, chunk = None, self.layer.window if self.layer.chunked else None
         if layer_cache is not None:
             entry = caches.write(layer_cache.entry, layer_cache.index, new, shared.positions, shared.segment_ids)
         if layer_cache is not None and entry is not None and x_BTD.shape[1] == 1:
             cached = {name: x[layer_cache.index].astype(x_BTD.dtype) for name, x in entry.items()}
             k_BSKD, v_BSKD = self._keys_values(cached)
             at_BS = caches.key_positions(k_BSKD.shape[1], shared.positions)
+            if chunk is not None:
+                at_BS = chunks.empty_slots_before(shared.positions, at_BS, chunk)
             out = attend_cached(q_BTHD, k_BSKD, v_BSKD, shared.positions, at_BS, bias_BHS=bias(at_BS), **fixed)
         else:  # no earlier tokens
             k_BTKD, v_BTKD = self._keys_values(new)
             place = lambda x, axis: constrain(x, self.mesh, "batch", "sequence", axis, None)
+            segment_ids = shared.segment_ids
+            if chunk is not None:
+                segment_ids = chunks.cut_segments(segment_ids, shared.positions, chunk)
             out = attend(
                 place(q_BTHD, "heads"),
                 place(k_BTKD, "kv_heads"),
                 place(v_BTKD, "kv_heads"),
-                shared.segment_ids,
+                segment_ids,
                 bias_BHS=bias(shared.positions),
                 backend=self.backend,
                 mesh=self.mesh,
@@ -130,6 +138,8 @@ class Attention(nn.Module):
         q, k = self._turn(q, shared), self._turn(k, shared)
         if normed and c.qk_norm_after_rope:
             q, k = kind(name="q_norm")(q), kind(name="k_norm")(k)
+        if c.qk_norm == "rotated" and self.layer.rope is not None:
+            q, k = (Norm(c.norm, c.norm_eps, use_scale=False)(x) for x in (q, k))
         return q, {"k": k, "v": v}, gate
 
     def _latent(self, x_BTD: jax.Array, shared: Shared) -> tuple[jax.Array, caches.Entry, None]:
@@ -161,6 +171,12 @@ class Attention(nn.Module):
         k_nope, v = jnp.split(both, [c.latent.nope_dim], axis=-1)
         rope_key = jnp.broadcast_to(entry["rope_key"][:, :, None, :], (*k_nope.shape[:-1], c.latent.rope_dim))
         return jnp.concatenate([k_nope, rope_key], axis=-1), v
+
+
+def grown(q_BTHD: jax.Array, positions_BT: jax.Array, s: QueryScale) -> jax.Array:
+    """Queries times their factor (`QueryScale`), which is float32, in the dtype of `q`."""
+    factor_BT = 1 + s.beta * jnp.log1p(((positions_BT + s.offset) // s.length).astype(jnp.float32))
+    return (q_BTHD * factor_BT[:, :, None, None]).astype(q_BTHD.dtype)
 
 
 class DecoderLayer(nn.Module):

@@ -44,7 +44,7 @@ class Experts(nn.Module):
     def __call__(self, x_MD: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
         c, e = self.config, expert_config(self.config)
         linear = lambda features, axes, name: Linear(features, axes, e.bias, e.count, name=name)
-        if c.mlp == "gated":
+        if _width_axis(c):
             up = lambda name: linear(e.intermediate_size, ("embed", "mlp"), name)(x_MD, group_sizes_E)
             act = ACTIVATIONS[c.hidden_act]
             hidden = recomputed(lambda gate, up: act(gate) * up)(up("gate_proj"), up("up_proj"))
@@ -72,7 +72,8 @@ class MoE(nn.Module):
         if self.mesh is None or self.mesh.size == 1:
             experts = Experts(c, name="experts")
             weight_NP, expert_NP = choose(_flat(router_BTE), correction, e)
-            y_BTD = mix(experts, _flat(x_BTD), weight_NP, expert_NP, 0, e.count).reshape(x_BTD.shape)
+            y_ND = mix(experts, _flat(x_BTD), weight_NP, expert_NP, 0, e.count, scale_input=e.scale_input)
+            y_BTD = y_ND.reshape(x_BTD.shape)
             load = measure(_flat(router_BTE), segment_ids_BT.ravel() > 0, e) if e.aux_coef else None
         else:
             key = self.make_rng("dropout") if self.has_rng("dropout") else None
@@ -132,11 +133,21 @@ def balance_loss(load: Load) -> jax.Array:
     return load.chosen.size * jnp.sum(load.chosen / tokens * load.probability / tokens)
 
 
-def mix(apply: Callable, x_ND: jax.Array, weight_NP: jax.Array, expert_NP: jax.Array, first: Any, count: int):
+def mix(
+    apply: Callable,
+    x_ND: jax.Array,
+    weight_NP: jax.Array,
+    expert_NP: jax.Array,
+    first: Any,
+    count: int,
+    *,
+    scale_input: bool = False,
+) -> jax.Array:
     """For each token, the weighted sum of the outputs of its experts among `first ... first + count - 1`: `[N, D]`.
 
     Args:
       apply: `apply(x [M, D], group_sizes [count]) -> [M, D]`; its rows after the last group are not used.
+      scale_input: instead, the sum of their outputs for the weighted input.
     """
     local_M = expert_NP.ravel() - first
     mine_M = (local_M >= 0) & (local_M < count)
@@ -145,8 +156,13 @@ def mix(apply: Callable, x_ND: jax.Array, weight_NP: jax.Array, expert_NP: jax.A
     group_sizes_E = jnp.bincount(local_M, length=count).astype(jnp.int32)
     # Rows of no group are undefined in a ragged product and in its gradient, so they are masked on both sides.
     only_mine = lambda x_MD: jnp.where(mine_M[order_M, None], x_MD, 0)
-    y_MD = only_mine(apply(only_mine(x_ND[order_M // expert_NP.shape[1]]), group_sizes_E))
+    x_MD = x_ND[order_M // expert_NP.shape[1]]
+    if scale_input:
+        x_MD = x_MD * weight_NP.ravel()[order_M, None].astype(x_MD.dtype)
+    y_MD = only_mine(apply(only_mine(x_MD), group_sizes_E))
     y_NPD = y_MD[jnp.argsort(order_M)].reshape(*expert_NP.shape, -1)
+    if scale_input:
+        return y_NPD.sum(1)
     return jnp.einsum("NPD,NP->ND", y_NPD, weight_NP.astype(y_NPD.dtype))
 
 
@@ -198,13 +214,14 @@ def mix_on_mesh(
             load = measure(_flat(router_BTE), segment_ids_BT.ravel() > 0, e)
             split_by = tuple(axis for entry in tokens for axis in named(entry))
             load = jax.tree.map(lambda x: jax.lax.psum(x, split_by), load) if split_by else load
+        mixed = partial(mix, apply, scale_input=e.scale_input)
         if count == e.count:
-            y_ND = mix(apply, x_ND, weight_NP, expert_NP, 0, count)
+            y_ND = mixed(x_ND, weight_NP, expert_NP, 0, count)
         else:
             x_ND, weight_NP, expert_NP = (
                 jax.lax.all_gather(x, "expert", tiled=True) for x in (x_ND, weight_NP, expert_NP)
             )
-            y_ND = mix(apply, x_ND, weight_NP, expert_NP, jax.lax.axis_index("expert") * count, count)
+            y_ND = mixed(x_ND, weight_NP, expert_NP, jax.lax.axis_index("expert") * count, count)
             y_ND = jax.lax.psum_scatter(y_ND, "expert", tiled=True)
         return (jax.lax.psum(y_ND, "tensor") if split else y_ND).reshape(x_BTD.shape), load
 
@@ -217,7 +234,7 @@ def _flat(x_BTX: jax.Array) -> jax.Array:
 
 def _width_axis(config: DecoderConfig) -> str | None:
     """The logical axis of the experts' width. Not split if one kernel has gate and up: a shard would have only one."""
-    return "mlp" if config.mlp == "gated" else None
+    return "mlp" if config.mlp == "gated" and not expert_config(config).joined else None
 
 
 def is_kernel(x: Any) -> bool:

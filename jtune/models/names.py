@@ -56,6 +56,7 @@ def tensors(path: Path, config: DecoderConfig, layers: range) -> Iterator[Tensor
     their, modules, leaf = file_names(config), path[:-1], path[-1]
     one_each = "experts" in modules and not their.stacked_experts  # a tensor for each expert
     number = config.experts.count if config.experts is not None and one_each else 0
+    as_is = any(knows(modules, name, their) for name in their.as_is)
     heads = {"q_norm": config.num_attention_heads, "k_norm": config.num_key_value_heads}
     for layer in layers or (None,):
         for expert in range(number) if one_each else (None,):
@@ -66,7 +67,7 @@ def tensors(path: Path, config: DecoderConfig, layers: range) -> Iterator[Tensor
                     name = re.sub(pattern, replacement, name)
                 place = None if layer is None else layer - layers.start
                 index = tuple(i for i in (place, expert, head) if i is not None)
-                yield Tensor(name, index, leaf == "kernel" and modules[-1] not in their.as_is)
+                yield Tensor(name, index, leaf == "kernel" and not as_is)
 
 
 def located(params: Any) -> list[tuple[Path, Any, range]]:

@@ -38,13 +38,19 @@ _INTO_ATTENTION, _ATTENTION, _OUT_OF_ATTENTION, _INTO_MLP, _OUT_OF_MLP = range(5
 _STAGES_OF_A_LAYER = 5
 
 
-def mean_attended(lengths: Sequence[int] | np.ndarray, window: int | None = None) -> float:
+def mean_attended(lengths: Sequence[int] | np.ndarray, window: int | None = None, *, chunked: bool = False) -> float:
     """How many tokens a token sees on average, itself included: causal, in segments of `lengths`, within `window`.
 
-    >>> mean_attended([4]), mean_attended([4], window=2), mean_attended([1, 3])
-    (2.5, 1.75, 1.75)
+    Args:
+      chunked: windows do not slide; each segment is cut into pieces of that length.
+
+    >>> mean_attended([4]), mean_attended([4], window=2), mean_attended([1, 3]), mean_attended([4], 2, chunked=True)
+    (2.5, 1.75, 1.75, 1.5)
     """
     n = np.asarray(lengths, np.float64)
+    if chunked and window is not None:
+        rest = n % window
+        return float(((n - rest) * (window + 1) + rest * (rest + 1)).sum() / 2 / n.sum())
     full = n if window is None else np.minimum(n, window)  # positions i = 1..full see i tokens, the others `window`
     seen = full * (full + 1) / 2 + (n - full) * (window or 0)
     return float(seen.sum() / n.sum())
@@ -113,7 +119,7 @@ def _mixing(config: DecoderConfig, layer: Layer, lengths: Sequence[int] | np.nda
         d = delta_config(config)
         channels = 2 * d.key_heads * d.key_dim + d.value_heads * d.value_dim
         return 6 * d.value_heads * d.key_dim * d.value_dim + 2 * d.taps * channels
-    seen = mean_attended(lengths, layer.window)
+    seen = mean_attended(lengths, layer.window, chunked=layer.chunked)
     return 2 * config.num_attention_heads * (config.qk_dim + config.value_dim) * seen
 
 

@@ -73,11 +73,12 @@ def test_pefts_options_are_honoured(options, checkpoint, tmp_path):
     np.testing.assert_allclose(logits(model, params), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", CORE)
+@pytest.mark.parametrize("family", [*CORE, pytest.param("llama4_text", marks=pytest.mark.slow)])
 def test_our_adapter_acts_the_same_in_peft(family, checkpoint, tmp_path):
     model, base = load_model(str(checkpoint(family)))
     targets = ["q_proj", "v_proj"]
-    targets += ["w1", "w2", "w3", "gate"] if family == "mixtral" else ["down_proj"]
+    experts = {"mixtral": ["w1", "w2", "w3", "gate"], "llama4_text": ["down_proj", "gate_up_proj", "router"]}
+    targets += experts.get(family, ["down_proj"])
     params = lora.add(base, targets, rank=4, use_rslora=True, names=file_names(model.config))
     mask = whole_modules(params, adapter_mask(params), ["embed_tokens"])
     rng = np.random.default_rng(6)

@@ -11,6 +11,7 @@ from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.models.attention import dispatch
 from jtune.models.attention.blocks import block_size
 from jtune.models.attention.choose import choose, gpu_kernel_failure
+from jtune.models.attention.chunks import cut_segments
 from jtune.models.attention.dispatch import attend
 from jtune.models.attention.flash import flash_attention
 from jtune.sharding import make_mesh
@@ -54,6 +55,20 @@ def test_backends_equal_the_reference(backend, window, softcap, packed, interpre
     found = outputs_and_gradients(partial(call, backend=backend), q, k, v)
     for ours, theirs in zip(found, expected):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["xla", "blocks", "splash", "flash"])
+def test_a_token_sees_its_own_chunk_of_its_segment(backend, packed, interpreted):
+    q, k, v, segment_ids = packed
+    chunk, rows = 37, np.arange(BATCH)[:, None]
+    starts = np.stack([np.searchsorted(row, np.arange(4)) for row in np.asarray(segment_ids)])
+    positions = np.arange(SEQ) - starts[rows, segment_ids]
+    cut = cut_segments(segment_ids, jnp.asarray(positions, jnp.int32), chunk)
+    out = attend(q, k, v, cut, scale=0.25, window=chunk, backend=backend)
+    begins = (positions % chunk == 0) & (segment_ids > 0)  # a chunk
+    expected = attend(q, k, v, jnp.cumsum(begins, axis=1), scale=0.25)
+    real = np.asarray(segment_ids) > 0
+    np.testing.assert_allclose(out[real], expected[real], atol=2e-5)
 
 
 @pytest.mark.parametrize("backend", ["blocks", "flash"])

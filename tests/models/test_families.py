@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny import FAMILIES, LLAMA3, ids, logits_of, make_model, write
+from tiny import FAMILIES, LLAMA3, MINISTRAL3, ids, logits_of, make_model, write
 from wrapped import WRAPPED
 
 from jtune.generation import Sampling, decode, generate
@@ -66,6 +66,14 @@ OPTIONS = [
     ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}, 30),
     ("llama", {"rope_parameters": LONGROPE}, 100),
     ("llama", {"rope_parameters": LONGROPE}, 30),
+    (
+        "llama4_text",
+        {"num_experts_per_tok": 2, "use_qk_norm": False, "moe_layers": [0, 1, 3], "no_rope_layers": [0, 1, 1, 1]},
+        30,
+    ),
+    ("llama4_text", {"attention_chunk_size": None, "attn_temperature_tuning": False, "attention_bias": True}, 30),
+    ("llama4_text", {"layer_types": ["chunked_attention"] * 4, "rope_parameters": LLAMA3}, 100),
+    ("ministral3", {"rope_parameters": MINISTRAL3 | {"llama_4_scaling_beta": 0.0}, "sliding_window": 8}, 30),
     ("mixtral", {"num_experts_per_tok": 1, "tie_word_embeddings": True}, 30),
     ("olmo", {"clip_qkv": None, "attention_bias": True, "tie_word_embeddings": True}, 30),
     ("olmo2", {"attention_bias": True, "num_key_value_heads": 4}, 30),

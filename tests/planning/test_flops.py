@@ -145,6 +145,7 @@ def test_how_far_tokens_see():
     assert mean_attended([10, 2]) == (55 + 3) / 12
     assert mean_attended([10], window=3) == (1 + 2 + 3 * 8) / 10
     assert mean_attended([2], window=3) == 1.5
+    assert mean_attended([10, 2], window=4, chunked=True) == (10 + 10 + 3 + 3) / 12
 
 
 def test_peaks_by_kind():

@@ -15,7 +15,7 @@ from jtune.evaluation.loss import make_eval_step
 from jtune.loading.model import abstract_like, placement
 from jtune.losses.batch import make_loss_sum
 from jtune.models import CausalLM, DecoderConfig, init_params
-from jtune.models.config import Delta, Experts, Latent, Layer
+from jtune.models.config import Delta, Experts, Latent, Layer, QueryScale
 from jtune.sharding import (
     batch_sharding,
     batch_shards,
@@ -59,6 +59,12 @@ FAMILIES = {
     "sinks": replace(
         DENSE, sinks=True, mlp="interleaved", hidden_act="clamped", qkv_bias=True, o_bias=True,
         layers=(Layer(11, sparse=True), Layer(sparse=True)), experts=Experts(4, 2, 16, router_bias=True, bias=True),
+    ),
+    # Chunks that end within the parts of a row; experts whose one kernel has gate and up, and whose input is scaled.
+    "llama4": replace(
+        DENSE, qk_norm="rotated",
+        layers=(Layer(5, chunked=True), Layer(rope=None, query_scale=QueryScale(0.5, 6, 1), sparse=True)),
+        experts=Experts(4, 2, 16, "sigmoid", renormalise=False, joined=True, scale_input=True, shared_size=16),
     ),
     "joined": replace(
         DENSE, qkv="joined", qkv_bias=True, mlp="joined", mlp_bias=True, norm="layer", norm_bias=True, qk_norm="heads",
@@ -182,6 +188,8 @@ def alone(family, method, packed):
         slow("mixtral", "lora", False, 1, {"data": 2, "fsdp": 1, "expert": 2, "context": 2}),
         slow("latent", "full", True, 1, {"fsdp": 2, "expert": 2, "tensor": 2}),
         ("sinks", "full", True, 1, {"fsdp": 2, "expert": 2, "context": 2}),
+        slow("llama4", "full", True, 1, {"fsdp": 2, "expert": 2, "context": 2}),
+        slow("llama4", "lora", True, 1, {"fsdp": 1, "expert": 2, "context": 2, "tensor": 2}),
         slow("joined", "full", True, 1, {"fsdp": 2, "tensor": 2, "context": 2}),
     ],
     ids=str,

@@ -50,8 +50,9 @@ class Names:
     words: Mapping[str, str] = field(default_factory=dict)  # jtune's name of a module -> the family's
     patterns: tuple[tuple[str, str], ...] = ()  # (regular expression, replacement), for the whole name of a tensor
     stacked_experts: bool = False  # one tensor holds all experts of a layer
+    swapped_experts: bool = False  # PEFT takes their tensors, which are [in, out], for [out, in]
     per_head: frozenset[str] = frozenset()  # modules of jtune that the files split into one for each head
-    as_is: frozenset[str] = frozenset()  # modules of jtune whose kernels the files store as [in, out]
+    as_is: frozenset[str] = frozenset()  # modules, or ends of their names, whose kernels the files store as [in, out]
 
 
 class Family(NamedTuple):
@@ -102,14 +103,14 @@ def activation(c: Asked, key: str = "hidden_act") -> str:
     return ACTIVATIONS[c[key]]
 
 
-def ropes(c: Asked, head_dim: int) -> tuple[Rope, ...]:
+def ropes(c: Asked, head_dim: int, **fields: Any) -> tuple[Rope, ...]:
     """The rotations of a model: one, or one for each of `KINDS_OF_LAYER` (see `sliding`)."""
     parameters = c["rope_parameters"]
     if not _by_kind(parameters):
-        return (rope(parameters, c["max_position_embeddings"], head_dim),)
+        return (rope(parameters, c["max_position_embeddings"], head_dim, **fields),)
     present = next(parameters[kind] for kind in KINDS_OF_LAYER if parameters.get(kind))
     each = (parameters.get(kind) or present for kind in KINDS_OF_LAYER)  # any value serves for a kind without layers
-    return tuple(rope(of_kind, c["max_position_embeddings"], head_dim) for of_kind in each)
+    return tuple(rope(of_kind, c["max_position_embeddings"], head_dim, **fields) for of_kind in each)
 
 
 def _by_kind(parameters: Mapping[str, Any]) -> bool:
