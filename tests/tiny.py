@@ -74,6 +74,17 @@ FAMILIES = {
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "gemma": {"head_dim": 16},
     "gemma3_text": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24, "layer_types": GEMMA3},
+    "gemma4_text": {
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_hidden_layers": 6,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "hidden_size_per_layer_input": 12,
+        "vocab_size_per_layer_input": 128,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+    },
     "glm": {"head_dim": 16},
     "glm4": {"head_dim": 16},
     "glm4_moe": {
@@ -163,6 +174,8 @@ def make_model(family: str, seed: int = 0, **changes):
             if name.endswith("A_log"):  # states that last: one token's query and key alone may be near to orthogonal,
                 p.copy_(0.5 * x - 2)  # and what is near to zero has no direction, which is all that a norm leaves
         for name, b in sorted(model.named_buffers()):
+            if name.endswith("layer_scalar"):
+                b.copy_(torch.from_numpy(1 + 0.3 * rng.standard_normal(b.shape, dtype=np.float32)))
             if name.endswith("e_score_correction_bias"):
                 b.copy_(torch.from_numpy(0.2 * rng.standard_normal(b.shape, dtype=np.float32)))
     return model

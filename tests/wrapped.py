@@ -34,6 +34,18 @@ QWEN3_VL = {"head_dim": 16, **mrope(4, 2, 2, mrope_interleaved=True)}
 WRAPPED = {
     "exaone4_5": ("exaone4", FAMILIES["exaone4"]),
     "gemma3": ("gemma3_text", FAMILIES["gemma3_text"]),
+    "gemma4": ("gemma4_text", FAMILIES["gemma4_text"]),
+    "gemma4_unified": (
+        "gemma4_unified_text",
+        {
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "sliding_window": 8,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
     "glm46v": ("glm4v_text", mrope(1, 1, 0, partial_rotary_factor=0.5)),
     "glm4v": ("glm4v_text", mrope(1, 1, 0, partial_rotary_factor=0.5)),
     "glm4v_moe": (
@@ -44,6 +56,7 @@ WRAPPED = {
     "glm_ocr": ("glm_ocr_text", {"head_dim": 16, **mrope(2, 1, 1, partial_rotary_factor=0.5)}),
     "idefics3": ("llama", {}),
     "internvl": ("qwen2", {}),
+    "llama4": ("llama4_text", FAMILIES["llama4_text"]),
     "llava": ("llama", {}),
     "llava_next": ("llama", {}),
     "llava_onevision": ("qwen2", {}),
@@ -67,7 +80,7 @@ def make_wrapped(kind: str, seed: int = 0, **changes):
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
     text, options = WRAPPED[kind]
-    tower = CONFIG_MAPPING[kind]().vision_config.to_dict()
+    tower = CONFIG_MAPPING[kind](vision_config={}).vision_config.to_dict()
     vision = {key: value for key, value in TOWER.items() if key in tower} | {"model_type": tower["model_type"]}
     for key, value in IMAGE.items():
         if key in tower:

@@ -21,7 +21,7 @@ from jtune.models import DecoderConfig
 from jtune.models.decoder import numbered
 from jtune.models.families import module_names
 from jtune.models.families.base import Names
-from jtune.models.names import located, module_name, tensors
+from jtune.models.names import located, mixture, module_name, tensors
 from jtune.sharding import arrays
 from jtune.tuning import is_node
 from jtune.tuning.lora import DoRA, LoRA, PiSSA
@@ -151,7 +151,7 @@ def contents(
         except (LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"{'.'.join(keys[:-1])}: a PEFT adapter has no place for it: {error!r}") from error
     for name, blocks, (rank, scale), found in _join_experts(params, config):
-        experts = ("layers", "mlp", "experts")
+        experts = (*mixture(config), "experts")
         some = any(module[:3] == experts and adapted[module] and not everywhere(module) for module in every)
         for parameter in [f"{block}.{name}" for block in blocks] if some else [name]:
             parameters[parameter] = rank, alpha(rank, scale)
@@ -260,11 +260,11 @@ def _join_experts(
     for numbers, stack in numbered(params["layers"]):
         nodes = {
             name: _written(leaf["kernel"])
-            for name, leaf in stack.get("mlp", {}).get("experts", {}).items()
+            for name, leaf in stack.get(mixture(config)[-1], {}).get("experts", {}).items()
             if is_adapter(leaf["kernel"])
         }
         their = module_names(config)
-        block = [module_name(("layers", "mlp"), their, layer=layer) + ".experts" for layer in numbers]
+        block = [module_name(mixture(config), their, layer=layer) + ".experts" for layer in numbers]
         files = partial(_files, swapped=their.swapped_experts)
         down, joined = nodes.get("down_proj"), _joined(nodes)
         if joined is not None:

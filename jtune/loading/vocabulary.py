@@ -85,6 +85,11 @@ def resolve_vocabulary(config: Config, folder: Path, decoder: DecoderConfig) -> 
     if change is None:
         change = Change(decoder.vocab_size, decoder.vocab_size, unties=True) if unties else None
         return Vocabulary(tokenizer, decoder, config, change, bool(held))
+    if decoder.per_layer_inputs and change.rows > decoder.per_layer_vocab_size:
+        raise ConfigError(
+            f"resize_vocab: {decoder.family} has a second table, of what each layer gets for a token, and it has "
+            f"{decoder.per_layer_vocab_size} rows: new tokens would have none there. Use tokens that the tokenizer has"
+        )
     change = change._replace(unties=unties)
     new = {i for i in ids_of(tokenizer) if i not in had}
     described = {

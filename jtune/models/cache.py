@@ -34,12 +34,14 @@ def layer_cache(config: DecoderConfig, layer: Layer, repeats: int, batch: int, s
             # The state sums over all tokens, so it is float32.
             "state": jnp.zeros((repeats, batch, d.value_heads, d.key_dim, d.value_dim), jnp.float32),
         }
+    if layer.keys_values == "reused":
+        return {}
     if layer.window is not None:
         slots = min(slots, layer.window)
     empty = lambda *shape: jnp.zeros((repeats, batch, slots, *shape), dtype)
     if config.latent is not None:
         return {"latent": empty(config.latent.kv_rank), "rope_key": empty(config.latent.rope_dim)}
-    shape = config.num_key_value_heads, config.head_dim
+    shape = config.heads_of(layer)
     return {"k": empty(*shape), "v": empty(*shape)}
 
 

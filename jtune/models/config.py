@@ -9,9 +9,10 @@ class Rope:
     """Rotary position embedding (arXiv:2104.09864), and how its frequencies are scaled for long contexts."""
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"] = "default"
     dim: int | None = None  # how many of a head's first dimensions rotate; None: all
     interleaved: bool = False  # dimensions 2i and 2i + 1 rotate together, not i and i + dim / 2
+    turning: int | None = None  # proportional: how many of the frequencies are not zero
     factor: float = 1.0
     original_length: int = 0  # positions that the model was trained on before scaling
     low_freq_factor: float = 1.0  # llama3
@@ -46,6 +47,13 @@ class Layer:
     linear: bool = False  # the gated delta rule instead of attention
     chunked: bool = False  # the window does not slide: a token sees back to the last multiple of its length
     query_scale: QueryScale | None = None  # of its queries; None: they do not grow
+    head_dim: int | None = None  # of its heads; None: the model's
+    num_key_value_heads: int | None = None  # None: the model's
+    intermediate_size: int | None = None  # of its MLP; None: the model's
+    value_is_key: bool = False  # one kernel gives both; what makes them differ comes after it
+    # Of later layers with a window, or of those without one, some may take the keys and values of the last that has
+    # its own: "stored" there, "reused" here.
+    keys_values: Literal["own", "stored", "reused"] = "own"
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ class Experts:
     bias: bool = False  # of the experts' products
     shared_size: int = 0  # width of an additional MLP for all tokens
     shared_gate: bool = False  # a sigmoid per token weights the output of that MLP
+    beside: bool = False  # of an MLP, each with norms of its own; and the router has a norm and scales (gemma 4)
     joined: bool = False  # one kernel of the experts for gate and up, also where the MLP has two
     scale_input: bool = False  # the weights are factors of the input of the experts, not of their output
     aux_coef: float = 0.0  # of the load-balancing loss, if a config asks for it
@@ -126,6 +135,7 @@ class DecoderConfig:
     # norm, or with two.
     block: Literal["before", "around", "after", "parallel", "parallel_two"] = "before"
     residual_multiplier: float = 1.0
+    layer_scalar: bool = False  # a number for each layer multiplies its output; it never trains
     # Embeddings and head
     tie_word_embeddings: bool = False
     embedding_multiplier: float = 1.0
@@ -135,6 +145,8 @@ class DecoderConfig:
     logit_softcap: float | None = None
     # Positions
     ropes: tuple[Rope, ...] = (Rope(),)
+    per_layer_inputs: int = 0  # numbers that a second table adds to each token in each layer; 0: none (gemma 3n)
+    per_layer_vocab_size: int = 0  # rows of that table
     learned_positions: int = 0  # rows of a table that is added to the embeddings; 0: no table
     alibi: float | None = None  # arXiv:2108.12409; factor of the slopes
     alibi_dtype: Literal["float32", "bfloat16"] = "float32"  # its biases are rounded to this dtype
@@ -145,6 +157,7 @@ class DecoderConfig:
     # One scale for all heads; one each; one norm over all; no scale, after the rotation, in layers that rotate.
     qk_norm: Literal["head", "heads", "all", "rotated"] | None = None
     qk_norm_after_rope: bool = False
+    value_norm: bool = False  # RMS norm of each head's values, without a scale
     clip_qkv: float | None = None
     attention_scale: float | None = None  # default: 1 / sqrt(head_dim)
     attention_softcap: float | None = None  # cap * tanh(scores / cap)
@@ -170,6 +183,15 @@ class DecoderConfig:
     def num_experts(self) -> int:
         """0: no experts."""
         return 0 if self.experts is None else self.experts.count
+
+    def heads_of(self, layer: Layer) -> tuple[int, int]:
+        """The number of key heads of a layer, and the dimensions of its heads."""
+        return layer.num_key_value_heads or self.num_key_value_heads, layer.head_dim or self.head_dim
+
+    @property
+    def widest_head(self) -> int:
+        """Dimensions of the widest heads of all layers."""
+        return max(self.qk_dim, self.value_dim, *(layer.head_dim or 0 for layer in self.layers))
 
     @property
     def qk_dim(self) -> int:

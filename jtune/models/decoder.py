@@ -19,11 +19,11 @@ from jax.sharding import PartitionSpec as P
 from jtune.models import cache as caches
 from jtune.models.attention.reference import RESIDUALS as ATTENTION_RESIDUALS
 from jtune.models.cache import LayerCache
-from jtune.models.config import DecoderConfig
+from jtune.models.config import DecoderConfig, Layer
 from jtune.models.kernels import Linear, matmul, parameter
 from jtune.models.layer import LAYER_INPUT, DecoderLayer, Shared
 from jtune.models.moe import Load
-from jtune.models.norm import norm
+from jtune.models.norm import Norm, norm
 from jtune.models.rope import cos_sin
 from jtune.sharding import constrain, divides, spec
 
@@ -98,6 +98,11 @@ class CausalLM(nn.Module):
             self.embed_positions = Embedding(c.learned_positions, c.hidden_size, self.mesh)
         if c.embedding_norm:
             self.embed_norm = norm(c)
+        if c.per_layer_inputs:
+            width = c.num_hidden_layers * c.per_layer_inputs
+            self.embed_tokens_per_layer = Embedding(c.per_layer_vocab_size, width, self.mesh)
+            self.per_layer_model_projection = Linear(width, ("embed", None))
+            self.per_layer_projection_norm = Norm(c.norm, c.norm_eps, offset=c.norm_offset)
         self.norm = norm(c)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.vocab_size, ("embed", "vocab"), use_bias=c.head_bias)
@@ -152,46 +157,79 @@ class CausalLM(nn.Module):
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
         turns = tuple(cos_sin(rope, c.rope_dim, positions, segment_ids) for rope in c.ropes)
         shared = Shared(turns, positions, segment_ids)
+        own = self._per_layer_inputs(input_ids, x) if c.per_layer_inputs else None
         load, written = _no_load(c), []
         for i, loop in enumerate(loops(c, layers)):
             cut = slice(loop.start, loop.start + loop.period * loop.repeats)
             params = jax.tree.map(itemgetter(cut), stacks(layers)[loop.stack], is_leaf=is_unstacked)
-            x, entries, load = self._scan(x, loop, params, None if cache is None else cache[i], load, key, shared)
+            last = loop.first + loop.period * loop.repeats
+            inputs = params, None if own is None else own[loop.first : last]
+            carry = x, None if cache is None else cache[i], load
+            (x, entries, load), kept = self._scan(carry, loop, inputs, key, shared)
+            shared = shared._replace(kept={**shared.kept, **kept})
             written.append(entries)
         return Hidden(x, None if cache is None else tuple(written), load)
 
-    def _scan(self, x: jax.Array, loop: Loop, stack, entries, load: Load | None, key, shared: Shared):
-        """Run layers over `x`: unrolled, or in a loop with one period of layers per iteration."""
+    def _per_layer_inputs(self, input_ids: jax.Array, x: jax.Array) -> jax.Array:
+        """What each layer gets besides its input, `[layers, batch, seq, per_layer_inputs]`: of the token, and of its
+        embedding `x`."""
+        c = self.config
+        split = lambda y: y.reshape(*y.shape[:-1], c.num_hidden_layers, c.per_layer_inputs)
+        of_token = split(self.embed_tokens_per_layer(input_ids, self.dtype)) * jnp.asarray(
+            c.per_layer_inputs**0.5, self.dtype
+        )
+        of_embedding = split(self.per_layer_model_projection(x) * jnp.asarray(c.hidden_size**-0.5, self.dtype))
+        both = (self.per_layer_projection_norm(of_embedding) + of_token) * jnp.asarray(0.5**0.5, self.dtype)
+        return jnp.moveaxis(both, -2, 0)
+
+    def _scan(self, carry: Any, loop: Loop, inputs, key, shared: Shared):
+        """Run layers: unrolled, or in a loop with one period of layers per iteration.
+
+        Args:
+          carry: the input, the cache of these layers or None, the load of the experts or None.
+          inputs: the parameters of the layers, and their own inputs `[layers, batch, seq, ...]` or None.
+
+        Returns:
+          What the layers carry on, and the keys and values that later layers reuse.
+        """
         c, period = self.config, loop.period
+        stack, own = inputs
 
         def turn(carry: Any, turn_and_params: Any) -> Any:
-            (x, entries, load), (index, params) = carry, turn_and_params
+            (x, entries, load), (index, params, own) = carry, turn_and_params
+            kept = {}
             entries = list(entries) if entries is not None else None
             for i in range(period):
                 number = loop.first + index * period + i
                 layer = DecoderLayer(c, c.layers[loop.first + i], self.attention, self.mesh, parent=None)
                 rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
                 layer_cache = None if entries is None else LayerCache(entries[i], index)
-                output: Any = layer.apply({"params": params[i]}, x, shared, layer_cache, rngs=rngs)
-                x, entry, its_load = output
+                inputs = shared, layer_cache, None if own is None else own[i]
+                output: Any = layer.apply({"params": params[i]}, x, *inputs, rngs=rngs)
+                x, entry, its_load, its_kept = output
                 if entries is not None:
                     entries[i] = entry
+                if its_kept is not None:
+                    kept[c.layers[loop.first + i].window is not None] = its_kept
                 if load is not None and its_load is not None:
                     load = jax.tree.map(jnp.add, load, its_load)
-            return (x, None if entries is None else tuple(entries), load), None
+            return (x, None if entries is None else tuple(entries), load), kept
 
-        carry, leaves = (x, entries, load), jax.tree.leaves(stack, is_leaf=is_unstacked)
+        leaves = jax.tree.leaves(stack, is_leaf=is_unstacked)
         if self.unrolled or any(map(is_unstacked, leaves)):
             turn = jax.jit(_rematerialised(turn, self.remat, prevent_cse=True))  # traced once
             layers = layers_of(stack)
             for index in range(loop.repeats):
-                carry, _ = turn(carry, (index, layers[index * period : (index + 1) * period]))
-            return carry
+                cut = slice(index * period, (index + 1) * period)
+                carry, kept = turn(carry, (index, layers[cut], None if own is None else own[cut]))
+            return carry, kept
         grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), stack)
         of = lambda params: [jax.tree.map(itemgetter(i), params) for i in range(period)]
-        grouped_turn = lambda carry, xs: turn(carry, (xs[0], of(xs[1])))
+        own = None if own is None else own.reshape(-1, period, *own.shape[1:])
+        grouped_turn = lambda carry, xs: turn(carry, (xs[0], of(xs[1]), xs[2]))
         grouped_turn = _rematerialised(grouped_turn, self.remat, prevent_cse=False)
-        return jax.lax.scan(grouped_turn, carry, (jnp.arange(loop.repeats), grouped))[0]
+        carry, kept = jax.lax.scan(grouped_turn, carry, (jnp.arange(loop.repeats), grouped, own))
+        return carry, jax.tree.map(itemgetter(-1), kept)  # a layer that keeps something is alone in its loop
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits float32 `[..., vocab]` of `[..., embed]`: the final norm, the head, the soft-cap."""
@@ -393,22 +431,32 @@ def _no_load(config: DecoderConfig) -> Load | None:
 def runs(config: DecoderConfig) -> list[range]:
     """The layers of each stack: runs of layers with the same kinds of parameters."""
     ranges, start = [], 0
-    for _, group in groupby(config.layers, key=lambda layer: (layer.sparse, layer.linear)):
+    for _, group in groupby(config.layers, key=partial(_parameters, config)):
         stop = start + len(list(group))
         ranges.append(range(start, stop))
         start = stop
     return ranges
 
 
+def _parameters(config: DecoderConfig, layer: Layer) -> tuple[Any, ...]:
+    """What the names and shapes of a layer's parameters depend on."""
+    reused = layer.keys_values == "reused"
+    return layer.sparse, layer.linear, config.heads_of(layer), layer.intermediate_size, layer.value_is_key, reused
+
+
 def _init_layers(config: DecoderConfig, key: jax.Array):
     """All layers, initialised and stacked; every leaf gets `layers` as its first logical axis."""
     x, one = jnp.zeros((1, 1, config.hidden_size)), jnp.ones((1, 1), jnp.int32)
-    shared = Shared(tuple(cos_sin(rope, config.rope_dim, one * 0, one) for rope in config.ropes), one * 0, one)
+    turns = tuple(cos_sin(rope, config.rope_dim, one * 0, one) for rope in config.ropes)
+    storing = [layer for layer in config.layers if layer.keys_values == "stored"]
+    kept = {layer.window is not None: (jnp.zeros((1, 1, *config.heads_of(layer))),) * 2 for layer in storing}
+    shared = Shared(turns, one * 0, one, kept)
     keys = jax.random.split(key, config.num_hidden_layers)
 
     def stacked(run: range):
         layer = DecoderLayer(config, config.layers[run.start], parent=None)
-        init = lambda key: layer.init(key, x, shared)["params"]
+        own = jnp.zeros((1, 1, config.per_layer_inputs)) if config.per_layer_inputs else None
+        init = lambda key: layer.init(key, x, shared, None, own)["params"]
         tree = jax.vmap(init)(keys[run.start : run.stop])
         label = lambda box: box.replace(names=("layers", *box.names))
         return jax.tree.map(label, tree, is_leaf=lambda x: isinstance(x, nn.Partitioned))

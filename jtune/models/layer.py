@@ -3,7 +3,9 @@
 Shape suffixes: B batch, T tokens, D embed, H query heads, K key/value heads, R rank of a latent vector.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,8 +23,8 @@ from jtune.models.cache import LayerCache
 from jtune.models.config import DecoderConfig, Layer, QueryScale
 from jtune.models.delta import GatedDelta
 from jtune.models.kernels import Linear, parameter
-from jtune.models.mlp import MLP
-from jtune.models.moe import MoE
+from jtune.models.mlp import ACTIVATIONS, MLP
+from jtune.models.moe import Load, MoE
 from jtune.models.norm import Norm, norm
 from jtune.models.rope import rotate
 from jtune.sharding import constrain
@@ -39,6 +41,17 @@ class Shared(NamedTuple):
     turns: tuple[Any, ...]  # for each of DecoderConfig.ropes: (cos, sin), float32 [B, T, 1, frequencies]
     positions: jax.Array  # int32 [B, T]
     segment_ids: jax.Array  # int32 [B, T]
+    # Keys and values of earlier layers, for those that reuse them: by whether they have a window.
+    kept: Mapping[bool, tuple[jax.Array, jax.Array]] = MappingProxyType({})
+
+
+class Output(NamedTuple):
+    """What a layer gives."""
+
+    x: jax.Array  # [B, T, D]
+    entry: caches.Entry | None  # the cache with the new tokens
+    load: Load | None  # of the experts
+    kept: tuple[jax.Array, jax.Array] | None  # keys and values, if later layers reuse them
 
 
 class Attention(nn.Module):
@@ -49,13 +62,14 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, shared: Shared, layer_cache: LayerCache | None = None):
-        """The output of attention, `[batch, seq, embed]`, and the cache with the new tokens."""
+        """The output of attention, `[batch, seq, embed]`; the cache with the new tokens; keys and values to keep."""
         c = self.config
+        reused = shared.kept[self.layer.window is not None] if self.layer.keys_values == "reused" else None
         q_BTHD, new, gate = (self._latent if c.latent else self._plain)(x_BTD, shared)
         if self.layer.query_scale is not None:
             q_BTHD = grown(q_BTHD, shared.positions, self.layer.query_scale)
         fixed: dict[str, Any] = {
-            "scale": c.qk_dim**-0.5 if c.attention_scale is None else c.attention_scale,
+            "scale": (self.layer.head_dim or c.qk_dim) ** -0.5 if c.attention_scale is None else c.attention_scale,
             "window": self.layer.window,
             "softcap": c.attention_softcap,
         }
@@ -67,17 +81,19 @@ class Attention(nn.Module):
         )
 
         entry, chunk = None, self.layer.window if self.layer.chunked else None
-        if layer_cache is not None:
+        if layer_cache is not None and reused is not None:
+            entry = layer_cache.entry
+        elif layer_cache is not None:
             entry = caches.write(layer_cache.entry, layer_cache.index, new, shared.positions, shared.segment_ids)
         if layer_cache is not None and entry is not None and x_BTD.shape[1] == 1:
             cached = {name: x[layer_cache.index].astype(x_BTD.dtype) for name, x in entry.items()}
-            k_BSKD, v_BSKD = self._keys_values(cached)
+            k_BSKD, v_BSKD = keys_values = reused or self._keys_values(cached)
             at_BS = caches.key_positions(k_BSKD.shape[1], shared.positions)
             if chunk is not None:
                 at_BS = chunks.empty_slots_before(shared.positions, at_BS, chunk)
             out = attend_cached(q_BTHD, k_BSKD, v_BSKD, shared.positions, at_BS, bias_BHS=bias(at_BS), **fixed)
         else:  # no earlier tokens
-            k_BTKD, v_BTKD = self._keys_values(new)
+            k_BTKD, v_BTKD = keys_values = reused or self._keys_values(new)
             place = lambda x, axis: constrain(x, self.mesh, "batch", "sequence", axis, None)
             segment_ids = shared.segment_ids
             if chunk is not None:
@@ -96,7 +112,8 @@ class Attention(nn.Module):
         joined = out.reshape(*x_BTD.shape[:-1], -1)
         if gate is not None:
             joined = joined * jax.nn.sigmoid(gate)
-        return Linear(c.hidden_size, ("heads", "embed"), use_bias=c.o_bias, name="o_proj")(joined), entry
+        out = Linear(c.hidden_size, ("heads", "embed"), use_bias=c.o_bias, name="o_proj")(joined)
+        return out, entry, keys_values if self.layer.keys_values == "stored" else None
 
     def _turn(self, x_BTHD: jax.Array, shared: Shared) -> jax.Array:
         if self.layer.rope is None:
@@ -108,14 +125,20 @@ class Attention(nn.Module):
         """Queries `[batch, seq, heads, head_dim]`; keys and values for the cache; the gate of the output, `[batch, seq,
         heads * head_dim]`, if there is one."""
         c = self.config
-        H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        H, (K, D) = c.num_attention_heads, c.heads_of(self.layer)
         linear = lambda n, axis, name: Linear(n * D, ("embed", axis), use_bias=c.qkv_bias, name=name)(x_BTD)
         split = lambda x, n: x.reshape(*x.shape[:-1], n, D)
         gate = None
+        if self.layer.keys_values == "reused":
+            q = Norm(c.norm, c.norm_eps, offset=c.norm_offset, name="q_norm")(split(linear(H, "heads", "q_proj"), H))
+            return self._turn(q, shared), {}, None
         if c.attention_gate:  # for each head the query, then the gate
             both = linear(2 * H, "heads", "q_proj").reshape(*x_BTD.shape[:-1], H, 2 * D)
             q, gate = (x.reshape(*x_BTD.shape[:-1], -1) for x in jnp.split(both, 2, axis=-1))
             k, v = linear(K, "kv_heads", "k_proj"), linear(K, "kv_heads", "v_proj")
+        elif self.layer.value_is_key:
+            q, k = linear(H, "heads", "q_proj"), linear(K, "kv_heads", "k_proj")
+            v = k
         elif c.qkv == "separate":
             q, k, v = linear(H, "heads", "q_proj"), linear(K, "kv_heads", "k_proj"), linear(K, "kv_heads", "v_proj")
         else:
@@ -140,6 +163,8 @@ class Attention(nn.Module):
             q, k = kind(name="q_norm")(q), kind(name="k_norm")(k)
         if c.qk_norm == "rotated" and self.layer.rope is not None:
             q, k = (Norm(c.norm, c.norm_eps, use_scale=False)(x) for x in (q, k))
+        if c.value_norm:
+            v = Norm(c.norm, c.norm_eps, use_scale=False)(v)
         return q, {"k": k, "v": v}, gate
 
     def _latent(self, x_BTD: jax.Array, shared: Shared) -> tuple[jax.Array, caches.Entry, None]:
@@ -186,9 +211,18 @@ class DecoderLayer(nn.Module):
     mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, shared: Shared, layer_cache: LayerCache | None = None):
-        """The next hidden state; the cache with the new tokens, or None; the load of the experts (`jtune.models.moe`),
-        or None."""
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        shared: Shared,
+        layer_cache: LayerCache | None = None,
+        own_BTP: jax.Array | None = None,
+    ) -> Output:
+        """The next hidden state, and what comes with it.
+
+        Args:
+          own_BTP: the inputs of this layer alone (`DecoderConfig.per_layer_inputs`).
+        """
         c = self.config
         named = partial(norm, c)
         constrained = lambda x: constrain(x, self.mesh, "batch", "sequence", None)
@@ -196,26 +230,41 @@ class DecoderLayer(nn.Module):
 
         def attention(x, shared, layer_cache):
             if self.layer.linear:
-                return GatedDelta(c, self.mesh, name="linear_attn")(x, shared.segment_ids, layer_cache)
+                return *GatedDelta(c, self.mesh, name="linear_attn")(x, shared.segment_ids, layer_cache), None
             return Attention(c, self.layer, self.backend, self.mesh, name="self_attn")(x, shared, layer_cache)
 
         def feed_forward(x):
             if self.layer.sparse:
                 return MoE(c, self.mesh, name="mlp")(x, shared.segment_ids)
-            return MLP(c, self.mesh, name="mlp")(x), None
+            return MLP(c, self.mesh, self.layer.intermediate_size, name="mlp")(x), None
 
         x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
         if c.block in ("parallel", "parallel_two"):
             normed = named("input_layernorm")(x_BTD)
-            y, entry = attention(normed, shared, layer_cache)
+            y, entry, kept = attention(normed, shared, layer_cache)
             if c.block == "parallel_two":
                 normed = named("post_attention_layernorm")(x_BTD)
             z, load = feed_forward(normed)
-            return add(x_BTD, y + z), entry, load
+            return Output(add(x_BTD, y + z), entry, load, kept)
 
         before, after = c.block in ("before", "around"), c.block in ("around", "after")
-        y, entry = attention(named("input_layernorm")(x_BTD) if before else x_BTD, shared, layer_cache)
+        y, entry, kept = attention(named("input_layernorm")(x_BTD) if before else x_BTD, shared, layer_cache)
         x_BTD = add(x_BTD, named("post_attention_layernorm")(y) if after else y)
         name = "pre_feedforward_layernorm" if after else "post_attention_layernorm"
-        y, load = feed_forward(named(name)(x_BTD) if before else x_BTD)
-        return add(x_BTD, named("post_feedforward_layernorm")(y) if after else y), entry, load
+        if c.experts is not None and c.experts.beside and self.layer.sparse:
+            y = named(f"{name.replace('pre', 'post')}_1")(MLP(c, self.mesh, name="mlp")(named(name)(x_BTD)))
+            moe = MoE(c, self.mesh, name="moe")
+            z, load = moe(named(f"{name}_2")(x_BTD), shared.segment_ids, routed_BTD=x_BTD)
+            y += named(f"{name.replace('pre', 'post')}_2")(z)
+        else:
+            y, load = feed_forward(named(name)(x_BTD) if before else x_BTD)
+        x_BTD = add(x_BTD, named("post_feedforward_layernorm")(y) if after else y)
+        if own_BTP is not None:
+            gate_BTP = Linear(c.per_layer_inputs, ("embed", None), name="per_layer_input_gate")(x_BTD)
+            y = Linear(c.hidden_size, (None, "embed"), name="per_layer_projection")(
+                ACTIVATIONS[c.hidden_act](gate_BTP) * own_BTP
+            )
+            x_BTD = add(x_BTD, named("post_per_layer_input_norm")(y))
+        if c.layer_scalar:
+            x_BTD *= parameter(self, "layer_scalar", nn.initializers.ones, (1,), (None,)).astype(x_BTD.dtype)
+        return Output(x_BTD, entry, load, kept)

@@ -22,6 +22,7 @@ from jtune.models.config import DecoderConfig
 from jtune.models.config import Experts as ExpertConfig
 from jtune.models.kernels import Kernel, Linear, parameter, recomputed
 from jtune.models.mlp import ACTIVATIONS, MLP, gated
+from jtune.models.norm import Norm
 from jtune.sharding import divides, gather, named, spec
 
 SMALL = 2**16  # elements of one layer
@@ -61,17 +62,30 @@ class MoE(nn.Module):
     mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, Load | None]:
+    def __call__(
+        self, x_BTD: jax.Array, segment_ids_BT: jax.Array, routed_BTD: jax.Array | None = None
+    ) -> tuple[jax.Array, Load | None]:
+        """The output of the experts, and their load if the config asks for it.
+
+        Args:
+          routed_BTD: the input of the router; default: that of the experts.
+        """
         c, e = self.config, expert_config(self.config)
+        routed_BTD = x_BTD if routed_BTD is None else routed_BTD
+        of_expert_E = None
+        if e.beside:
+            scale_D = parameter(self, "router_scale", nn.initializers.ones, (c.hidden_size,), (None,))
+            normed = Norm("rms", c.norm_eps, use_scale=False)(routed_BTD)
+            routed_BTD = normed * (scale_D * c.hidden_size**-0.5).astype(normed.dtype)
+            of_expert_E = parameter(self, "per_expert_scale", nn.initializers.ones, (e.count,), (None,))
         router = Linear(e.count, ("embed", None), use_bias=e.router_bias, name="gate")
         # Small differences of scores decide, so sigmoid routers compute them in float32.
-        router_BTE = router(x_BTD.astype(jnp.float32) if e.scoring == "sigmoid" else x_BTD)
-        correction = None
+        router_BTE = router(routed_BTD.astype(jnp.float32) if e.scoring == "sigmoid" else routed_BTD)
         if e.correction_bias:
-            correction = parameter(self, "e_score_correction_bias", nn.initializers.zeros, (e.count,), (None,))
+            of_expert_E = parameter(self, "e_score_correction_bias", nn.initializers.zeros, (e.count,), (None,))
         if self.mesh is None or self.mesh.size == 1:
             experts = Experts(c, name="experts")
-            weight_NP, expert_NP = choose(_flat(router_BTE), correction, e)
+            weight_NP, expert_NP = choose(_flat(router_BTE), of_expert_E, e)
             y_ND = mix(experts, _flat(x_BTD), weight_NP, expert_NP, 0, e.count, scale_input=e.scale_input)
             y_BTD = y_ND.reshape(x_BTD.shape)
             load = measure(_flat(router_BTE), segment_ids_BT.ravel() > 0, e) if e.aux_coef else None
@@ -79,7 +93,7 @@ class MoE(nn.Module):
             key = self.make_rng("dropout") if self.has_rng("dropout") else None
             params = self.get_variable("params", "experts")
             y_BTD, load = mix_on_mesh(
-                params, x_BTD, router_BTE, correction, segment_ids_BT, key, config=c, mesh=self.mesh
+                params, x_BTD, router_BTE, of_expert_E, segment_ids_BT, key, config=c, mesh=self.mesh
             )
         if e.shared_size:
             common_BTD = MLP(c, self.mesh, e.shared_size, name="shared_experts")(x_BTD)
@@ -95,11 +109,17 @@ def expert_config(config: DecoderConfig) -> ExpertConfig:
     return config.experts
 
 
-def choose(router_NE: jax.Array, correction_E: jax.Array | None, e: ExpertConfig) -> tuple[jax.Array, jax.Array]:
-    """The experts of each token and their weights: float32, int32 `[N, P]`."""
+def choose(router_NE: jax.Array, of_expert_E: jax.Array | None, e: ExpertConfig) -> tuple[jax.Array, jax.Array]:
+    """The experts of each token and their weights: float32, int32 `[N, P]`.
+
+    Args:
+      of_expert_E: added to the scores for the choice alone; if the experts are `beside` an MLP, a factor of weights.
+    """
     router_NE = router_NE.astype(jnp.float32)
     scores_NE = jax.nn.sigmoid(router_NE) if e.scoring == "sigmoid" else jax.nn.softmax(router_NE, -1)
-    ranked_NE = scores_NE if correction_E is None else scores_NE + correction_E.astype(jnp.float32)
+    ranked_NE = (
+        scores_NE + of_expert_E.astype(jnp.float32) if e.correction_bias and of_expert_E is not None else scores_NE
+    )
     if e.groups > 1:
         # The two best experts of a group give its score (arXiv:2412.19437, section 2.1.2).
         grouped = ranked_NE.reshape(-1, e.groups, e.count // e.groups)
@@ -111,6 +131,8 @@ def choose(router_NE: jax.Array, correction_E: jax.Array | None, e: ExpertConfig
     weight_NP = jnp.take_along_axis(scores_NE, expert_NP, axis=1)
     if e.renormalise:
         weight_NP = weight_NP / (weight_NP.sum(-1, keepdims=True) + (1e-20 if e.scoring == "sigmoid" else 0.0))
+    if e.beside and of_expert_E is not None:
+        weight_NP = weight_NP * of_expert_E[expert_NP]
     return weight_NP * e.scale, expert_NP
 
 
@@ -170,7 +192,7 @@ def mix_on_mesh(
     params: Any,
     x_BTD: jax.Array,
     router_BTE: jax.Array,
-    correction_E: jax.Array | None,
+    of_expert_E: jax.Array | None,
     segment_ids_BT: jax.Array,
     key: jax.Array | None,
     *,
@@ -197,7 +219,7 @@ def mix_on_mesh(
         out_specs=(tokens, P()),
         check_vma=divides(tokens, mesh),  # otherwise devices repeat the same work, which shard_map cannot infer
     )
-    def local(params, x_BTD, router_BTE, correction_E, segment_ids_BT, key):
+    def local(params, x_BTD, router_BTE, of_expert_E, segment_ids_BT, key):
         params = jax.tree.map(partial(_cast, dtype=x_BTD.dtype), params, is_leaf=is_kernel)
         # A device keeps its own experts along `expert`, and gathers every other dimension that is split along it.
         params = jax.tree.map(lambda x, where: gather(x, P(None, *where[1:])), params, specs)
@@ -208,7 +230,7 @@ def mix_on_mesh(
         apply = lambda x_MD, sizes_E: Experts(config, parent=None).apply({"params": params}, x_MD, sizes_E, rngs=rngs)
         x_ND = _flat(x_BTD)
         # The choice is inside the shard_map: outside, XLA would gather the whole batch for it.
-        weight_NP, expert_NP = choose(_flat(router_BTE), correction_E, e)
+        weight_NP, expert_NP = choose(_flat(router_BTE), of_expert_E, e)
         load = None
         if e.aux_coef:
             load = measure(_flat(router_BTE), segment_ids_BT.ravel() > 0, e)
@@ -225,7 +247,7 @@ def mix_on_mesh(
             y_ND = jax.lax.psum_scatter(y_ND, "expert", tiled=True)
         return (jax.lax.psum(y_ND, "tensor") if split else y_ND).reshape(x_BTD.shape), load
 
-    return local(params, x_BTD, router_BTE, correction_E, segment_ids_BT, key)
+    return local(params, x_BTD, router_BTE, of_expert_E, segment_ids_BT, key)
 
 
 def _flat(x_BTX: jax.Array) -> jax.Array:

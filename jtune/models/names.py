@@ -39,12 +39,17 @@ def module_name(path: Path, their: Names, *, layer: int | None = None, expert: i
         return their.words.get("lm_head", "lm_head")
     words = [their.prefix]
     for word in path:
-        words.append(their.words.get(word, word))
+        words += [name for name in [their.words.get(word, word)] if name]
         if word == "layers":
             words.append(str(layer))
         if word == "experts" and not their.stacked_experts:
             words.append(str(expert))
     return ".".join(words)
+
+
+def mixture(config: DecoderConfig) -> Path:
+    """The path of the module with router and experts, in the layers that have them."""
+    return "layers", "moe" if config.experts is not None and config.experts.beside else "mlp"
 
 
 def tensors(path: Path, config: DecoderConfig, layers: range) -> Iterator[Tensor]:
@@ -92,4 +97,5 @@ def knows(path: Path, wanted: str, their: Names) -> bool:
     True
     """
     ends = tuple(wanted.split("."))
-    return any(p[-len(ends) :] == ends for p in (path, tuple(their.words.get(word, word) for word in path)))
+    theirs = tuple(part for word in path for part in their.words.get(word, word).split("."))
+    return any(p[-len(ends) :] == ends for p in (path, theirs))

@@ -16,6 +16,8 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """Radians per position, float32 `[F]`, highest first, for segments up to `rope.original_length`."""
     dim = rope.dim or head_dim
     plain = rope.theta ** -(np.arange(0, dim, 2, dtype=np.float32) / dim)
+    if rope.kind == "proportional":
+        return np.where(np.arange(dim // 2) < (rope.turning or 0), plain, 0).astype(np.float32)
     if rope.kind == "linear":
         return plain / np.float32(rope.factor)
     if rope.kind == "llama3":

@@ -119,8 +119,9 @@ def _mixing(config: DecoderConfig, layer: Layer, lengths: Sequence[int] | np.nda
         d = delta_config(config)
         channels = 2 * d.key_heads * d.key_dim + d.value_heads * d.value_dim
         return 6 * d.value_heads * d.key_dim * d.value_dim + 2 * d.taps * channels
+    dims = 2 * layer.head_dim if layer.head_dim else config.qk_dim + config.value_dim
     seen = mean_attended(lengths, layer.window, chunked=layer.chunked)
-    return 2 * config.num_attention_heads * (config.qk_dim + config.value_dim) * seen
+    return 2 * config.num_attention_heads * dims * seen
 
 
 def _of_product(p: Product, *, input_gradient: bool) -> float:

@@ -27,9 +27,10 @@ def full_mask(params: PyTree) -> PyTree:
 
 
 def learns(path: Any) -> bool:
-    """Whether a path of `jax.tree_util` ends in a parameter. The bias of a router's choice is none: it only decides who
-    is among the best, and transformers keeps it as a buffer."""
-    return not (isinstance(path[-1], jax.tree_util.DictKey) and path[-1].key == "e_score_correction_bias")
+    """Whether a path of `jax.tree_util` ends in a parameter. The bias of a router's choice is none, which only decides
+    who is among the best, nor is the factor of a layer's output: transformers keeps them as buffers."""
+    buffers = ("e_score_correction_bias", "layer_scalar")
+    return not (isinstance(path[-1], jax.tree_util.DictKey) and path[-1].key in buffers)
 
 
 def trainable_mask(params: PyTree) -> PyTree:

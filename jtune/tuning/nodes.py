@@ -132,7 +132,7 @@ def select(params: PyTree, targets: Sequence[str] | str, names: Names | None = N
 
     Args:
       targets: names of modules (`q_proj`), or the ends of their paths (`self_attn.q_proj`); `all`: every linear module
-        of the layers, but not those of a mixture's experts and router, which must be named. A string may have commas.
+        but the head, and not those of a mixture's experts and router, which must be named. A string may have commas.
       names: what the model's family calls its modules (`jtune.models.families.module_names`): its words count as well.
 
     Raises:
@@ -144,7 +144,7 @@ def select(params: PyTree, targets: Sequence[str] | str, names: Names | None = N
     names = names or Names()
     for target in [name.strip() for name in targets.split(",")] if isinstance(targets, str) else targets:
         if target == "all":
-            match = {p for p in found if p[0] == "layers" and "experts" not in p and p[-1] != "gate"}
+            match = {p for p in found if p[0] != "lm_head" and "experts" not in p and p[-1] != "gate"}
         else:
             match = {p for p in found if knows(p, target, names)}
         if not match:

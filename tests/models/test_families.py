@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny import FAMILIES, LLAMA3, MINISTRAL3, ids, logits_of, make_model, write
+from tiny import FAMILIES, GEMMA3, LLAMA3, MINISTRAL3, ids, logits_of, make_model, write
 from wrapped import WRAPPED
 
 from jtune.generation import Sampling, decode, generate
@@ -34,6 +34,17 @@ BY_KIND = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
 OLD_FALCON = {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 4}
+GEMMA4_EXPERTS = {
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 24,
+}
 # family, what is unusual about it, tokens in a row
 OPTIONS = [
     ("cohere", {"use_qk_norm": True, "attention_bias": True}, 30),
@@ -52,6 +63,12 @@ OPTIONS = [
     ("bloom", {"hidden_size": 48, "n_head": 6}, 30),
     ("gemma", {"attention_bias": True, "hidden_act": "gelu"}, 30),
     ("gemma3_text", {"final_logit_softcapping": 5.0, "attention_bias": True, "rope_parameters": BY_KIND}, 100),
+    ("gemma4_text", GEMMA4_EXPERTS, 30),
+    (
+        "gemma4_text",
+        {"final_logit_softcapping": 5.0, "num_kv_shared_layers": 0, "num_hidden_layers": 2, "layer_types": GEMMA3[1:3]},
+        30,
+    ),
     ("glm", {"attention_bias": False, "rope_parameters": PARTIAL | {"partial_rotary_factor": 1.0}}, 30),
     ("glm4", {"attention_bias": True, "tie_word_embeddings": True}, 30),
     ("glm4_moe", {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.0, "norm_topk_prob": False}, 30),
@@ -136,7 +153,7 @@ def test_a_family_is_what_transformers_has(family, checkpoint, tmp_path, monkeyp
     theirs.save_pretrained(tmp_path / "theirs")
     ours, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("gradients", "theirs"))
     for name, x in expected.items():
-        if not name.endswith("e_score_correction_bias"):  # a buffer
+        if not name.endswith(("e_score_correction_bias", "layer_scalar")):  # buffers
             np.testing.assert_allclose(ours[name], x, atol=2e-6 + 1e-4 * np.abs(x).max(), err_msg=name)
 
     # Files, to the bit.

@@ -66,6 +66,17 @@ FAMILIES = {
         layers=(Layer(5, chunked=True), Layer(rope=None, query_scale=QueryScale(0.5, 6, 1), sparse=True)),
         experts=Experts(4, 2, 16, "sigmoid", renormalise=False, joined=True, scale_input=True, shared_size=16),
     ),
+    # Keys and values that a later layer reuses; inputs of each layer alone; experts beside an MLP.
+    "gemma4": replace(
+        DENSE, qk_norm="head", value_norm=True, block="around", layer_scalar=True, tie_word_embeddings=True,
+        per_layer_inputs=8, per_layer_vocab_size=64, num_hidden_layers=3,
+        experts=Experts(4, 2, 16, joined=True, beside=True),
+        layers=(
+            Layer(11, keys_values="stored", sparse=True),
+            Layer(head_dim=16, num_key_value_heads=1, value_is_key=True, sparse=True),
+            Layer(11, keys_values="reused", intermediate_size=96),
+        ),
+    ),
     "joined": replace(
         DENSE, qkv="joined", qkv_bias=True, mlp="joined", mlp_bias=True, norm="layer", norm_bias=True, qk_norm="heads",
         block="parallel_two", layers=(Layer(rope=None),) * 2, alibi=0.5, learned_positions=64, embedding_norm=True,
@@ -188,6 +199,8 @@ def alone(family, method, packed):
         slow("mixtral", "lora", False, 1, {"data": 2, "fsdp": 1, "expert": 2, "context": 2}),
         slow("latent", "full", True, 1, {"fsdp": 2, "expert": 2, "tensor": 2}),
         ("sinks", "full", True, 1, {"fsdp": 2, "expert": 2, "context": 2}),
+        slow("gemma4", "full", True, 1, {"fsdp": 2, "expert": 2, "context": 2}),
+        ("gemma4", "lora", True, 2, {"fsdp": 2, "tensor": 2, "context": 2}),
         slow("llama4", "full", True, 1, {"fsdp": 2, "expert": 2, "context": 2}),
         slow("llama4", "lora", True, 1, {"fsdp": 1, "expert": 2, "context": 2, "tensor": 2}),
         slow("joined", "full", True, 1, {"fsdp": 2, "tensor": 2, "context": 2}),

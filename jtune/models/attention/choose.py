@@ -42,7 +42,7 @@ def choose(
         return "splash", "the fused TPU kernel: segments, windows and soft-caps, no scores in memory"
     why = "one block of queries at a time, so that only the scores of one block are in memory"
     if platform == "gpu":
-        head_dim = 128 if config is None else max(config.qk_dim, config.value_dim)
+        head_dim = 128 if config is None else config.widest_head
         obstacle = _flash_obstacle(jnp.dtype(dtype), head_dim, config and config.attention_softcap, device)
         if obstacle is None:
             return "flash", "a fused GPU kernel: segments, windows, soft-caps and sinks, no scores in memory"

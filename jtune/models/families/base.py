@@ -21,7 +21,7 @@ ACTIVATIONS = {
     "relu2": "relu2",
 }
 KINDS_OF_LAYER = ("full_attention", "sliding_attention")
-KINDS_OF_ROPE = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+KINDS_OF_ROPE = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 
 
 class Asked(Mapping[str, Any]):
@@ -185,7 +185,7 @@ def rope(parameters: Mapping[str, Any], max_positions: int, head_dim: int, **fie
     if kind not in KINDS_OF_ROPE:
         raise DataError(f"config.json: rope_type {kind!r} is not supported; there are {', '.join(KINDS_OF_ROPE)}")
     share = parameters.get("partial_rotary_factor") or 1.0
-    if share != 1.0:
+    if share != 1.0 and kind != "proportional":
         fields["dim"] = int(head_dim * share)
     factor = parameters.get("factor") or 1.0
     original = parameters.get("original_max_position_embeddings") or max_positions

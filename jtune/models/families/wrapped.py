@@ -30,6 +30,8 @@ PLACES = (INSIDE, OUTSIDE, TEXT_MODEL, PLAIN)
 WRAPPERS: Mapping[str, Place] = {
     "exaone4_5": INSIDE,
     "gemma3": INSIDE,
+    "gemma4": INSIDE,
+    "gemma4_unified": INSIDE,
     "glm46v": INSIDE,
     "glm4v": INSIDE,
     "glm4v_moe": INSIDE,
@@ -39,6 +41,7 @@ WRAPPERS: Mapping[str, Place] = {
     "internvl_chat": OUTSIDE,
     "kimi_k25": INSIDE,
     "kimi_vl": OUTSIDE,
+    "llama4": OUTSIDE,
     "llava": INSIDE,
     "llava_next": INSIDE,
     "llava_onevision": INSIDE,
