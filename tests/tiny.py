@@ -25,6 +25,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 GEMMA3 = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+LFM2 = ["conv", "conv", "full_attention", "conv"]
 MINISTRAL3 = {
     "rope_type": "yarn",
     "rope_theta": 1e4,
@@ -103,6 +104,14 @@ FAMILIES = {
     },
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "residual_multiplier": 0.3, "logits_scaling": 4.0},
     "hunyuan_v1_dense": {"head_dim": 16},
+    "lfm2": {"block_multiple_of": 8, "layer_types": LFM2},
+    "lfm2_moe": {
+        "layer_types": LFM2,
+        "num_dense_layers": 1,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "llama4_text": {
         "head_dim": 16,
         "intermediate_size": 24,
@@ -163,7 +172,7 @@ def make_model(family: str, seed: int = 0, **changes):
             if name.endswith("A_log"):  # states that last: one token's query and key alone may be near to orthogonal,
                 p.copy_(0.5 * x - 2)  # and what is near to zero has no direction, which is all that a norm leaves
         for name, b in sorted(model.named_buffers()):
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 b.copy_(torch.from_numpy(0.2 * rng.standard_normal(b.shape, dtype=np.float32)))
     return model
 

@@ -393,7 +393,7 @@ def _no_load(config: DecoderConfig) -> Load | None:
 def runs(config: DecoderConfig) -> list[range]:
     """The layers of each stack: runs of layers with the same kinds of parameters."""
     ranges, start = [], 0
-    for _, group in groupby(config.layers, key=lambda layer: (layer.sparse, layer.linear)):
+    for _, group in groupby(config.layers, key=lambda layer: (layer.sparse, layer.linear, layer.conv)):
         stop = start + len(list(group))
         ranges.append(range(start, stop))
         start = stop

@@ -5,8 +5,8 @@ the rule moves the value that S gives for the token's key towards the token's va
 
     S_t = a_t S_{t-1} + beta_t k_t (v_t - a_t S_{t-1}^T k_t)^T,    output: S_t^T q_t
 
-Shape suffixes: B batch, T tokens, D embed, M channels of the convolution, S taps of it, H value heads, K dimensions of
-a key, V dimensions of a value; in the rule: N chunks, C tokens of a chunk.
+Shape suffixes: B batch, T tokens, D embed, M channels of the convolution, S inputs of it, H value heads, K dimensions
+of a key, V dimensions of a value; in the rule: N chunks, C tokens of a chunk.
 """
 
 from functools import partial
@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jtune.models.cache import Entry, LayerCache
+from jtune.models.cache import Entry, LayerCache, read_state, write_state
 from jtune.models.config import DecoderConfig
 from jtune.models.config import Delta as DeltaConfig
+from jtune.models.convolution import Convolution, number_runs
 from jtune.models.kernels import Linear, parameter
 from jtune.models.mlp import ACTIVATIONS
 from jtune.models.norm import Norm
@@ -45,18 +46,12 @@ class GatedDelta(nn.Module):
         B, T, _ = x_BTD.shape
         qkv_BTM, z_BTHV, beta_BTH, a_BTH = self._project(x_BTD)
 
-        run_BT, real_BT, state = number_runs(segment_ids_BT), segment_ids_BT > 0, None
-        if layer_cache is not None and T == 1:  # the token continues from the cache
-            cached = {name: x[layer_cache.index] for name, x in layer_cache.entry.items()}
-            qkv_BTM = jnp.concatenate([cached["inputs"].astype(x_BTD.dtype), qkv_BTM], axis=1)
-            run_BT, state = run_BT * 0, cached["state"]
-            before = ((0, 0), (d.taps - 1, 0))
-            convolved = Convolution(d.taps, name="conv1d")(qkv_BTM, jnp.pad(run_BT, before))
-            inputs_BSM = qkv_BTM[:, 1:]
-        else:
-            convolved = Convolution(d.taps, name="conv1d")(qkv_BTM, run_BT)
-            inputs_BSM = last_inputs(qkv_BTM, run_BT, real_BT, d.taps - 1)
-        convolved = ACTIVATIONS[c.hidden_act](convolved[:, -T:]).astype(x_BTD.dtype)
+        cached = read_state(layer_cache, T)
+        run_BT, real_BT = number_runs(segment_ids_BT), segment_ids_BT > 0
+        if cached:
+            run_BT = run_BT * 0  # the token continues from the cache
+        convolved, inputs_BSM = Convolution(d.taps, name="conv1d")(qkv_BTM, segment_ids_BT, cached.get("inputs"))
+        convolved = ACTIVATIONS[c.hidden_act](convolved).astype(x_BTD.dtype)
 
         q, k, v = jnp.split(convolved, [d.key_heads * d.key_dim, 2 * d.key_heads * d.key_dim], axis=-1)
         heads = lambda x, n: jnp.repeat(x.reshape(B, T, n, -1), d.value_heads // n, axis=2).astype(jnp.float32)
@@ -74,16 +69,12 @@ class GatedDelta(nn.Module):
         inputs = q_BTHK, k_BTHK, heads(v, d.value_heads), log_decay_BTH, beta_BTH
         q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH = (whole_rows(split_rows(x)) for x in inputs)
         out_BTHV, state = gated_delta_rule(
-            q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, run_BT, state, chunk=min(CHUNK, T)
+            q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, run_BT, cached.get("state"), chunk=min(CHUNK, T)
         )
         out_BTHV = split_rows(whole_rows(out_BTHV)).astype(x_BTD.dtype)
         normed = Norm("rms", c.norm_eps, name="norm")(out_BTHV) * jax.nn.silu(z_BTHV.astype(jnp.float32))
         y_BTD = Linear(c.hidden_size, ("heads", "embed"), name="out_proj")(normed.astype(x_BTD.dtype).reshape(B, T, -1))
-        if layer_cache is None:
-            return y_BTD, None
-        new = {"inputs": inputs_BSM, "state": state}
-        entry = {name: x.at[layer_cache.index].set(new[name].astype(x.dtype)) for name, x in layer_cache.entry.items()}
-        return y_BTD, entry
+        return y_BTD, write_state(layer_cache, {"inputs": inputs_BSM, "state": state})
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """The input of the convolution, the gate of the norm, and for each head the inputs of beta and of the decay."""
@@ -102,24 +93,6 @@ class GatedDelta(nn.Module):
             qkv_BTM, z = linear(2 * K + V, "heads", "in_proj_qkv"), linear(V, "heads", "in_proj_z")
             beta, a = linear(d.value_heads, None, "in_proj_b"), linear(d.value_heads, None, "in_proj_a")
         return qkv_BTM, z.reshape(B, T, d.value_heads, -1), beta.reshape(B, T, -1), a.reshape(B, T, -1)
-
-
-class Convolution(nn.Module):
-    """For each channel, a weighted sum of its last `taps` inputs within a run of tokens; float32."""
-
-    taps: int
-
-    @nn.compact
-    def __call__(self, x_BTM: jax.Array, run_BT: jax.Array) -> jax.Array:
-        # It is not named kernel: it multiplies no vectors and gets no adapter. Its shape is that of the files.
-        shape, axes = (x_BTM.shape[-1], 1, self.taps), (None, None, None)
-        weight_MS = parameter(self, "weight", nn.initializers.normal(0.02), shape, axes)[:, 0].astype(jnp.float32)
-        y_BTM = x_BTM * weight_MS[:, -1]
-        for back in range(1, self.taps):
-            earlier = lambda x, back=back: jnp.pad(x, ((0, 0), (back, 0), *((0, 0),) * (x.ndim - 2)))[:, :-back]
-            same_BT1 = (earlier(run_BT + 1) == run_BT + 1)[..., None]  # no run before the row
-            y_BTM += jnp.where(same_BT1, earlier(x_BTM), 0) * weight_MS[:, -1 - back]
-        return y_BTM
 
 
 def gated_delta_rule(
@@ -223,25 +196,6 @@ def _inverse_backward(found, d_found):
 
 
 inverse.defvjp(_inverse_forward, _inverse_backward)
-
-
-def number_runs(segment_ids_BT: jax.Array) -> jax.Array:
-    """Number the runs of tokens that share a state, int32: 1, 2, ... Padding belongs to the run before it, or to run 0.
-
-    >>> number_runs(jnp.array([[0, 0, 7, 7, 8, 0]])).tolist()
-    [[0, 0, 1, 1, 2, 2]]
-    """
-    earlier_BT = jnp.pad(segment_ids_BT, ((0, 0), (1, 0)))[:, :-1]
-    return jnp.cumsum((segment_ids_BT > 0) & (segment_ids_BT != earlier_BT), axis=1, dtype=jnp.int32)
-
-
-def last_inputs(x_BTM: jax.Array, run_BT: jax.Array, real_BT: jax.Array, count: int) -> jax.Array:
-    """The last `count` inputs up to each row's last real token, `[B, count, M]`; zeros where its run has fewer."""
-    last_B1 = (run_BT.shape[1] - 1 - jnp.argmax(real_BT[:, ::-1], axis=1))[:, None]
-    place_BS = last_B1 + jnp.arange(1 - count, 1)
-    take = lambda x: jnp.take_along_axis(x, jnp.maximum(place_BS, 0).reshape(*place_BS.shape, *(1,) * (x.ndim - 2)), 1)
-    there_BS = (place_BS >= 0) & (take(run_BT) == jnp.take_along_axis(run_BT, last_B1, 1))
-    return jnp.where(there_BS[..., None], take(x_BTM), 0)
 
 
 def unit(x: jax.Array) -> jax.Array:

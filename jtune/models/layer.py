@@ -1,4 +1,4 @@
-"""One layer of the decoder: attention or the delta rule, an MLP or experts, and the norms between them.
+"""One layer of the decoder: attention, the delta rule or a convolution; an MLP or experts; the norms between them.
 
 Shape suffixes: B batch, T tokens, D embed, H query heads, K key/value heads, R rank of a latent vector.
 """
@@ -19,6 +19,7 @@ from jtune.models.attention.dispatch import attend
 from jtune.models.attention.reference import alibi_bias
 from jtune.models.cache import LayerCache
 from jtune.models.config import DecoderConfig, Layer, QueryScale
+from jtune.models.convolution import ShortConv
 from jtune.models.delta import GatedDelta
 from jtune.models.kernels import Linear, parameter
 from jtune.models.mlp import MLP
@@ -197,6 +198,8 @@ class DecoderLayer(nn.Module):
         def attention(x, shared, layer_cache):
             if self.layer.linear:
                 return GatedDelta(c, self.mesh, name="linear_attn")(x, shared.segment_ids, layer_cache)
+            if self.layer.conv:
+                return ShortConv(c, self.mesh, name="conv")(x, shared.segment_ids, layer_cache)
             return Attention(c, self.layer, self.backend, self.mesh, name="self_attn")(x, shared, layer_cache)
 
         def feed_forward(x):

@@ -11,7 +11,8 @@ from jtune import tuning
 from jtune.generation.forward import read_prompt, read_token
 from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.models.config import Delta, Layer
-from jtune.models.delta import gated_delta_rule, inverse, number_runs
+from jtune.models.convolution import number_runs
+from jtune.models.delta import gated_delta_rule, inverse
 from jtune.tuning import decay_mask, lora
 
 CONFIG = DecoderConfig(
