@@ -74,6 +74,7 @@ class Delta:
     value_dim: int
     taps: int  # tokens that the convolution sees, the current one included
     joined: bool  # two kernels, by key head: queries, keys, values and gates; betas and decays. False: four kernels
+    channels: bool = False  # a decay for each channel of a key, and Kimi's kernels (`jtune.models.kimi_delta`)
 
 
 @dataclass(frozen=True)

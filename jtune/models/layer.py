@@ -20,8 +20,9 @@ from jtune.models.attention.reference import alibi_bias
 from jtune.models.cache import LayerCache
 from jtune.models.config import DecoderConfig, Layer, QueryScale
 from jtune.models.convolution import ShortConv
-from jtune.models.delta import GatedDelta
+from jtune.models.delta import GatedDelta, delta_config
 from jtune.models.kernels import Linear, parameter
+from jtune.models.kimi_delta import KimiDelta
 from jtune.models.mlp import MLP
 from jtune.models.moe import MoE
 from jtune.models.norm import Norm, norm
@@ -197,7 +198,8 @@ class DecoderLayer(nn.Module):
 
         def attention(x, shared, layer_cache):
             if self.layer.linear:
-                return GatedDelta(c, self.mesh, name="linear_attn")(x, shared.segment_ids, layer_cache)
+                kind = KimiDelta if delta_config(c).channels else GatedDelta
+                return kind(c, self.mesh, name="linear_attn")(x, shared.segment_ids, layer_cache)
             if self.layer.conv:
                 return ShortConv(c, self.mesh, name="conv")(x, shared.segment_ids, layer_cache)
             return Attention(c, self.layer, self.backend, self.mesh, name="self_attn")(x, shared, layer_cache)

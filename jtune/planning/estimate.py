@@ -100,7 +100,8 @@ def rule_floats(rule: Delta) -> int:
     """Float32 of a token that the gated delta rule has at once: of each head queries, keys and values, what is made
     from them, rows of the matrices of a chunk, and its share of the chunk's state."""
     states = rule.key_dim * rule.value_dim // CHUNK
-    return rule.value_heads * (8 * rule.key_dim + 6 * rule.value_dim + 6 * CHUNK + states)
+    decays = 6 * rule.key_dim if rule.channels else 0
+    return rule.value_heads * (8 * rule.key_dim + decays + 6 * rule.value_dim + 6 * CHUNK + states)
 
 
 def estimate(program: Program, rows: Rows) -> dict[str, int]:

@@ -48,7 +48,7 @@ def logits(model, params):
     return np.asarray(model.apply({"params": params}, ids()))
 
 
-@pytest.mark.parametrize("family", [*CORE, slow("lfm2"), slow("lfm2_moe")])
+@pytest.mark.parametrize("family", [*CORE, slow("kimi_linear"), slow("lfm2"), slow("lfm2_moe")])
 def test_pefts_adapter_acts_the_same_here_and_when_written_again(family, checkpoint, tmp_path):
     expected = theirs(tmp_path / "theirs", family)
     model, params = load_model(str(checkpoint(family)), adapter=str(tmp_path / "theirs"))
