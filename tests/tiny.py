@@ -1,5 +1,6 @@
 """Tiny Hugging Face checkpoints of every family, written by transformers itself. Needs torch."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 GEMMA3 = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+LFM2 = ["conv", "conv", "full_attention", "conv"]
 MINISTRAL3 = {
     "rope_type": "yarn",
     "rope_theta": 1e4,
@@ -114,6 +116,28 @@ FAMILIES = {
     },
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "residual_multiplier": 0.3, "logits_scaling": 4.0},
     "hunyuan_v1_dense": {"head_dim": 16},
+    "kimi_linear": {
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 24,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 10,
+        "linear_head_dim": 16,
+        "linear_num_heads": 3,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "lfm2": {"block_multiple_of": 8, "layer_types": LFM2},
+    "lfm2_moe": {
+        "layer_types": LFM2,
+        "num_dense_layers": 1,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "llama4_text": {
         "head_dim": 16,
         "intermediate_size": 24,
@@ -176,14 +200,25 @@ def make_model(family: str, seed: int = 0, **changes):
         for name, b in sorted(model.named_buffers()):
             if name.endswith("layer_scalar"):
                 b.copy_(torch.from_numpy(1 + 0.3 * rng.standard_normal(b.shape, dtype=np.float32)))
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 b.copy_(torch.from_numpy(0.2 * rng.standard_normal(b.shape, dtype=np.float32)))
     return model
 
 
-def write(folder: Path, family: str, **changes) -> Path:
-    make_model(family, **changes).save_pretrained(folder)
+def save(model, folder: Path) -> Path:
+    """`save_pretrained`, with the names of the published files where it writes others."""
+    from safetensors.numpy import load_file, save_file
+
+    model.save_pretrained(folder)
+    if model.config.model_type == "kimi_linear":  # its dense layers, too, get the name of those with experts
+        file = folder / "model.safetensors"
+        dense = re.compile(r"\.block_sparse_moe\.((gate|up|down)_proj)\.")
+        save_file({dense.sub(r".mlp.\1.", name): x for name, x in load_file(file).items()}, file)
     return folder
+
+
+def write(folder: Path, family: str, **changes) -> Path:
+    return save(make_model(family, **changes), folder)
 
 
 def logits_of(model, ids: np.ndarray) -> np.ndarray:

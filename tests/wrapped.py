@@ -56,6 +56,7 @@ WRAPPED = {
     "glm_ocr": ("glm_ocr_text", {"head_dim": 16, **mrope(2, 1, 1, partial_rotary_factor=0.5)}),
     "idefics3": ("llama", {}),
     "internvl": ("qwen2", {}),
+    "lfm2_vl": ("lfm2", FAMILIES["lfm2"]),
     "llama4": ("llama4_text", FAMILIES["llama4_text"]),
     "llava": ("llama", {}),
     "llava_next": ("llama", {}),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jtune.models.config import DecoderConfig, Layer
 
-Entry = dict[str, jax.Array]  # [R, B, S, ...] each; of a linear layer [R, B, ...]
+Entry = dict[str, jax.Array]  # [R, B, S, ...] each; of a layer without attention [R, B, ...]
 
 
 class LayerCache(NamedTuple):
@@ -36,6 +36,9 @@ def layer_cache(config: DecoderConfig, layer: Layer, repeats: int, batch: int, s
         }
     if layer.keys_values == "reused":
         return {}
+    if layer.conv:
+        assert config.short_conv is not None
+        return {"inputs": jnp.zeros((repeats, batch, config.short_conv.taps - 1, config.hidden_size), dtype)}
     if layer.window is not None:
         slots = min(slots, layer.window)
     empty = lambda *shape: jnp.zeros((repeats, batch, slots, *shape), dtype)
@@ -55,6 +58,20 @@ def write(entry: Entry, index: Any, new: Entry, positions_BT: jax.Array, segment
     slot_BT = jnp.where(kept_BT, positions_BT % slots, slots)  # out of bounds: not written
     row_BT = jnp.broadcast_to(jnp.arange(positions_BT.shape[0])[:, None], slot_BT.shape)
     return {name: x.at[index, row_BT, slot_BT].set(new[name].astype(x.dtype), mode="drop") for name, x in entry.items()}
+
+
+def read_state(layer_cache: LayerCache | None, tokens: int) -> Entry:
+    """What a layer without attention keeps, `[B, ...]` each; empty before a prompt, which has several `tokens`."""
+    if layer_cache is None or tokens > 1:
+        return {}
+    return {name: x[layer_cache.index] for name, x in layer_cache.entry.items()}
+
+
+def write_state(layer_cache: LayerCache | None, new: Entry) -> Entry | None:
+    """The cache of a layer without attention after new tokens; None if there is no cache."""
+    if layer_cache is None:
+        return None
+    return {name: x.at[layer_cache.index].set(new[name].astype(x.dtype)) for name, x in layer_cache.entry.items()}
 
 
 def key_positions(slots: int, positions_BT: jax.Array) -> jax.Array:

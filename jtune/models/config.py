@@ -45,6 +45,7 @@ class Layer:
     rope: int | None = 0  # which of DecoderConfig.ropes rotates its queries and keys; None: none
     sparse: bool = False  # a mixture of experts instead of the MLP
     linear: bool = False  # the gated delta rule instead of attention
+    conv: bool = False  # a short convolution instead of attention
     chunked: bool = False  # the window does not slide: a token sees back to the last multiple of its length
     query_scale: QueryScale | None = None  # of its queries; None: they do not grow
     head_dim: int | None = None  # of its heads; None: the model's
@@ -81,6 +82,15 @@ class Delta:
     value_dim: int
     taps: int  # tokens that the convolution sees, the current one included
     joined: bool  # two kernels, by key head: queries, keys, values and gates; betas and decays. False: four kernels
+    channels: bool = False  # a decay for each channel of a key, and Kimi's kernels (`jtune.models.kimi_delta`)
+
+
+@dataclass(frozen=True)
+class ShortConv:
+    """The gated convolution of layers without attention (LFM2)."""
+
+    taps: int  # tokens that it sees, the current one included
+    bias: bool = False  # of the convolution and of both products
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,7 @@ class Experts:
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     renormalise: bool = True  # the weights of a token's experts sum to 1
     scale: float = 1.0  # factor of the weights
+    sum_eps: float = 1e-20  # added to the sum that weights are divided by
     correction_bias: bool = False  # added to the scores for the choice, not for the weights (arXiv:2408.15664)
     groups: int = 1  # number of groups of experts; the router chooses from the best `top_groups`
     top_groups: int = 1
@@ -165,6 +176,7 @@ class DecoderConfig:
     attention_gate: bool = False  # a sigmoid gates the output; the kernel of queries gives it too
     latent: Latent | None = None
     delta: Delta | None = None  # of linear layers
+    short_conv: ShortConv | None = None  # of layers with a convolution
     # MLP
     mlp: Literal["gated", "joined", "interleaved", "plain"] = "gated"  # gate and up: two kernels, one; plain: no gate
     mlp_bias: bool = False

@@ -441,7 +441,8 @@ def runs(config: DecoderConfig) -> list[range]:
 def _parameters(config: DecoderConfig, layer: Layer) -> tuple[Any, ...]:
     """What the names and shapes of a layer's parameters depend on."""
     reused = layer.keys_values == "reused"
-    return layer.sparse, layer.linear, config.heads_of(layer), layer.intermediate_size, layer.value_is_key, reused
+    kind = layer.sparse, layer.linear, layer.conv
+    return *kind, config.heads_of(layer), layer.intermediate_size, layer.value_is_key, reused
 
 
 def _init_layers(config: DecoderConfig, key: jax.Array):

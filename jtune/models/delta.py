@@ -5,8 +5,8 @@ the rule moves the value that S gives for the token's key towards the token's va
 
     S_t = a_t S_{t-1} + beta_t k_t (v_t - a_t S_{t-1}^T k_t)^T,    output: S_t^T q_t
 
-Shape suffixes: B batch, T tokens, D embed, M channels of the convolution, S taps of it, H value heads, K dimensions of
-a key, V dimensions of a value; in the rule: N chunks, C tokens of a chunk.
+Shape suffixes: B batch, T tokens, D embed, M channels of the convolution, S inputs of it, H value heads, K dimensions
+of a key, V dimensions of a value; in the rule: N chunks, C tokens of a chunk.
 """
 
 from functools import partial
@@ -16,15 +16,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jtune.models.cache import Entry, LayerCache
+from jtune.models.cache import Entry, LayerCache, read_state, write_state
 from jtune.models.config import DecoderConfig
 from jtune.models.config import Delta as DeltaConfig
+from jtune.models.convolution import Convolution, number_runs
 from jtune.models.kernels import Linear, parameter
 from jtune.models.mlp import ACTIVATIONS
 from jtune.models.norm import Norm
 from jtune.sharding import constrain
 
 CHUNK = 64  # tokens whose corrections are computed together
+PAIRS = 16  # tokens of which each pair has a decay for each channel, at a time
 
 # States sum over a whole row. By default, TPUs round float32 products to bfloat16.
 _dot = partial(jnp.matmul, precision="high")
@@ -45,45 +47,21 @@ class GatedDelta(nn.Module):
         B, T, _ = x_BTD.shape
         qkv_BTM, z_BTHV, beta_BTH, a_BTH = self._project(x_BTD)
 
-        run_BT, real_BT, state = number_runs(segment_ids_BT), segment_ids_BT > 0, None
-        if layer_cache is not None and T == 1:  # the token continues from the cache
-            cached = {name: x[layer_cache.index] for name, x in layer_cache.entry.items()}
-            qkv_BTM = jnp.concatenate([cached["inputs"].astype(x_BTD.dtype), qkv_BTM], axis=1)
-            run_BT, state = run_BT * 0, cached["state"]
-            before = ((0, 0), (d.taps - 1, 0))
-            convolved = Convolution(d.taps, name="conv1d")(qkv_BTM, jnp.pad(run_BT, before))
-            inputs_BSM = qkv_BTM[:, 1:]
-        else:
-            convolved = Convolution(d.taps, name="conv1d")(qkv_BTM, run_BT)
-            inputs_BSM = last_inputs(qkv_BTM, run_BT, real_BT, d.taps - 1)
-        convolved = ACTIVATIONS[c.hidden_act](convolved[:, -T:]).astype(x_BTD.dtype)
+        cached = read_state(layer_cache, T)
+        convolved, inputs_BSM = Convolution(d.taps, name="conv1d")(qkv_BTM, segment_ids_BT, cached.get("inputs"))
+        convolved = ACTIVATIONS[c.hidden_act](convolved).astype(x_BTD.dtype)
 
         q, k, v = jnp.split(convolved, [d.key_heads * d.key_dim, 2 * d.key_heads * d.key_dim], axis=-1)
-        heads = lambda x, n: jnp.repeat(x.reshape(B, T, n, -1), d.value_heads // n, axis=2).astype(jnp.float32)
-        q_BTHK, k_BTHK = unit(heads(q, d.key_heads)) * d.key_dim**-0.5, unit(heads(k, d.key_heads))
-        rate_H = jnp.exp(parameter(self, "A_log", _log_uniform, (d.value_heads,), (None,)).astype(jnp.float32))
+        heads = lambda x, n: jnp.repeat(x.reshape(B, T, n, -1), d.value_heads // n, axis=2)
+        rate_H = jnp.exp(parameter(self, "A_log", log_uniform, (d.value_heads,), (None,)).astype(jnp.float32))
         bias_H = parameter(self, "dt_bias", nn.initializers.ones, (d.value_heads,), (None,)).astype(jnp.float32)
         log_decay_BTH = -rate_H * jax.nn.softplus(a_BTH.astype(jnp.float32) + bias_H)
         beta_BTH = jax.nn.sigmoid(beta_BTH.astype(jnp.float32))
-        log_decay_BTH, beta_BTH = (jnp.where(real_BT[..., None], x, 0.0) for x in (log_decay_BTH, beta_BTH))
-
-        # A state depends on all tokens of a row, so devices that split rows elsewhere split heads here. There are two
-        # constraints each way, because XLA can do each of them with one all-to-all.
-        split_rows = lambda x: constrain(x, self.mesh, "batch", "sequence", "heads", *(None,) * (x.ndim - 3))
-        whole_rows = lambda x: constrain(x, self.mesh, "batch", None, "whole_row_heads", *(None,) * (x.ndim - 3))
-        inputs = q_BTHK, k_BTHK, heads(v, d.value_heads), log_decay_BTH, beta_BTH
-        q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH = (whole_rows(split_rows(x)) for x in inputs)
-        out_BTHV, state = gated_delta_rule(
-            q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, run_BT, state, chunk=min(CHUNK, T)
-        )
-        out_BTHV = split_rows(whole_rows(out_BTHV)).astype(x_BTD.dtype)
+        inputs = heads(q, d.key_heads), heads(k, d.key_heads), heads(v, d.value_heads), log_decay_BTH, beta_BTH
+        out_BTHV, state = over_rows(*inputs, segment_ids_BT, cached.get("state"), self.mesh)
         normed = Norm("rms", c.norm_eps, name="norm")(out_BTHV) * jax.nn.silu(z_BTHV.astype(jnp.float32))
         y_BTD = Linear(c.hidden_size, ("heads", "embed"), name="out_proj")(normed.astype(x_BTD.dtype).reshape(B, T, -1))
-        if layer_cache is None:
-            return y_BTD, None
-        new = {"inputs": inputs_BSM, "state": state}
-        entry = {name: x.at[layer_cache.index].set(new[name].astype(x.dtype)) for name, x in layer_cache.entry.items()}
-        return y_BTD, entry
+        return y_BTD, write_state(layer_cache, {"inputs": inputs_BSM, "state": state})
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """The input of the convolution, the gate of the norm, and for each head the inputs of beta and of the decay."""
@@ -104,29 +82,49 @@ class GatedDelta(nn.Module):
         return qkv_BTM, z.reshape(B, T, d.value_heads, -1), beta.reshape(B, T, -1), a.reshape(B, T, -1)
 
 
-class Convolution(nn.Module):
-    """For each channel, a weighted sum of its last `taps` inputs within a run of tokens; float32."""
+def over_rows(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHV: jax.Array,
+    log_decay: jax.Array,
+    beta_BTH: jax.Array,
+    segment_ids_BT: jax.Array,
+    state: jax.Array | None,
+    mesh: Mesh | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The rule for queries and keys normalised to length one, each segment from an empty state, on a mesh as well.
 
-    taps: int
+    Args:
+      q, k, v: of the dtype of the output.
+      log_decay: float32 `[B, T, H]`, or `[B, T, H, K]`: a decay for each channel of the keys.
+      state: of a cache, from which one new token of each row continues.
 
-    @nn.compact
-    def __call__(self, x_BTM: jax.Array, run_BT: jax.Array) -> jax.Array:
-        # It is not named kernel: it multiplies no vectors and gets no adapter. Its shape is that of the files.
-        shape, axes = (x_BTM.shape[-1], 1, self.taps), (None, None, None)
-        weight_MS = parameter(self, "weight", nn.initializers.normal(0.02), shape, axes)[:, 0].astype(jnp.float32)
-        y_BTM = x_BTM * weight_MS[:, -1]
-        for back in range(1, self.taps):
-            earlier = lambda x, back=back: jnp.pad(x, ((0, 0), (back, 0), *((0, 0),) * (x.ndim - 2)))[:, :-back]
-            same_BT1 = (earlier(run_BT + 1) == run_BT + 1)[..., None]  # no run before the row
-            y_BTM += jnp.where(same_BT1, earlier(x_BTM), 0) * weight_MS[:, -1 - back]
-        return y_BTM
+    Returns:
+      The output, `[B, T, H, V]`, and the state after the last token, float32 `[B, H, K, V]`.
+    """
+    T, run_BT, real_BT = q_BTHK.shape[1], number_runs(segment_ids_BT), segment_ids_BT > 0
+    if state is not None:
+        run_BT = run_BT * 0
+    wide = lambda x: x.astype(jnp.float32)
+    q, k = unit(wide(q_BTHK)) * q_BTHK.shape[-1] ** -0.5, unit(wide(k_BTHK))
+    # Padding changes no state.
+    log_decay, beta_BTH = (
+        jnp.where(real_BT.reshape(*real_BT.shape, *(1,) * (x.ndim - 2)), x, 0.0) for x in (log_decay, beta_BTH)
+    )
+    # A state depends on all tokens of a row, so devices that split rows elsewhere split heads here. There are two
+    # constraints each way, because XLA can do each of them with one all-to-all.
+    split_rows = lambda x: constrain(x, mesh, "batch", "sequence", "heads", *(None,) * (x.ndim - 3))
+    whole_rows = lambda x: constrain(x, mesh, "batch", None, "whole_row_heads", *(None,) * (x.ndim - 3))
+    inputs = (whole_rows(split_rows(x)) for x in (q, k, wide(v_BTHV), log_decay, beta_BTH))
+    out_BTHV, state = gated_delta_rule(*inputs, run_BT, state, chunk=min(CHUNK, T))
+    return split_rows(whole_rows(out_BTHV)).astype(q_BTHK.dtype), state
 
 
 def gated_delta_rule(
     q_BTHK: jax.Array,
     k_BTHK: jax.Array,
     v_BTHV: jax.Array,
-    log_decay_BTH: jax.Array,
+    log_decay: jax.Array,
     beta_BTH: jax.Array,
     run_BT: jax.Array,
     state_BHKV: jax.Array | None = None,
@@ -140,6 +138,8 @@ def gated_delta_rule(
 
     Args:
       q, k, v, log_decay, beta: float32. A token of beta 0 and log_decay 0 changes nothing.
+      log_decay: `[B, T, H]`, or `[B, T, H, K]`: a decay for each channel of the keys, each row of a state (Kimi Delta
+        Attention, arXiv:2510.26692).
       run: int32, never decreasing along a row: each run starts from an empty state.
       state: the state at the start of run 0; default: empty.
       chunk: tokens per chunk; the result does not depend on it.
@@ -157,41 +157,70 @@ def gated_delta_rule(
 
     by_head = lambda x_BTHX: jnp.moveaxis(cut(x_BTHX), 3, 2)
     q_NBHCK, k_NBHCK, v_NBHCV = by_head(q_BTHK), by_head(k_BTHK), by_head(v_BTHV)
-    beta_NBHC1, total_NBHC = by_head(beta_BTH)[..., None], jnp.cumsum(by_head(log_decay_BTH), axis=-1)
+    of_channels = log_decay.ndim == 4
+    beta_NBHC1 = by_head(beta_BTH)[..., None]
+    # X: K where each channel has its own decay, else 1.
+    total_NBHCX = jnp.cumsum(by_head(log_decay if of_channels else log_decay[..., None]), axis=-2)
     run_NBC = cut(run_BT, "edge")
     before_NB1 = jnp.pad(run_NBC[:-1, :, -1:], ((1, 0), (0, 0), (0, 0)))  # the run of the token before the chunk
 
     # The decay until token i reads: of the write of token j, and of the state before the chunk.
     sees_NBCC = (run_NBC[..., :, None] == run_NBC[..., None, :]) & jnp.tri(chunk, dtype=bool)
-    left_NBHCC = jnp.exp(
-        jnp.where(sees_NBCC[:, :, None], total_NBHC[..., :, None] - total_NBHC[..., None, :], -jnp.inf)
-    )
-    left_NBHC1 = jnp.where((run_NBC == before_NB1)[:, :, None], jnp.exp(total_NBHC), 0)[..., None]
+    sees_NB1CC = sees_NBCC[:, :, None]
+    left_NBHCX = jnp.where((run_NBC == before_NB1)[:, :, None, :, None], jnp.exp(total_NBHCX), 0)
+    lasting_NBHCX = jnp.where(sees_NB1CC[..., -1, :, None], jnp.exp(total_NBHCX[..., -1:, :] - total_NBHCX), 0)
 
     transposed = lambda x: jnp.swapaxes(x, -1, -2)
-    system_NBHCC = _dot(k_NBHCK * beta_NBHC1, transposed(k_NBHCK)) * left_NBHCC
-    sides = jnp.concatenate([v_NBHCV * beta_NBHC1, k_NBHCK * beta_NBHC1 * left_NBHC1], axis=-1)
-    solved = _dot(inverse(system_NBHCC), sides)
+    if of_channels:
+        products = jax.checkpoint(decayed_products)
+        with_keys = lambda x: jnp.where(sees_NB1CC, products(x, k_NBHCK, total_NBHCX), 0)
+    else:
+        differences = total_NBHCX - transposed(total_NBHCX)
+        left_NBHCC = jnp.exp(jnp.where(sees_NB1CC, differences, -jnp.inf))
+        with_keys = lambda x: _dot(x, transposed(k_NBHCK)) * left_NBHCC
+    sides = jnp.concatenate([v_NBHCV * beta_NBHC1, k_NBHCK * beta_NBHC1 * left_NBHCX], axis=-1)
+    solved = _dot(inverse(with_keys(k_NBHCK * beta_NBHC1)), sides)
     written_NBHCV, read_NBHCK = jnp.split(solved, [V], axis=-1)
-    within_NBHCC = _dot(q_NBHCK, transposed(k_NBHCK)) * left_NBHCC
-    lasting_NBHCK = k_NBHCK * left_NBHCC[..., -1, :, None]
+    within_NBHCC = with_keys(q_NBHCK)
 
     def turn(state_BHKV, x):
-        q_BHCK, within_BHCC, written_BHCV, read_BHCK, lasting_BHCK, left_BH1 = x
+        q_BHCK, within_BHCC, written_BHCV, read_BHCK, lasting_BHCK, left_BHX = x
         written_BHCV = written_BHCV - _dot(read_BHCK, state_BHKV)
         out_BHCV = _dot(q_BHCK, state_BHKV) + _dot(within_BHCC, written_BHCV)
-        state_BHKV = state_BHKV * left_BH1[..., None] + _dot(transposed(lasting_BHCK), written_BHCV)
+        state_BHKV = state_BHKV * left_BHX[..., None] + _dot(transposed(lasting_BHCK), written_BHCV)
         return state_BHKV, out_BHCV
 
     if state_BHKV is None:
         state_BHKV = jnp.zeros((B, H, K, V), jnp.float32)
-    chunks = q_NBHCK * left_NBHC1, within_NBHCC, written_NBHCV, read_NBHCK, lasting_NBHCK, left_NBHC1[..., -1, :]
+    lasting_NBHCK, left_NBHX = k_NBHCK * lasting_NBHCX, left_NBHCX[..., -1, :]
+    chunks = q_NBHCK * left_NBHCX, within_NBHCC, written_NBHCV, read_NBHCK, lasting_NBHCK, left_NBHX
     # The backward pass keeps only the state before each chunk and recomputes the rest, which is smaller and quick to
     # compute.
     turn = jax.checkpoint(turn, prevent_cse=False)
     state_BHKV, out_NBHCV = jax.lax.scan(turn, state_BHKV, chunks)
     out_BTHV = out_NBHCV.transpose(1, 0, 3, 2, 4).reshape(B, T + fill, H, V)
     return out_BTHV[:, :T], state_BHKV
+
+
+def decayed_products(a_XCK: jax.Array, b_XCK: jax.Array, total_XCK: jax.Array) -> jax.Array:
+    """`sum_k a[i, k] b[j, k] exp(total[i, k] - total[j, k])` for j <= i, else 0: `[..., C, C]`.
+
+    `total` never grows along C. Only a difference of two totals is small: `exp(-total[j])` alone overflows. So a half
+    of the tokens meets the other half in one product, each decayed to or from the token between them, and halves are
+    cut again, until a block is small enough for a number for each pair and channel.
+    """
+    C = a_XCK.shape[-2]
+    if C <= PAIRS or C % 2:
+        differences = total_XCK[..., :, None, :] - total_XCK[..., None, :, :]
+        left = jnp.exp(jnp.where(jnp.tri(C, dtype=bool)[..., None], differences, -jnp.inf))
+        return jnp.sum(a_XCK[..., :, None, :] * b_XCK[..., None, :, :] * left, axis=-1)
+    halves = [x.reshape(*x.shape[:-2], 2, C // 2, x.shape[-1]) for x in (a_XCK, b_XCK, total_XCK)]
+    own = decayed_products(*halves)
+    (_, a), (b, _), (first, second) = ((x[..., 0, :, :], x[..., 1, :, :]) for x in halves)
+    between = first[..., -1:, :]
+    across = _dot(a * jnp.exp(second - between), jnp.swapaxes(b * jnp.exp(between - first), -1, -2))
+    above = jnp.concatenate([own[..., 0, :, :], jnp.zeros_like(across)], axis=-1)
+    return jnp.concatenate([above, jnp.concatenate([across, own[..., 1, :, :]], axis=-1)], axis=-2)
 
 
 @jax.custom_vjp
@@ -225,25 +254,6 @@ def _inverse_backward(found, d_found):
 inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
-def number_runs(segment_ids_BT: jax.Array) -> jax.Array:
-    """Number the runs of tokens that share a state, int32: 1, 2, ... Padding belongs to the run before it, or to run 0.
-
-    >>> number_runs(jnp.array([[0, 0, 7, 7, 8, 0]])).tolist()
-    [[0, 0, 1, 1, 2, 2]]
-    """
-    earlier_BT = jnp.pad(segment_ids_BT, ((0, 0), (1, 0)))[:, :-1]
-    return jnp.cumsum((segment_ids_BT > 0) & (segment_ids_BT != earlier_BT), axis=1, dtype=jnp.int32)
-
-
-def last_inputs(x_BTM: jax.Array, run_BT: jax.Array, real_BT: jax.Array, count: int) -> jax.Array:
-    """The last `count` inputs up to each row's last real token, `[B, count, M]`; zeros where its run has fewer."""
-    last_B1 = (run_BT.shape[1] - 1 - jnp.argmax(real_BT[:, ::-1], axis=1))[:, None]
-    place_BS = last_B1 + jnp.arange(1 - count, 1)
-    take = lambda x: jnp.take_along_axis(x, jnp.maximum(place_BS, 0).reshape(*place_BS.shape, *(1,) * (x.ndim - 2)), 1)
-    there_BS = (place_BS >= 0) & (take(run_BT) == jnp.take_along_axis(run_BT, last_B1, 1))
-    return jnp.where(there_BS[..., None], take(x_BTM), 0)
-
-
 def unit(x: jax.Array) -> jax.Array:
     """Vectors of the last axis, normalised to length one."""
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
@@ -255,5 +265,5 @@ def delta_config(config: DecoderConfig) -> DeltaConfig:
     return config.delta
 
 
-def _log_uniform(key, shape, dtype):
+def log_uniform(key, shape, dtype):
     return jnp.log(jax.random.uniform(key, shape, dtype, 0.01, 16.0))

@@ -1,4 +1,4 @@
-"""One layer of the decoder: attention or the delta rule, an MLP or experts, and the norms between them.
+"""One layer of the decoder: attention, the delta rule or a convolution; an MLP or experts; the norms between them.
 
 Shape suffixes: B batch, T tokens, D embed, H query heads, K key/value heads, R rank of a latent vector.
 """
@@ -21,8 +21,10 @@ from jtune.models.attention.dispatch import attend
 from jtune.models.attention.reference import alibi_bias
 from jtune.models.cache import LayerCache
 from jtune.models.config import DecoderConfig, Layer, QueryScale
-from jtune.models.delta import GatedDelta
+from jtune.models.convolution import ShortConv
+from jtune.models.delta import GatedDelta, delta_config
 from jtune.models.kernels import Linear, parameter
+from jtune.models.kimi_delta import KimiDelta
 from jtune.models.mlp import ACTIVATIONS, MLP
 from jtune.models.moe import Load, MoE
 from jtune.models.norm import Norm, norm
@@ -230,7 +232,10 @@ class DecoderLayer(nn.Module):
 
         def attention(x, shared, layer_cache):
             if self.layer.linear:
-                return *GatedDelta(c, self.mesh, name="linear_attn")(x, shared.segment_ids, layer_cache), None
+                kind = KimiDelta if delta_config(c).channels else GatedDelta
+                return *kind(c, self.mesh, name="linear_attn")(x, shared.segment_ids, layer_cache), None
+            if self.layer.conv:
+                return *ShortConv(c, self.mesh, name="conv")(x, shared.segment_ids, layer_cache), None
             return Attention(c, self.layer, self.backend, self.mesh, name="self_attn")(x, shared, layer_cache)
 
         def feed_forward(x):

@@ -130,7 +130,7 @@ def choose(router_NE: jax.Array, of_expert_E: jax.Array | None, e: ExpertConfig)
     expert_NP = jax.lax.top_k(ranked_NE, e.per_token)[1]
     weight_NP = jnp.take_along_axis(scores_NE, expert_NP, axis=1)
     if e.renormalise:
-        weight_NP = weight_NP / (weight_NP.sum(-1, keepdims=True) + (1e-20 if e.scoring == "sigmoid" else 0.0))
+        weight_NP = weight_NP / (weight_NP.sum(-1, keepdims=True) + e.sum_eps)
     if e.beside and of_expert_E is not None:
         weight_NP = weight_NP * of_expert_E[expert_NP]
     return weight_NP * e.scale, expert_NP

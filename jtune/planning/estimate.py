@@ -57,7 +57,7 @@ def saved_activations(
       attention: the backend (`jtune.models.attention.choose.choose`).
       split: devices that share a matrix product (`mesh_tensor`).
     """
-    linear = sum(layer.linear for layer in decoder.layers)
+    linear, convolved = (sum(getattr(layer, kind) for layer in decoder.layers) for kind in ("linear", "conv"))
     d, f = decoder.hidden_size, decoder.active_intermediate_size
     q = decoder.num_attention_heads * decoder.qk_dim
     qkv = q + decoder.num_key_value_heads * (decoder.qk_dim + decoder.value_dim)
@@ -70,7 +70,17 @@ def saved_activations(
         # Inputs of all products and norms, what attention took and gave, and three stages of the activation.
         "none": 4 * d + (qkv + 2 * q + 3 * f + weights) / split,
     }[remat]
-    kept = int(values * tokens * itemsize) * (decoder.num_hidden_layers - linear)
+    kept = int(values * tokens * itemsize) * (decoder.num_hidden_layers - linear - convolved)
+    if convolved:
+        values = {
+            "offload": 0,
+            "full": d,
+            "attention": d,
+            "dots": 3 * d + (3 * d + 2 * f) / split,
+            # What the convolution takes, and gives in float32.
+            "none": 4 * d + (5 * d + 3 * f + d * 4 / itemsize) / split,
+        }[remat]
+        kept += int(values * tokens * itemsize) * convolved
     if linear:
         rule = delta_config(decoder)
         keys, wide = 2 * rule.key_heads * rule.key_dim, rule.value_heads * rule.value_dim
@@ -90,7 +100,8 @@ def rule_floats(rule: Delta) -> int:
     """Float32 of a token that the gated delta rule has at once: of each head queries, keys and values, what is made
     from them, rows of the matrices of a chunk, and its share of the chunk's state."""
     states = rule.key_dim * rule.value_dim // CHUNK
-    return rule.value_heads * (8 * rule.key_dim + 6 * rule.value_dim + 6 * CHUNK + states)
+    decays = 6 * rule.key_dim if rule.channels else 0
+    return rule.value_heads * (8 * rule.key_dim + decays + 6 * rule.value_dim + 6 * CHUNK + states)
 
 
 def estimate(program: Program, rows: Rows) -> dict[str, int]:

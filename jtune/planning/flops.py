@@ -113,12 +113,15 @@ def _mixing(config: DecoderConfig, layer: Layer, lengths: Sequence[int] | np.nda
 
     Attention is two products, of queries with keys and of weights with values. The gated delta rule takes the state
     three times, however long the sequence is: what it gives for the key, what is written, what it gives for the query.
-    Its convolution has a product for each tap. That it is computed in chunks costs more, and is no model FLOPs.
+    A convolution has a product for each tap. That the rule is computed in chunks costs more, and is no model FLOPs.
     """
     if layer.linear:
         d = delta_config(config)
         channels = 2 * d.key_heads * d.key_dim + d.value_heads * d.value_dim
         return 6 * d.value_heads * d.key_dim * d.value_dim + 2 * d.taps * channels
+    if layer.conv:
+        assert config.short_conv is not None
+        return 2 * config.short_conv.taps * config.hidden_size
     dims = 2 * layer.head_dim if layer.head_dim else config.qk_dim + config.value_dim
     seen = mean_attended(lengths, layer.window, chunked=layer.chunked)
     return 2 * config.num_attention_heads * dims * seen
@@ -148,7 +151,7 @@ def _products(config: DecoderConfig, params: Any, mask: Any, label_share: float)
 
 def _stage(names: tuple[str, ...]) -> int:
     last = names[-1]
-    if names[0] in ("self_attn", "linear_attn"):
+    if names[0] in ("self_attn", "linear_attn", "conv"):
         return _OUT_OF_ATTENTION if last in ("o_proj", "out_proj") else _INTO_ATTENTION
     return _OUT_OF_MLP if last == "down_proj" else _INTO_MLP
 

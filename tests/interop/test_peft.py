@@ -21,6 +21,10 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+def slow(family):
+    return pytest.param(family, marks=pytest.mark.slow)
+
+
 def theirs(folder, family, **options):
     """A PEFT adapter with b not zero, saved; and its logits."""
     config = peft.LoraConfig(
@@ -44,7 +48,7 @@ def logits(model, params):
     return np.asarray(model.apply({"params": params}, ids()))
 
 
-@pytest.mark.parametrize("family", [*CORE, "gemma4_text"])
+@pytest.mark.parametrize("family", [*CORE, "gemma4_text", slow("kimi_linear"), slow("lfm2"), slow("lfm2_moe")])
 def test_pefts_adapter_acts_the_same_here_and_when_written_again(family, checkpoint, tmp_path):
     expected = theirs(tmp_path / "theirs", family)
     model, params = load_model(str(checkpoint(family)), adapter=str(tmp_path / "theirs"))
@@ -73,11 +77,12 @@ def test_pefts_options_are_honoured(options, checkpoint, tmp_path):
     np.testing.assert_allclose(logits(model, params), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", [*CORE, pytest.param("llama4_text", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", [*CORE, slow("llama4_text"), slow("lfm2_moe")])
 def test_our_adapter_acts_the_same_in_peft(family, checkpoint, tmp_path):
     model, base = load_model(str(checkpoint(family)))
     targets = ["q_proj", "v_proj"]
-    experts = {"mixtral": ["w1", "w2", "w3", "gate"], "llama4_text": ["down_proj", "gate_up_proj", "router"]}
+    experts = {"mixtral": ["w1", "w2", "w3", "gate"], "lfm2_moe": ["w1", "w2", "w3", "gate", "in_proj", "out_proj"]}
+    experts |= {"llama4_text": ["down_proj", "gate_up_proj", "router"]}
     targets += experts.get(family, ["down_proj"])
     params = lora.add(base, targets, rank=4, use_rslora=True, names=file_names(model.config))
     mask = whole_modules(params, adapter_mask(params), ["embed_tokens"])
@@ -88,7 +93,10 @@ def test_our_adapter_acts_the_same_in_peft(family, checkpoint, tmp_path):
     np.testing.assert_allclose(in_peft(tmp_path, family), logits(model, params), atol=1e-4)
     again, whole = load_adapter(base, model.config, str(tmp_path))
     assert whole == ("embed_tokens",)
-    if family != "mixtral":  # its gate and up are one adapter in the file: the same, but not laid out the same
+    if family not in (
+        "mixtral",
+        "lfm2_moe",
+    ):  # their gate and up are one adapter in the file: the same, but not laid out the same
         jax.tree.map(np.testing.assert_array_equal, again, params)
     np.testing.assert_allclose(logits(model, again), logits(model, params), atol=1e-5)
 

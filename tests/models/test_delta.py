@@ -11,7 +11,8 @@ from jtune import tuning
 from jtune.generation.forward import read_prompt, read_token
 from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.models.config import Delta, Layer
-from jtune.models.delta import gated_delta_rule, inverse, number_runs
+from jtune.models.convolution import number_runs
+from jtune.models.delta import gated_delta_rule, inverse
 from jtune.tuning import decay_mask, lora
 
 CONFIG = DecoderConfig(
@@ -48,32 +49,36 @@ def params():
     return grown
 
 
-def arguments(T, B=2, H=3, K=4, V=5):
+def arguments(T, B=2, H=3, K=4, V=5, *, channels=False):
     """Keys that are alike, betas near one, and states that last: each token corrects much of what came before."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
     q, k, v = unit(draw(B, T, H, K)), unit(draw(B, T, H, K) + 1), draw(B, T, H, V)
-    log_decay, beta = -0.1 * rng.random((B, T, H), np.float32), 0.5 + 0.5 * rng.random((B, T, H), np.float32)
+    shape = (B, T, H, K) if channels else (B, T, H)
+    log_decay, beta = -0.1 * rng.random(shape, np.float32), 0.5 + 0.5 * rng.random((B, T, H), np.float32)
     return q, k, v, log_decay, beta
 
 
 def one_by_one(q, k, v, log_decay, beta, run, state):
     """The rule as its definition has it, in float64."""
     state, outs = np.float64(state), []
+    decay = np.exp(log_decay.reshape(*beta.shape, -1, 1))  # one, or one for each row of the state
     for t in range(q.shape[1]):
         fresh = run[:, t] != (run[:, t - 1] if t else 0)
-        state = np.where(fresh[:, None, None, None], 0, state) * np.exp(log_decay[:, t, :, None, None])
+        state = np.where(fresh[:, None, None, None], 0, state) * decay[:, t]
         wrong = v[:, t] - np.einsum("BHKV,BHK->BHV", state, k[:, t])
         state = state + np.einsum("BHK,BHV->BHKV", k[:, t], beta[:, t, :, None] * wrong)
         outs.append(np.einsum("BHKV,BHK->BHV", state, q[:, t]))
     return np.stack(outs, 1), state
 
 
+@pytest.mark.parametrize("channels", [False, True])
 @pytest.mark.parametrize("chunk", [1, 4, 8, 64])
-def test_chunks_are_the_rule_token_by_token(chunk):
+def test_chunks_are_the_rule_token_by_token(chunk, channels, monkeypatch):
     """With runs that end within chunks, at their ends, and span several."""
-    given = arguments(19)
+    monkeypatch.setattr("jtune.models.delta.PAIRS", 4)  # halves of halves
+    given = arguments(19, channels=channels)
     run = np.array([[0] * 3 + [1] * 13 + [2] * 3, [1] * 4 + [2] + [3] * 4 + [4] * 10])
     state = np.random.default_rng(1).standard_normal((2, 3, 4, 5), np.float32)
     out, last = jax.jit(gated_delta_rule, static_argnames="chunk")(*given, run, state, chunk=chunk)
@@ -93,12 +98,13 @@ def test_an_inverse_and_its_gradient():
     close(jax.grad(lambda x: jnp.sum(inverse(x) * weights))(x), np.tril(-back @ weights @ back, -1))
 
 
-def test_fast_decays_give_finite_numbers_and_gradients():
+@pytest.mark.parametrize("channels", [False, True])
+def test_fast_decays_give_finite_numbers_and_gradients(channels):
     """A chunk in which all is forgotten many times over; a run that starts in it."""
-    q, k, v, _, beta = arguments(40)
+    q, k, v, log_decay, beta = arguments(40, channels=channels)
     run = np.repeat([[1, 2]], [13, 27], axis=1).repeat(2, 0)
-    total = lambda *given: gated_delta_rule(*given, run, chunk=16)[0].sum()
-    gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3, 4)))(q, k, v, np.full_like(beta, -60.0), beta)
+    total = lambda *given: gated_delta_rule(*given, run, chunk=32)[0].sum()
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3, 4)))(q, k, v, np.full_like(log_decay, -60.0), beta)
     assert all(np.isfinite(x).all() for x in gradients)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny import FAMILIES, GEMMA3, LLAMA3, MINISTRAL3, ids, logits_of, make_model, write
+from tiny import FAMILIES, GEMMA3, LLAMA3, MINISTRAL3, ids, logits_of, make_model, save, write
 from wrapped import WRAPPED
 
 from jtune.generation import Sampling, decode, generate
@@ -84,6 +84,23 @@ OPTIONS = [
     ("llama", {"rope_parameters": LONGROPE}, 100),
     ("llama", {"rope_parameters": LONGROPE}, 30),
     (
+        "kimi_linear",
+        {
+            "q_lora_rank": 24,
+            "attention_bias": True,
+            "mlp_layer_types": ["sparse", "dense"],
+            "linear_conv_kernel_dim": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": False,
+            "n_shared_experts": 2,
+        },
+        100,
+    ),
+    ("lfm2", {"conv_bias": True, "conv_L_cache": 4, "block_ffn_dim_multiplier": 1.3}, 30),
+    ("lfm2", {"block_auto_adjust_ff_dim": False, "layer_types": None, "full_attn_idxs": [0, 2]}, 30),
+    ("lfm2_moe", {"use_expert_bias": False, "norm_topk_prob": False, "routed_scaling_factor": 2.0}, 30),
+    (
         "llama4_text",
         {"num_experts_per_tok": 2, "use_qk_norm": False, "moe_layers": [0, 1, 3], "no_rope_layers": [0, 1, 1, 1]},
         30,
@@ -150,10 +167,10 @@ def test_a_family_is_what_transformers_has(family, checkpoint, tmp_path, monkeyp
     with torch.no_grad():  # saved by transformers as its parameters are
         for p in theirs.parameters():
             p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
-    theirs.save_pretrained(tmp_path / "theirs")
+    save(theirs, tmp_path / "theirs")
     ours, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("gradients", "theirs"))
     for name, x in expected.items():
-        if not name.endswith(("e_score_correction_bias", "layer_scalar")):  # buffers
+        if not name.endswith(("e_score_correction_bias", "expert_bias", "layer_scalar")):  # buffers
             np.testing.assert_allclose(ours[name], x, atol=2e-6 + 1e-4 * np.abs(x).max(), err_msg=name)
 
     # Files, to the bit.

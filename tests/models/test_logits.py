@@ -58,7 +58,10 @@ def test_a_config_of_transformers_4_means_the_same(checkpoint):
     assert decoder_config(old) == decoder_config(new)
 
 
-@pytest.mark.parametrize("family", [*CORE, "gemma4_text", "llama4_text"])
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("llama4_text", "kimi_linear")]
+
+
+@pytest.mark.parametrize("family", [*CORE, "gemma4_text", "lfm2", *SLOW])
 def test_packed_segments_do_not_see_each_other(family, checkpoint):
     model, params = load_model(str(checkpoint(family)))
     one, two = ids(1, 11, seed=2), ids(1, 17, seed=3)

@@ -8,7 +8,7 @@ import pytest
 
 from jtune import tuning
 from jtune.models import DecoderConfig, abstract_params
-from jtune.models.config import Delta, Experts, Layer
+from jtune.models.config import Delta, Experts, Layer, ShortConv
 from jtune.models.families import decoder_config
 from jtune.planning.chips import peak_flops
 from jtune.planning.flops import flops_per_token, mean_attended, recomputed_per_token
@@ -138,6 +138,15 @@ def test_a_delta_layer_costs_the_same_in_rows_of_any_length():
     trained = 2 * (2 * (a + b) + 2 * (a + b) + 2 * b) + 2 * a
     backward = 2 * (GATE + UP + DOWN) + linear + 2 * rule + 2 * LAYER + 2 * ATTENTION + 2 * HEAD
     assert flops_per_token(config, adapted, adapters, lengths=[4]) == count(nothing, 4) + trained + backward
+
+
+def test_a_layer_with_a_convolution_has_two_products_and_a_product_for_each_tap():
+    layers = (Layer(conv=True), Layer(), Layer())
+    config = DecoderConfig(**{**vars(TINY), "short_conv": ShortConv(taps=3), "layers": layers})
+    params, mask = tuned(config, "full")
+    convolved = 2 * (8 * 24 + 8 * 8 + 3 * 8 + GATE + UP + DOWN)
+    found = flops_per_token(config, params, mask, lengths=[4])
+    assert found == 3 * (convolved + 2 * (2 * LAYER + ATTENTION) + 2 * HEAD)
 
 
 def test_how_far_tokens_see():

@@ -15,7 +15,7 @@ from jtune.evaluation.loss import make_eval_step
 from jtune.loading.model import abstract_like, placement
 from jtune.losses.batch import make_loss_sum
 from jtune.models import CausalLM, DecoderConfig, init_params
-from jtune.models.config import Delta, Experts, Latent, Layer, QueryScale
+from jtune.models.config import Delta, Experts, Latent, Layer, QueryScale, ShortConv
 from jtune.sharding import (
     batch_sharding,
     batch_shards,
@@ -87,6 +87,14 @@ FAMILIES = {
         DENSE, layers=(Layer(linear=True), Layer()), attention_gate=True, norm_offset=True,
         delta=Delta(key_heads=2, value_heads=4, key_dim=8, value_dim=8, taps=4, joined=False),
     ),
+    # Decays of channels, and attention without positions.
+    "kimi": replace(
+        DENSE, num_key_value_heads=4, latent=Latent(16, 8, 4, 6), ropes=(),
+        layers=(Layer(rope=None, linear=True), Layer(rope=None)),
+        delta=Delta(key_heads=4, value_heads=4, key_dim=8, value_dim=8, taps=4, joined=False, channels=True),
+    ),
+    # A convolution that reaches into the part of the row before.
+    "lfm2": replace(DENSE, layers=(Layer(conv=True), Layer()), short_conv=ShortConv(3, bias=True), qk_norm="head"),
     "wide": replace(DENSE, intermediate_size=96),  # no other array has a dimension of 96
 }  # fmt: skip
 
@@ -203,6 +211,8 @@ def alone(family, method, packed):
         ("gemma4", "lora", True, 2, {"fsdp": 2, "tensor": 2, "context": 2}),
         slow("llama4", "full", True, 1, {"fsdp": 2, "expert": 2, "context": 2}),
         slow("llama4", "lora", True, 1, {"fsdp": 1, "expert": 2, "context": 2, "tensor": 2}),
+        ("lfm2", "full", True, 1, {"fsdp": 2, "context": 2, "tensor": 2}),
+        slow("kimi", "full", True, 2, {"fsdp": 1, "context": 4, "tensor": 2}),
         slow("joined", "full", True, 1, {"fsdp": 2, "tensor": 2, "context": 2}),
     ],
     ids=str,

@@ -41,6 +41,7 @@ WRAPPERS: Mapping[str, Place] = {
     "internvl_chat": OUTSIDE,
     "kimi_k25": INSIDE,
     "kimi_vl": OUTSIDE,
+    "lfm2_vl": INSIDE,
     "llama4": OUTSIDE,
     "llava": INSIDE,
     "llava_next": INSIDE,
