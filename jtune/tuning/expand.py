@@ -76,6 +76,8 @@ def expand_config(source: Mapping[str, Any], num_expand: int) -> dict[str, Any]:
       DataError: the layers differ in a way that a longer model cannot be described in.
     """
     decoder = decoder_config(source)
+    if decoder.wrapper is not None:
+        raise DataError(f"config.json: {decoder.wrapper} is an image-text model: only text models can be expanded")
     copied = order(decoder.num_hidden_layers, num_expand)
     layers = tuple(decoder.layers[i] for i in copied)
     wanted = replace(decoder, num_hidden_layers=len(layers), layers=layers)
