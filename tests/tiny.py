@@ -24,6 +24,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 GEMMA3 = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 OLMO3 = {
     "full_attention": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 64},
@@ -42,26 +43,31 @@ QWEN_EXPERTS = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
 }
+LATENT = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}
+GRANITE_EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "residual_multiplier": 0.3,
+    "logits_scaling": 4.0,
+}
 FAMILIES = {
     "llama": {"rope_parameters": LLAMA3},
     "arcee": {"head_dim": 16},
     "bloom": {"n_layer": 4, "n_head": 4},
     "cohere": {"logit_scale": 0.5, "num_key_value_heads": 2},
     "cohere2": {"head_dim": 16, "sliding_window": 8},
-    "deepseek_v3": {
-        "num_key_value_heads": 4,
-        "moe_intermediate_size": 24,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 3,
-        "n_group": 4,
-        "topk_group": 2,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 24,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 12,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 10,
-    },
+    "deepseek_v2": LATENT | {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": LATENT | {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
     "ernie4_5": {"head_dim": 8},
     "exaone4": {"sliding_window": 8, "sliding_window_pattern": 4},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
@@ -78,6 +84,7 @@ FAMILIES = {
         "first_k_dense_replace": 2,
         "use_qk_norm": True,
     },
+    "glm4_moe_lite": LATENT | {"n_group": 4, "topk_group": 2},
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256},
     "gpt_neox": {},
     "gpt_oss": {
@@ -94,11 +101,14 @@ FAMILIES = {
         "residual_multiplier": 0.3,
         "logits_scaling": 4.0,
     },
-    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "residual_multiplier": 0.3, "logits_scaling": 4.0},
+    "granitemoe": GRANITE_EXPERTS,
+    "granitemoeshared": GRANITE_EXPERTS | {"shared_intermediate_size": 40},
     "hunyuan_v1_dense": {"head_dim": 16},
+    "minimax_m2": {"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 3, "rope_parameters": PARTIAL},
     "ministral": {"sliding_window": 8, "head_dim": 16},
     "olmo": {"clip_qkv": 1.0},
     "olmo2": {},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 1.0},
     "olmo3": {"sliding_window": 8, "rope_parameters": OLMO3},
     "phi": {},
     "phi3": {},

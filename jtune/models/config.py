@@ -74,6 +74,8 @@ class Experts:
     correction_bias: bool = False  # added to the scores for the choice, not for the weights (arXiv:2408.15664)
     groups: int = 1  # number of groups of experts; the router chooses from the best `top_groups`
     top_groups: int = 1
+    best_of_group: int = 2  # how many of its experts, the best, give the score of a group
+    router_float32: bool = False  # its product is in float32 whatever the activations are; a sigmoid's always is
     router_bias: bool = False
     bias: bool = False  # of the experts' products
     shared_size: int = 0  # width of an additional MLP for all tokens

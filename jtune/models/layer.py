@@ -118,11 +118,11 @@ class Attention(nn.Module):
                 groups = joined.reshape(*joined.shape[:-1], K, H // K + 2, D)
                 q, k, v = groups[..., :-2, :], groups[..., -2, :], groups[..., -1, :]
                 q, k, v = (x.reshape(*x_BTD.shape[:-1], -1) for x in (q, k, v))
-        if c.clip_qkv is not None:
-            q, k, v = (jnp.clip(x, -c.clip_qkv, c.clip_qkv) for x in (q, k, v))
         kind = partial(Norm, c.norm, c.norm_eps, offset=c.norm_offset, heads=c.qk_norm == "heads")
         if c.qk_norm == "all":
             q, k = kind(name="q_norm")(q), kind(name="k_norm")(k)
+        if c.clip_qkv is not None:
+            q, k, v = (jnp.clip(x, -c.clip_qkv, c.clip_qkv) for x in (q, k, v))
         q, k, v = split(q, H), split(k, K), split(v, K)
         normed = c.qk_norm in ("head", "heads")
         if normed and not c.qk_norm_after_rope:

@@ -65,7 +65,8 @@ class MoE(nn.Module):
         c, e = self.config, expert_config(self.config)
         router = Linear(e.count, ("embed", None), use_bias=e.router_bias, name="gate")
         # Small differences of scores decide, so sigmoid routers compute them in float32.
-        router_BTE = router(x_BTD.astype(jnp.float32) if e.scoring == "sigmoid" else x_BTD)
+        precise = e.scoring == "sigmoid" or e.router_float32
+        router_BTE = router(x_BTD.astype(jnp.float32) if precise else x_BTD)
         correction = None
         if e.correction_bias:
             correction = parameter(self, "e_score_correction_bias", nn.initializers.zeros, (e.count,), (None,))
@@ -100,9 +101,9 @@ def choose(router_NE: jax.Array, correction_E: jax.Array | None, e: ExpertConfig
     scores_NE = jax.nn.sigmoid(router_NE) if e.scoring == "sigmoid" else jax.nn.softmax(router_NE, -1)
     ranked_NE = scores_NE if correction_E is None else scores_NE + correction_E.astype(jnp.float32)
     if e.groups > 1:
-        # The two best experts of a group give its score (arXiv:2412.19437, section 2.1.2).
+        # The best experts of a group give its score (arXiv:2412.19437, section 2.1.2).
         grouped = ranked_NE.reshape(-1, e.groups, e.count // e.groups)
-        worth = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+        worth = jax.lax.top_k(grouped, min(e.best_of_group, grouped.shape[-1]))[0].sum(-1)
         best = jax.lax.top_k(worth, e.top_groups)[1]
         allowed = jax.nn.one_hot(best, e.groups, dtype=bool).any(1)
         ranked_NE = jnp.where(jnp.repeat(allowed, e.count // e.groups, axis=1), ranked_NE, -jnp.inf)

@@ -35,6 +35,16 @@ def module_name(path: Path, their: Names, *, layer: int | None = None, expert: i
     >>> module_name(("layers", "mlp", "experts", "up_proj"), Names(words=WORDS), layer=3, expert=0)
     'model.layers.3.block_sparse_moe.experts.0.w3'
     """
+    return _renamed(_dotted(path, their, layer, expert), their)
+
+
+def _renamed(name: str, their: Names) -> str:
+    for pattern, replacement in their.patterns:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _dotted(path: Path, their: Names, layer: int | None, expert: int | None) -> str:
     if path[0] == "lm_head":
         return their.words.get("lm_head", "lm_head")
     words = [their.prefix]
@@ -60,13 +70,11 @@ def tensors(path: Path, config: DecoderConfig, layers: range) -> Iterator[Tensor
     for layer in layers or (None,):
         for expert in range(number) if one_each else (None,):
             for head in range(heads[modules[-1]]) if modules[-1] in their.per_head else (None,):
-                name = module_name(modules, their, layer=layer, expert=expert)
+                name = _dotted(modules, their, layer, expert)
                 name += f".{LEAVES.get(leaf, leaf)}" if head is None else f".{head}.{LEAVES.get(leaf, leaf)}"
-                for pattern, replacement in their.patterns:
-                    name = re.sub(pattern, replacement, name)
                 place = None if layer is None else layer - layers.start
                 index = tuple(i for i in (place, expert, head) if i is not None)
-                yield Tensor(name, index, leaf == "kernel" and modules[-1] not in their.as_is)
+                yield Tensor(_renamed(name, their), index, leaf == "kernel" and modules[-1] not in their.as_is)
 
 
 def located(params: Any) -> list[tuple[Path, Any, range]]:

@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny import FAMILIES, LLAMA3, ids, logits_of, make_model, write
+from tiny import FAMILIES, LLAMA3, PARTIAL, ids, logits_of, make_model, write
 
 from jtune.generation import Sampling, decode, generate
 from jtune.interop import hf
 from jtune.loading.inference import load_model
 from jtune.models import CausalLM
 from jtune.models.families import FAMILIES as SUPPORTED
+from jtune.models.families import module_names
 from jtune.models.moe import balance_loss
+from jtune.models.names import located, module_name
 
 torch = pytest.importorskip("torch")
 
@@ -27,7 +29,6 @@ LONGROPE = {
     "original_max_position_embeddings": 64,
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
-PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 BY_KIND = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -37,6 +38,8 @@ OLD_FALCON = {"new_decoder_architecture": False, "multi_query": False, "num_kv_h
 OPTIONS = [
     ("cohere", {"use_qk_norm": True, "attention_bias": True}, 30),
     ("cohere2", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2}, 30),
+    ("deepseek_v2", {"topk_method": "greedy", "mlp_bias": True, "routed_scaling_factor": 2.0, "n_group": None}, 30),
+    ("deepseek_v2", {"q_lora_rank": None, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.6}}, 100),
     (
         "deepseek_v3",
         {"q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False, "attention_bias": True},
@@ -54,20 +57,24 @@ OPTIONS = [
     ("glm", {"attention_bias": False, "rope_parameters": PARTIAL | {"partial_rotary_factor": 1.0}}, 30),
     ("glm4", {"attention_bias": True, "tie_word_embeddings": True}, 30),
     ("glm4_moe", {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.0, "norm_topk_prob": False}, 30),
+    ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "dense"] * 2, "attention_bias": True}, 30),
     ("gpt2", {"n_inner": 40, "tie_word_embeddings": False, "scale_attn_weights": False}, 30),
     ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False, "rope_parameters": PARTIAL}, 30),
     ("gpt_oss", {"rope_parameters": YARN | {"truncate": False}, "swiglu_alpha": 1.2, "num_experts_per_tok": 3}, 100),
     ("gpt_oss", {"attention_bias": False, "rope_parameters": PARTIAL | {"partial_rotary_factor": 1.0}}, 30),
     ("granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}, 30),
     ("granitemoe", {"attention_bias": True, "embedding_multiplier": 3.0, "attention_multiplier": 0.3}, 30),
+    ("granitemoeshared", {"shared_intermediate_size": 0, "attention_bias": True, "tie_word_embeddings": True}, 30),
     ("hunyuan_v1_dense", {"rope_parameters": DYNAMIC | {"alpha": 100.0}, "attention_bias": True}, 100),
     ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}, 100),
     ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}, 30),
     ("llama", {"rope_parameters": LONGROPE}, 100),
     ("llama", {"rope_parameters": LONGROPE}, 30),
+    ("minimax_m2", {"rope_parameters": YARN, "tie_word_embeddings": True}, 100),
     ("mixtral", {"num_experts_per_tok": 1, "tie_word_embeddings": True}, 30),
     ("olmo", {"clip_qkv": None, "attention_bias": True, "tie_word_embeddings": True}, 30),
     ("olmo2", {"attention_bias": True, "num_key_value_heads": 4}, 30),
+    ("olmoe", {"clip_qkv": None, "norm_topk_prob": True, "attention_bias": True}, 30),
     (
         "phi3",
         {"rope_parameters": LONGROPE | {"partial_rotary_factor": 1.0}, "original_max_position_embeddings": 64},
@@ -97,6 +104,16 @@ def slow_but(family):
 
 def close(ours, theirs, atol=1e-4):
     assert np.abs(np.asarray(ours) - theirs).max() < atol * theirs.std()
+
+
+def in_transformers(model, params, theirs):
+    """PEFT finds a module by its name in transformers' model."""
+    found, their = {name for name, _ in theirs.named_modules()}, module_names(model.config)
+    for path, _, layers in located(params):
+        for layer in layers or (None,) if path[-1] == "kernel" else ():
+            of_experts = path[: path.index("experts")] if "experts" in path else None
+            name = module_name(of_experts or path[:-1], their, layer=layer) + ".experts" * bool(of_experts)
+            assert name in found
 
 
 def test_every_family_is_tested():
@@ -130,7 +147,8 @@ def test_a_family_is_what_transformers_has(family, checkpoint, tmp_path, monkeyp
         if not name.endswith("e_score_correction_bias"):  # a buffer
             np.testing.assert_allclose(ours[name], x, atol=2e-6 + 1e-4 * np.abs(x).max(), err_msg=name)
 
-    # Files, to the bit.
+    # Names, in adapters and in files; files, to the bit.
+    in_transformers(model, params, theirs)
     hf.save_model(params, model.config, source, tmp_path / "again")
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
     assert before.keys() == after.keys()

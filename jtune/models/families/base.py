@@ -174,6 +174,14 @@ def sparse_layers(c: Asked, layers: list[Layer]) -> tuple[Layer, ...]:
     return tuple(replace(layer, sparse=is_sparse(i)) for i, layer in enumerate(layers))
 
 
+def listed_sparse(c: Asked) -> tuple[Layer, ...]:
+    """The layers, as `mlp_layer_types` says which have experts."""
+    for kind in c["mlp_layer_types"]:
+        if kind not in ("dense", "sparse"):
+            raise DataError(f"config.json: mlp_layer_types: {kind!r} is not supported; there are dense, sparse")
+    return tuple(Layer(sparse=kind == "sparse") for kind in c["mlp_layer_types"])
+
+
 def rope(parameters: Mapping[str, Any], max_positions: int, head_dim: int, **fields: Any) -> Rope:
     """Rotary frequencies; refuses unsupported kinds by name.
 
