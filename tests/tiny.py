@@ -62,6 +62,7 @@ GRANITE_EXPERTS = {
 }
 FAMILIES = {
     "llama": {"rope_parameters": LLAMA3},
+    "apertus": {"head_dim": 16},
     "arcee": {"head_dim": 16},
     "bloom": {"n_layer": 4, "n_head": 4},
     "cohere": {"logit_scale": 0.5, "num_key_value_heads": 2},
@@ -69,6 +70,22 @@ FAMILIES = {
     "deepseek_v2": LATENT | {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},
     "deepseek_v3": LATENT | {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
     "ernie4_5": {"head_dim": 8},
+    "ernie4_5_moe": {
+        "moe_intermediate_size": 24,
+        "moe_num_experts": 8,
+        "moe_k": 3,
+        "moe_num_shared_experts": 1,
+        "tie_word_embeddings": False,
+    },
+    "exaone_moe": {
+        "head_dim": 16,
+        "sliding_window": 8,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+    },
     "exaone4": {"sliding_window": 8, "sliding_window_pattern": 4},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "gemma": {"head_dim": 16},
@@ -105,7 +122,12 @@ FAMILIES = {
     "granitemoeshared": GRANITE_EXPERTS | {"shared_intermediate_size": 40},
     "hunyuan_v1_dense": {"head_dim": 16},
     "minimax_m2": {"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 3, "rope_parameters": PARTIAL},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "internlm3": {"head_dim": 16},
+    "minicpm3": {key: value for key, value in LATENT.items() if "experts" not in key}
+    | {"dim_model_base": 16, "scale_emb": 3, "tie_word_embeddings": False},
     "ministral": {"sliding_window": 8, "head_dim": 16},
+    "nemotron": {"head_dim": 16},
     "olmo": {"clip_qkv": 1.0},
     "olmo2": {},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 1.0},

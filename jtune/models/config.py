@@ -72,6 +72,7 @@ class Experts:
     renormalise: bool = True  # the weights of a token's experts sum to 1
     scale: float = 1.0  # factor of the weights
     correction_bias: bool = False  # added to the scores for the choice, not for the weights (arXiv:2408.15664)
+    correction_row: bool = False  # that bias is [1, experts] in files, not [experts]
     groups: int = 1  # number of groups of experts; the router chooses from the best `top_groups`
     top_groups: int = 1
     best_of_group: int = 2  # how many of its experts, the best, give the score of a group
@@ -139,7 +140,7 @@ class DecoderConfig:
     # MLP
     mlp: Literal["gated", "joined", "interleaved", "plain"] = "gated"  # gate and up: two kernels, one; plain: no gate
     mlp_bias: bool = False
-    hidden_act: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped"] = "silu"
+    hidden_act: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu", "clamped"] = "silu"
     clamp: tuple[float, float] = (7.0, 1.702)  # of "clamped" (gpt-oss): limit, slope of the sigmoid
     experts: Experts | None = None
 

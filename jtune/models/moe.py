@@ -69,7 +69,10 @@ class MoE(nn.Module):
         router_BTE = router(x_BTD.astype(jnp.float32) if precise else x_BTD)
         correction = None
         if e.correction_bias:
-            correction = parameter(self, "e_score_correction_bias", nn.initializers.zeros, (e.count,), (None,))
+            shape = (1, e.count) if e.correction_row else (e.count,)
+            axes = (None,) * len(shape)
+            correction = parameter(self, "e_score_correction_bias", nn.initializers.zeros, shape, axes)
+            correction = correction.reshape(e.count)
         if self.mesh is None or self.mesh.size == 1:
             experts = Experts(c, name="experts")
             weight_NP, expert_NP = choose(_flat(router_BTE), correction, e)

@@ -8,6 +8,9 @@ from jtune.tuning.nodes import adapter_mask
 
 PyTree = Any
 
+# The bias of a router's choice, which only decides who is among the best; constants of xIELU.
+BUFFERS = frozenset(["e_score_correction_bias", "beta", "eps"])
+
 
 def partition(params: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
     """(trainable, frozen): two trees like `params`, each with None where the other has the leaf."""
@@ -27,9 +30,8 @@ def full_mask(params: PyTree) -> PyTree:
 
 
 def learns(path: Any) -> bool:
-    """Whether a path of `jax.tree_util` ends in a parameter. The bias of a router's choice is none: it only decides who
-    is among the best, and transformers keeps it as a buffer."""
-    return not (isinstance(path[-1], jax.tree_util.DictKey) and path[-1].key == "e_score_correction_bias")
+    """Whether a path of `jax.tree_util` ends in a parameter, not in what transformers keeps as a buffer."""
+    return not (isinstance(path[-1], jax.tree_util.DictKey) and path[-1].key in BUFFERS)
 
 
 def trainable_mask(params: PyTree) -> PyTree:

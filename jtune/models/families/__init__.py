@@ -46,6 +46,7 @@ HARMLESS = frozenset(
         "use_cache",
         "tokenizer_class",
         "router_aux_loss_coef",
+        "sep_token_id",
         "max_window_layers",
         "original_max_position_embeddings",
         "_sliding_window_pattern",

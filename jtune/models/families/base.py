@@ -19,6 +19,7 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
     "relu2": "relu2",
+    "xielu": "xielu",
 }
 KINDS_OF_LAYER = ("full_attention", "sliding_attention")
 KINDS_OF_ROPE = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -155,16 +156,25 @@ def sliding(c: Asked) -> Fields:
     return {"layers": tuple(Layer(window, kind) for window, kind in zip(windows(c), kinds, strict=True))}
 
 
-def experts(c: Asked, width: str = "moe_intermediate_size", **fields: Any) -> Experts:
+def experts(
+    c: Mapping[str, Any],
+    width: str = "moe_intermediate_size",
+    *,
+    count: str | None = None,
+    per_token: str = "num_experts_per_tok",
+    **fields: Any,
+) -> Experts:
     """A mixture of experts, with the load-balancing loss that the config asks for.
 
     Args:
       width: the key of the experts' width.
+      count: the key of their number; default: one of the usual ones.
+      per_token: the key of how many a token has.
     """
-    count = next(key for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in c)
+    count = count or next(key for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in c)
     coefficient = c.get("router_aux_loss_coef") or 0.0
     aux = float(coefficient) if c.get("output_router_logits") else 0.0
-    return Experts(c[count], c["num_experts_per_tok"], c[width], aux_coef=aux, **fields)
+    return Experts(c[count], c[per_token], c[width], aux_coef=aux, **fields)
 
 
 def sparse_layers(c: Asked, layers: list[Layer]) -> tuple[Layer, ...]:
