@@ -134,6 +134,7 @@ FAMILIES = {
     "olmo3": {"sliding_window": 8, "rope_parameters": OLMO3},
     "phi": {},
     "phi3": {},
+    "phimoe": {"num_local_experts": 4, "router_jitter_noise": 0.4, "lm_head_bias": True, "attention_bias": True},
     "qwen2_moe": {
         "moe_intermediate_size": 24,
         "shared_expert_intermediate_size": 40,

@@ -1,6 +1,7 @@
 """Hugging Face checkpoints: config.json and safetensors files, read straight to where they belong, and written back."""
 
 import json
+import logging
 import math
 import shutil
 from collections import deque
@@ -33,10 +34,12 @@ from jtune.interop.weights import (
 )
 from jtune.models import DecoderConfig, abstract_params
 from jtune.models.families import file_names
-from jtune.models.names import Tensor, located, tensors
+from jtune.models.names import Tensor, further_heads, located, tensors
 from jtune.sharding import arrays
 from jtune.tuning.nodes import is_node
 from jtune.tuning.quantize import Form, apply, chosen, quantize
+
+log = logging.getLogger("jtune")
 
 GENERATION = "generation_config.json"
 # What a decoder of ours does not use, though some files hold it: buffers that follow from the config.
@@ -217,8 +220,12 @@ def _check_tensors(folder: Path, stored: Mapping[str, Stored], wanted: list[Any]
         if has_own_head(folder, config):
             meant = "is not the embedding, as tie_word_embeddings says: if the head is meant, set it to false"
             faults[meant] = [head_name(config)]
+    if heads := further_heads(stored.keys() - known, config.num_hidden_layers):
+        log.info(
+            "%s: %d tensors predict tokens after the next: they are neither trained nor written", folder, len(heads)
+        )
     nowhere = f"has no place in this model (model_type {config.family})"
-    for name in sorted(stored.keys() - known):
+    for name in sorted(stored.keys() - known - heads):
         if not name.endswith(UNUSED):
             faults.setdefault(nowhere, []).append(name)
     if faults:

@@ -68,7 +68,8 @@ class Experts:
     count: int
     per_token: int
     intermediate_size: int
-    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    scoring: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    margin: float = 0.0  # sparsemixer: the share of its score by which an expert near to the best is worse at most
     renormalise: bool = True  # the weights of a token's experts sum to 1
     scale: float = 1.0  # factor of the weights
     correction_bias: bool = False  # added to the scores for the choice, not for the weights (arXiv:2408.15664)

@@ -101,6 +101,8 @@ def expert_config(config: DecoderConfig) -> ExpertConfig:
 def choose(router_NE: jax.Array, correction_E: jax.Array | None, e: ExpertConfig) -> tuple[jax.Array, jax.Array]:
     """The experts of each token and their weights: float32, int32 `[N, P]`."""
     router_NE = router_NE.astype(jnp.float32)
+    if e.scoring == "sparsemixer":
+        return _mix_sparsely(router_NE, e)
     scores_NE = jax.nn.sigmoid(router_NE) if e.scoring == "sigmoid" else jax.nn.softmax(router_NE, -1)
     ranked_NE = scores_NE if correction_E is None else scores_NE + correction_E.astype(jnp.float32)
     if e.groups > 1:
@@ -115,6 +117,21 @@ def choose(router_NE: jax.Array, correction_E: jax.Array | None, e: ExpertConfig
     if e.renormalise:
         weight_NP = weight_NP / (weight_NP.sum(-1, keepdims=True) + (1e-20 if e.scoring == "sigmoid" else 0.0))
     return weight_NP * e.scale, expert_NP
+
+
+def _mix_sparsely(router_NE: jax.Array, e: ExpertConfig) -> tuple[jax.Array, jax.Array]:
+    """SparseMixer's choice without noise (arXiv:2409.12136, section 3): expert by expert the best of those that are
+    left. Its weight is that of a softmax over those whose scores are near to it."""
+    left_NE, found = router_NE, []
+    for _ in range(e.per_token):
+        best_N1 = left_NE.max(-1, keepdims=True)
+        near_NE = (best_N1 - router_NE) / jnp.maximum(jnp.abs(router_NE), best_N1) <= e.margin
+        gates_NE = jax.nn.softmax(jnp.where(near_NE, left_NE, -jnp.inf), -1)
+        expert_N1 = left_NE.argmax(-1, keepdims=True)
+        found.append((jnp.take_along_axis(gates_NE, expert_N1, axis=1), expert_N1))
+        left_NE = jnp.where(jax.nn.one_hot(expert_N1[:, 0], e.count, dtype=bool), -jnp.inf, left_NE)
+    weights, experts = zip(*found)
+    return jnp.concatenate(weights, -1), jnp.concatenate(experts, -1).astype(jnp.int32)
 
 
 def measure(router_NE: jax.Array, real_N: jax.Array, e: ExpertConfig) -> Load:

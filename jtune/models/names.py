@@ -5,7 +5,7 @@ kernels and scales, and the names that differ in a family's files (`jtune.models
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -75,6 +75,20 @@ def tensors(path: Path, config: DecoderConfig, layers: range) -> Iterator[Tensor
                 place = None if layer is None else layer - layers.start
                 index = tuple(i for i in (place, expert, head) if i is not None)
                 yield Tensor(_renamed(name, their), index, leaf == "kernel" and modules[-1] not in their.as_is)
+
+
+def further_heads(names: Collection[str], layers: int) -> set[str]:
+    """The tensors of a checkpoint that predict tokens after the next (arXiv:2404.19737), which a decoder has not.
+
+    They have a module of their own, or are layers after the last, which begin with a kernel `eh_proj`.
+
+    >>> names = ["model.layers.1.eh_proj.weight", "model.layers.1.mlp.up_proj.weight", "mtp.fc.weight", "lm_head"]
+    >>> sorted(further_heads(names, layers=1))
+    ['model.layers.1.eh_proj.weight', 'model.layers.1.mlp.up_proj.weight', 'mtp.fc.weight']
+    """
+    begun = {name.removesuffix("eh_proj.weight") for name in names if name.endswith(".eh_proj.weight")}
+    begun = {stem for stem in begun if int((re.search(r"\.(\d+)\.$", stem) or [0, "0"])[1]) >= layers}
+    return {name for name in names if name.startswith((*begun,)) or re.search(r"(^|\.)mtp[._]", name)}
 
 
 def located(params: Any) -> list[tuple[Path, Any, range]]:

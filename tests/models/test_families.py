@@ -1,20 +1,22 @@
 """Each family: logits, gradients, answers and files are those of transformers. A new one is a line in tiny.FAMILIES."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny import FAMILIES, LLAMA3, PARTIAL, ids, logits_of, make_model, write
 
+from jtune.errors import DataError
 from jtune.generation import Sampling, decode, generate
 from jtune.interop import hf
 from jtune.loading.inference import load_model
 from jtune.models import CausalLM
 from jtune.models.families import FAMILIES as SUPPORTED
-from jtune.models.families import module_names
+from jtune.models.families import decoder_config, module_names
 from jtune.models.moe import balance_loss
 from jtune.models.names import located, module_name
 
@@ -97,6 +99,11 @@ OPTIONS = [
         100,
     ),
     ("phi3", {"sliding_window": 8, "rope_parameters": PARTIAL, "hidden_act": "gelu"}, 30),
+    (
+        "phimoe",
+        {"rope_parameters": LONGROPE | {"short_mscale": 1.2, "long_mscale": 1.2}, "sliding_window": 8},
+        30,
+    ),
     ("qwen2_moe", {"norm_topk_prob": True, "decoder_sparse_step": 2, "mlp_only_layers": [], "qkv_bias": False}, 30),
     ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1], "attention_bias": True}, 30),
     ("seed_oss", {"attention_out_bias": True, "mlp_bias": True, "attention_bias": False}, 30),
@@ -135,7 +142,7 @@ def in_transformers(model, params, theirs):
 
 
 def test_every_family_is_tested():
-    untold = {"internlm2"}  # transformers has no model of it: see its own test
+    untold = {"internlm2", "minicpm"}  # transformers has no model of them: see their own tests
     assert set(FAMILIES) | untold == set(SUPPORTED)
 
 
@@ -199,8 +206,6 @@ def test_unusual_settings(family, options, seq, tmp_path):
 def test_internlm2_is_llama_with_other_names(checkpoint, tmp_path):
     stored, source = load_file(checkpoint("llama") / "model.safetensors"), hf.read_config(checkpoint("llama"))
     heads, groups, width = 4, 2, 8
-    from safetensors.numpy import save_file
-
     from jtune.models.families.internlm2 import WORDS
 
     renamed = {}
@@ -217,6 +222,32 @@ def test_internlm2_is_llama_with_other_names(checkpoint, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(source | {"model_type": "internlm2", "bias": False}))
     model, params = load_model(str(tmp_path))
     close(model.apply({"params": params}, ids()), logits_of(make_model("llama"), ids()))
+
+
+def test_minicpm_is_granite_with_other_words(tmp_path):
+    multipliers = {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "logits_scaling": 4.0}
+    options = {"attention_multiplier": 8**-0.5, "tie_word_embeddings": True, **multipliers}
+    source = hf.read_config(write(tmp_path, "granite", **options))
+    words = {"model_type": "minicpm", "scale_emb": 3.0, "scale_depth": 1.4, "dim_model_base": 8}
+    kept = {key: x for key, x in source.items() if key not in (*options, "architectures")}  # its head is tied unsaid
+    (tmp_path / "config.json").write_text(json.dumps(kept | words))
+    model, params = load_model(str(tmp_path))
+    close(model.apply({"params": params}, ids()), logits_of(make_model("granite", **options), ids()))
+    for key, value in (("sparse_config", {"dense_len": 8192}), ("num_experts", 8)):
+        with pytest.raises(DataError, match=key):
+            decoder_config(kept | words | {key: value})
+
+
+def test_what_predicts_tokens_after_the_next_is_left_out(checkpoint, tmp_path):
+    """Layers after the last, as DeepSeek and GLM publish them, and modules of their own, as Qwen and others do."""
+    shutil.copytree(checkpoint("glm4_moe"), tmp_path, dirs_exist_ok=True)
+    stored, x = load_file(tmp_path / "model.safetensors"), np.zeros(2, np.float32)
+    more = ["model.layers.4.eh_proj.weight", "model.layers.4.mlp.gate.weight", "mtp.fc.weight", "model.mtp_block.0.x"]
+    save_file(stored | dict.fromkeys(more, x), tmp_path / "model.safetensors")
+    load_model(str(tmp_path))
+    save_file(stored | {"model.layers.4.mlp.gate.weight": x}, tmp_path / "model.safetensors")  # no such head
+    with pytest.raises(DataError, match=r"model\.layers\.4\.mlp\.gate\.weight has no place"):
+        load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC, LLAMA3])

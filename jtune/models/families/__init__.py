@@ -92,7 +92,8 @@ def full_config(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     kind, family = _family(source.get("model_type"))
     config_class = CONFIG_MAPPING[family.config_of or kind]
     try:
-        return config_class.from_dict(dict(source)).to_dict(), config_class().to_dict()
+        given = config_class.from_dict({**family.defaults, **source})
+        return given.to_dict(), config_class.from_dict(dict(family.defaults)).to_dict()
     except Exception as error:  # transformers raises its own classes for values of a wrong type
         raise DataError(f"config.json: {str(error).strip()}") from error
 

@@ -62,6 +62,7 @@ class Family(NamedTuple):
     names: Callable[[DecoderConfig], Names] = lambda config: Names()
     modules: Callable[[DecoderConfig], Names] | None = None  # in the model of transformers; default: as in the files
     config_of: str | None = None  # the model_type whose class of transformers reads the config; default: its own
+    defaults: Mapping[str, Any] = {}  # of its config.json, where they are not those of that class
 
 
 def common(c: Asked) -> Fields:
