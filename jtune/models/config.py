@@ -12,6 +12,7 @@ class Rope:
     kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
     dim: int | None = None  # how many of a head's first dimensions rotate; None: all
     interleaved: bool = False  # dimensions 2i and 2i + 1 rotate together, not i and i + dim / 2
+    clockwise: bool = False
     factor: float = 1.0
     original_length: int = 0  # positions that the model was trained on before scaling
     low_freq_factor: float = 1.0  # llama3
@@ -136,6 +137,7 @@ class DecoderConfig:
     attention_softcap: float | None = None  # cap * tanh(scores / cap)
     sinks: bool = False  # a learned score per head, which takes weight and has no value
     attention_gate: bool = False  # a sigmoid gates the output; the kernel of queries gives it too
+    attention_gate_proj: bool = False  # the same, from a kernel of its own
     latent: Latent | None = None
     delta: Delta | None = None  # of linear layers
     # MLP

@@ -103,7 +103,7 @@ class Attention(nn.Module):
         H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         linear = lambda n, axis, name: Linear(n * D, ("embed", axis), use_bias=c.qkv_bias, name=name)(x_BTD)
         split = lambda x, n: x.reshape(*x.shape[:-1], n, D)
-        gate = None
+        gate = Linear(H * D, ("embed", "heads"), name="gate_proj")(x_BTD) if c.attention_gate_proj else None
         if c.attention_gate:  # for each head the query, then the gate
             both = linear(2 * H, "heads", "q_proj").reshape(*x_BTD.shape[:-1], H, 2 * D)
             q, gate = (x.reshape(*x_BTD.shape[:-1], -1) for x in jnp.split(both, 2, axis=-1))
@@ -118,7 +118,8 @@ class Attention(nn.Module):
                 groups = joined.reshape(*joined.shape[:-1], K, H // K + 2, D)
                 q, k, v = groups[..., :-2, :], groups[..., -2, :], groups[..., -1, :]
                 q, k, v = (x.reshape(*x_BTD.shape[:-1], -1) for x in (q, k, v))
-        kind = partial(Norm, c.norm, c.norm_eps, offset=c.norm_offset, heads=c.qk_norm == "heads")
+        of_heads = c.qk_norm == "heads"
+        kind = partial(Norm, c.norm, c.norm_eps, c.norm_scale, offset=c.norm_offset, heads=of_heads)
         if c.qk_norm == "all":
             q, k = kind(name="q_norm")(q), kind(name="k_norm")(k)
         if c.clip_qkv is not None:

@@ -38,6 +38,7 @@ BY_KIND = {
 OLD_FALCON = {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 4}
 # family, what is unusual about it, tokens in a row
 OPTIONS = [
+    ("afmoe", {"mup_enabled": True, "num_dense_layers": 0, "attention_bias": True, "num_shared_experts": 2}, 30),
     ("apertus", {"attention_bias": True, "hidden_act": "relu2", "tie_word_embeddings": True}, 30),
     ("cohere", {"use_qk_norm": True, "attention_bias": True}, 30),
     ("cohere2", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2}, 30),
@@ -49,6 +50,7 @@ OPTIONS = [
         30,
     ),
     ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, "n_shared_experts": 2}, 100),
+    ("dots1", {"attention_bias": True, "norm_topk_prob": True, "sliding_window": None, "n_shared_experts": 2}, 30),
     ("ernie4_5", {"use_bias": True, "tie_word_embeddings": True}, 30),
     (
         "ernie4_5_moe",
@@ -62,6 +64,7 @@ OPTIONS = [
     ("falcon", OLD_FALCON | {"multi_query": True, "alibi": True, "hidden_size": 48, "num_attention_heads": 6}, 60),
     ("falcon", {"num_ln_in_parallel_attn": 1, "bias": True, "ffn_hidden_size": 56}, 30),
     ("bloom", {"hidden_size": 48, "n_head": 6}, 30),
+    ("flex_olmo", {"attention_bias": True, "norm_topk_prob": True, "tie_word_embeddings": True}, 30),
     ("gemma", {"attention_bias": True, "hidden_act": "gelu"}, 30),
     ("gemma3_text", {"final_logit_softcapping": 5.0, "attention_bias": True, "rope_parameters": BY_KIND}, 100),
     ("glm", {"attention_bias": False, "rope_parameters": PARTIAL | {"partial_rotary_factor": 1.0}}, 30),
@@ -81,7 +84,9 @@ OPTIONS = [
         {"moe_topk": [1] * 4, "rope_parameters": DYNAMIC | {"alpha": 100.0}, "attention_bias": True},
         100,
     ),
+    ("hy_v3", {"mlp_layer_types": ["sparse", "dense"] * 2, "attention_bias": True, "mlp_bias": True}, 30),
     ("internlm3", {"attention_bias": True, "mlp_bias": True, "rope_parameters": DYNAMIC}, 100),
+    ("jais2", {"attention_bias": False, "mlp_bias": False, "hidden_act": "gelu"}, 30),
     ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}, 100),
     ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}, 30),
     ("llama", {"rope_parameters": LONGROPE}, 100),
@@ -89,6 +94,7 @@ OPTIONS = [
     ("minicpm3", {"q_lora_rank": None, "attention_bias": True, "mlp_bias": True, "rope_parameters": LONGROPE}, 100),
     ("minimax_m2", {"rope_parameters": YARN, "tie_word_embeddings": True}, 100),
     ("mixtral", {"num_experts_per_tok": 1, "tie_word_embeddings": True}, 30),
+    ("nanochat", {"attention_bias": True, "tie_word_embeddings": True, "final_logit_softcapping": None}, 30),
     ("nemotron", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}, 30),
     ("olmo", {"clip_qkv": None, "attention_bias": True, "tie_word_embeddings": True}, 30),
     ("olmo2", {"attention_bias": True, "num_key_value_heads": 4}, 30),
@@ -112,12 +118,14 @@ OPTIONS = [
         {"use_sliding_window": True, "sliding_window": 8, "no_rope_layers": [1, 0, 1, 0], "mlp_bias": True},
         30,
     ),
+    ("solar_open", {"attention_bias": True, "norm_topk_prob": False, "rope_parameters": YARN}, 100),
     ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True}, 30),
     ("starcoder2", {"use_bias": False, "sliding_window": 8, "tie_word_embeddings": False}, 30),
+    ("vaultgemma", {"attention_bias": True, "layer_types": ["full_attention", "sliding_attention"] * 2}, 30),
 ]
 
 
-BUFFERS = ("e_score_correction_bias", "act_fn.beta", "act_fn.eps")
+BUFFERS = ("e_score_correction_bias", "mlp.expert_bias", "act_fn.beta", "act_fn.eps")
 
 # Whose caches differ in kind; the others are answered for when there is time.
 CACHES = ("llama", "mistral", "gemma3_text", "deepseek_v3", "gpt_oss", "bloom")

@@ -72,7 +72,7 @@ def common(c: Asked) -> Fields:
     fields = {
         "vocab_size": c["vocab_size"],
         "hidden_size": c["hidden_size"],
-        "intermediate_size": c["intermediate_size"],
+        "intermediate_size": c.get("intermediate_size") or 0,  # a model may have nothing but experts
         "num_hidden_layers": c["num_hidden_layers"],
         "num_attention_heads": heads,
         "num_key_value_heads": c.get("num_key_value_heads") or heads,
