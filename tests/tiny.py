@@ -96,6 +96,7 @@ FAMILIES = {
         "moe_num_shared_experts": 1,
         "tie_word_embeddings": False,
     },
+    "exaone": {},
     "exaone_moe": {
         "head_dim": 16,
         "sliding_window": 8,
@@ -145,6 +146,7 @@ FAMILIES = {
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "hy_v3": {"head_dim": 16, "moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3},
     "internlm3": {"head_dim": 16},
+    "iquestcoder": {"head_dim": 16},
     "jais2": {"head_dim": 16},
     "minicpm3": {key: value for key, value in LATENT.items() if "experts" not in key}
     | {"dim_model_base": 16, "scale_emb": 3, "tie_word_embeddings": False},
@@ -169,6 +171,7 @@ FAMILIES = {
     "qwen3_next": DELTA | QWEN_EXPERTS,
     "qwen3_5_text": DELTA,
     "qwen3_5_moe_text": DELTA | QWEN_EXPERTS,
+    "sarvam_mla": LATENT | {"n_group": 4, "topk_group": 2},
     "seed_oss": {"head_dim": 16},
     "smollm3": {},
     "solar_open": {

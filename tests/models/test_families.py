@@ -150,7 +150,14 @@ def in_transformers(model, params, theirs):
 
 
 def test_every_family_is_tested():
-    untold = {"internlm2", "minicpm"}  # transformers has no model of them: see their own tests
+    untold = {
+        "internlm2",
+        "minicpm",
+        "mimo",
+        "orion",
+        "aquila",
+        "xverse",
+    }  # not in transformers
     assert set(FAMILIES) | untold == set(SUPPORTED)
 
 
@@ -232,18 +239,33 @@ def test_internlm2_is_llama_with_other_names(checkpoint, tmp_path):
     close(model.apply({"params": params}, ids()), logits_of(make_model("llama"), ids()))
 
 
-def test_minicpm_is_granite_with_other_words(tmp_path):
-    multipliers = {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "logits_scaling": 4.0}
-    options = {"attention_multiplier": 8**-0.5, "tie_word_embeddings": True, **multipliers}
-    source = hf.read_config(write(tmp_path, "granite", **options))
-    words = {"model_type": "minicpm", "scale_emb": 3.0, "scale_depth": 1.4, "dim_model_base": 8}
-    kept = {key: x for key, x in source.items() if key not in (*options, "architectures")}  # its head is tied unsaid
-    (tmp_path / "config.json").write_text(json.dumps(kept | words))
+MULTIPLIERS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "logits_scaling": 4.0}
+GRANITE = {"attention_multiplier": 8**-0.5, "tie_word_embeddings": True, **MULTIPLIERS}
+WHOLE = {"use_qkv_bias": False, "rope_parameters": PARTIAL | {"partial_rotary_factor": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "options", "own"),
+    [
+        ("aquila", "llama", {}, {}),
+        # minicpm's config.json does not say that its head is tied
+        ("minicpm", "granite", GRANITE, {"scale_emb": 3.0, "scale_depth": 1.4, "dim_model_base": 8}),
+        ("mimo", "qwen2", {}, {"attention_bias": True, "num_nextn_predict_layers": 1, "tie_word_embeddings": True}),
+        ("orion", "stablelm", WHOLE, {"rms_norm_eps": 1e-5, "hidden_act": "silu"}),
+        ("xverse", "llama", {}, {"max_tokenizer_truncation": 8192}),
+    ],
+)
+def test_what_transformers_has_no_class_for_computes_what_another_family_does(name, family, options, own, tmp_path):
+    source = hf.read_config(write(tmp_path, family, **options))
+    usual = {"vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rope_parameters"}
+    usual |= {"hidden_size", "intermediate_size", "max_position_embeddings", "hidden_act", "rms_norm_eps", "dtype"}
+    kept = {key: x for key, x in source.items() if key in usual} | own | {"model_type": name}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
     model, params = load_model(str(tmp_path))
-    close(model.apply({"params": params}, ids()), logits_of(make_model("granite", **options), ids()))
-    for key, value in (("sparse_config", {"dense_len": 8192}), ("num_experts", 8)):
+    close(model.apply({"params": params}, ids()), logits_of(make_model(family, **options), ids()))
+    for key in ("sparse_config", "num_experts", "norm_head"):
         with pytest.raises(DataError, match=key):
-            decoder_config(kept | words | {key: value})
+            decoder_config(kept | {key: 8})
 
 
 def test_what_predicts_tokens_after_the_next_is_left_out(checkpoint, tmp_path):

@@ -61,7 +61,7 @@ class Family(NamedTuple):
     read: Callable[[Asked], Fields]
     names: Callable[[DecoderConfig], Names] = lambda config: Names()
     modules: Callable[[DecoderConfig], Names] | None = None  # in the model of transformers; default: as in the files
-    config_of: str | None = None  # the model_type whose class of transformers reads the config; default: its own
+    config_of: str | None = None  # the model_type whose class reads the config if transformers has none for this one
     defaults: Mapping[str, Any] = {}  # of its config.json, where they are not those of that class
 
 

@@ -5,7 +5,6 @@ from jtune.models.families.base import Asked, Family, Fields, Names, biases, com
 
 
 def read(c: Asked) -> Fields:
-    c.get("num_nextn_predict_layers")  # heads for several tokens at once, which transformers does not read either
     dense = c["first_k_dense_replace"]
     return {
         **latent_attention(c, interleaved=c["rope_interleave"]),

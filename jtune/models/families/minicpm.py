@@ -17,6 +17,7 @@ def read(c: Asked) -> Fields:
             f"config.json: sparse_config {c['sparse_config']!r} is not supported; without it attention is dense, as it "
             "is in the model for rows that are shorter than its dense_len"
         )
+    c.get("mup_denominator")  # of the learning rate in its pretraining
     if c.get("num_experts"):
         raise DataError(f"config.json: jtune's minicpm does not support num_experts={c['num_experts']} (usual: 0)")
     return {**llama.read(c), **multipliers(c)}
