@@ -13,7 +13,7 @@ from jtune.interop.weights import DTYPES, Stored, open_weights
 from jtune.models import DecoderConfig
 from jtune.models.families import file_names
 from jtune.models.families.wrapped import PLACES, WRAPPERS, Place, place_in
-from jtune.models.names import Tensor, tensors
+from jtune.models.names import Tensor, further_heads, tensors
 
 
 def open_decoder(folder: Path, config: DecoderConfig) -> dict[str, Stored]:
@@ -29,21 +29,12 @@ def open_decoder(folder: Path, config: DecoderConfig) -> dict[str, Stored]:
 
 
 def others(stored: Mapping[str, Stored], config: DecoderConfig) -> dict[str, Stored]:
-    """The tensors of a model that are not its decoder's: of other towers, and heads that guess several tokens at once.
-
-    transformers does not read such heads either. They are a module `mtp`, or layers after the last one.
+    """The tensors of a model that are not its decoder's: of other towers, and heads that predict tokens after the
+    next, which transformers does not read either.
     """
-    place = _place(stored, config)
-    prefix = file_names(config).prefix if place is None else place.prefix
-    guessing = re.compile(rf"^(model\.)?mtp\.|^{re.escape(prefix)}\.layers\.(\d+)\.")
-    heads = {name.removesuffix("eh_proj.weight") for name in stored if name.endswith(".eh_proj.weight")}
-
-    def is_other(name: str) -> bool:
-        match = guessing.match(name)
-        if match and (match[2] is None or (int(match[2]) >= config.num_hidden_layers and match[0] in heads)):
-            return True
-        return place is not None and not name.startswith((f"{place.prefix}.", f"{place.head}."))
-
+    place, heads = _place(stored, config), further_heads(stored, config.num_hidden_layers)
+    inside = () if place is None else (f"{place.prefix}.", f"{place.head}.")
+    is_other = lambda name: name in heads or (place is not None and not name.startswith(inside))
     return {name: x for name, x in stored.items() if is_other(name)}
 
 

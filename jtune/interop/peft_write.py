@@ -122,7 +122,7 @@ def contents(
                 if pair.magnitude is not None:
                     out[f"{module}.lora_magnitude_vector"] = pair.magnitude[place]
             is_router = keys[-2] == "gate" and config.experts is not None
-            names = [their.words.get("gate", "gate") if is_router else _target(keys[:-1], every.keys(), their)]
+            names = [_target(keys[:-1], every.keys(), their)]
             if not everywhere(keys[:-1]):
                 names = [module_name(keys[:-1], their, layer=layer) for layer in layers]
             for name in names:
@@ -245,9 +245,10 @@ def _inside(names: Sequence[str], head: str, config: DecoderConfig) -> str:
 
 def _target(module: Keys, every: Collection[Keys], their: Names) -> str:
     """What PEFT is to call a module: the last word of its name, or two where others end in the same word."""
-    words = lambda keys: tuple(their.words.get(key, key) for key in keys)
+    words = lambda keys: module_name(keys, their, layer=0, expert=0).split(".")
     alike = [other for other in every if words(other)[-1] == words(module)[-1] and "experts" not in other]
-    return ".".join(words(module)[-1:] if len({words(other)[-2:-1] for other in alike}) == 1 else words(module)[-2:])
+    one_parent = len({*(".".join(words(other)[-2:-1]) for other in alike)}) == 1
+    return ".".join(words(module)[-1 if one_parent else -2 :])
 
 
 def _join_experts(

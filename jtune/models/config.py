@@ -13,6 +13,7 @@ class Rope:
     dim: int | None = None  # how many of a head's first dimensions rotate; None: all
     interleaved: bool = False  # dimensions 2i and 2i + 1 rotate together, not i and i + dim / 2
     turning: int | None = None  # proportional: how many of the frequencies are not zero
+    clockwise: bool = False
     factor: float = 1.0
     original_length: int = 0  # positions that the model was trained on before scaling
     low_freq_factor: float = 1.0  # llama3
@@ -100,13 +101,17 @@ class Experts:
     count: int
     per_token: int
     intermediate_size: int
-    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    scoring: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    margin: float = 0.0  # sparsemixer: the share of its score by which an expert near to the best is worse at most
     renormalise: bool = True  # the weights of a token's experts sum to 1
     scale: float = 1.0  # factor of the weights
     sum_eps: float = 1e-20  # added to the sum that weights are divided by
     correction_bias: bool = False  # added to the scores for the choice, not for the weights (arXiv:2408.15664)
+    correction_row: bool = False  # that bias is [1, experts] in files, not [experts]
     groups: int = 1  # number of groups of experts; the router chooses from the best `top_groups`
     top_groups: int = 1
+    best_of_group: int = 2  # how many of its experts, the best, give the score of a group
+    router_float32: bool = False  # its product is in float32 whatever the activations are; a sigmoid's always is
     router_bias: bool = False
     bias: bool = False  # of the experts' products
     shared_size: int = 0  # width of an additional MLP for all tokens
@@ -174,13 +179,14 @@ class DecoderConfig:
     attention_softcap: float | None = None  # cap * tanh(scores / cap)
     sinks: bool = False  # a learned score per head, which takes weight and has no value
     attention_gate: bool = False  # a sigmoid gates the output; the kernel of queries gives it too
+    attention_gate_proj: bool = False  # the same, from a kernel of its own
     latent: Latent | None = None
     delta: Delta | None = None  # of linear layers
     short_conv: ShortConv | None = None  # of layers with a convolution
     # MLP
     mlp: Literal["gated", "joined", "interleaved", "plain"] = "gated"  # gate and up: two kernels, one; plain: no gate
     mlp_bias: bool = False
-    hidden_act: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped"] = "silu"
+    hidden_act: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu", "clamped"] = "silu"
     clamp: tuple[float, float] = (7.0, 1.702)  # of "clamped" (gpt-oss): limit, slope of the sigmoid
     experts: Experts | None = None
 

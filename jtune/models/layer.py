@@ -130,10 +130,10 @@ class Attention(nn.Module):
         H, (K, D) = c.num_attention_heads, c.heads_of(self.layer)
         linear = lambda n, axis, name: Linear(n * D, ("embed", axis), use_bias=c.qkv_bias, name=name)(x_BTD)
         split = lambda x, n: x.reshape(*x.shape[:-1], n, D)
-        gate = None
+        gate = Linear(H * D, ("embed", "heads"), name="gate_proj")(x_BTD) if c.attention_gate_proj else None
         if self.layer.keys_values == "reused":
             q = Norm(c.norm, c.norm_eps, offset=c.norm_offset, name="q_norm")(split(linear(H, "heads", "q_proj"), H))
-            return self._turn(q, shared), {}, None
+            return self._turn(q, shared), {}, gate
         if c.attention_gate:  # for each head the query, then the gate
             both = linear(2 * H, "heads", "q_proj").reshape(*x_BTD.shape[:-1], H, 2 * D)
             q, gate = (x.reshape(*x_BTD.shape[:-1], -1) for x in jnp.split(both, 2, axis=-1))
@@ -151,11 +151,12 @@ class Attention(nn.Module):
                 groups = joined.reshape(*joined.shape[:-1], K, H // K + 2, D)
                 q, k, v = groups[..., :-2, :], groups[..., -2, :], groups[..., -1, :]
                 q, k, v = (x.reshape(*x_BTD.shape[:-1], -1) for x in (q, k, v))
-        if c.clip_qkv is not None:
-            q, k, v = (jnp.clip(x, -c.clip_qkv, c.clip_qkv) for x in (q, k, v))
-        kind = partial(Norm, c.norm, c.norm_eps, offset=c.norm_offset, heads=c.qk_norm == "heads")
+        of_heads = c.qk_norm == "heads"
+        kind = partial(Norm, c.norm, c.norm_eps, c.norm_scale, offset=c.norm_offset, heads=of_heads)
         if c.qk_norm == "all":
             q, k = kind(name="q_norm")(q), kind(name="k_norm")(k)
+        if c.clip_qkv is not None:
+            q, k, v = (jnp.clip(x, -c.clip_qkv, c.clip_qkv) for x in (q, k, v))
         q, k, v = split(q, H), split(k, K), split(v, K)
         normed = c.qk_norm in ("head", "heads")
         if normed and not c.qk_norm_after_rope:

@@ -80,9 +80,13 @@ class MoE(nn.Module):
             of_expert_E = parameter(self, "per_expert_scale", nn.initializers.ones, (e.count,), (None,))
         router = Linear(e.count, ("embed", None), use_bias=e.router_bias, name="gate")
         # Small differences of scores decide, so sigmoid routers compute them in float32.
-        router_BTE = router(routed_BTD.astype(jnp.float32) if e.scoring == "sigmoid" else routed_BTD)
+        precise = e.scoring == "sigmoid" or e.router_float32
+        router_BTE = router(routed_BTD.astype(jnp.float32) if precise else routed_BTD)
         if e.correction_bias:
-            of_expert_E = parameter(self, "e_score_correction_bias", nn.initializers.zeros, (e.count,), (None,))
+            shape = (1, e.count) if e.correction_row else (e.count,)
+            axes = (None,) * len(shape)
+            of_expert_E = parameter(self, "e_score_correction_bias", nn.initializers.zeros, shape, axes)
+            of_expert_E = of_expert_E.reshape(e.count)
         if self.mesh is None or self.mesh.size == 1:
             experts = Experts(c, name="experts")
             weight_NP, expert_NP = choose(_flat(router_BTE), of_expert_E, e)
@@ -116,14 +120,16 @@ def choose(router_NE: jax.Array, of_expert_E: jax.Array | None, e: ExpertConfig)
       of_expert_E: added to the scores for the choice alone; if the experts are `beside` an MLP, a factor of weights.
     """
     router_NE = router_NE.astype(jnp.float32)
+    if e.scoring == "sparsemixer":
+        return _mix_sparsely(router_NE, e)
     scores_NE = jax.nn.sigmoid(router_NE) if e.scoring == "sigmoid" else jax.nn.softmax(router_NE, -1)
     ranked_NE = (
         scores_NE + of_expert_E.astype(jnp.float32) if e.correction_bias and of_expert_E is not None else scores_NE
     )
     if e.groups > 1:
-        # The two best experts of a group give its score (arXiv:2412.19437, section 2.1.2).
+        # The best experts of a group give its score (arXiv:2412.19437, section 2.1.2).
         grouped = ranked_NE.reshape(-1, e.groups, e.count // e.groups)
-        worth = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+        worth = jax.lax.top_k(grouped, min(e.best_of_group, grouped.shape[-1]))[0].sum(-1)
         best = jax.lax.top_k(worth, e.top_groups)[1]
         allowed = jax.nn.one_hot(best, e.groups, dtype=bool).any(1)
         ranked_NE = jnp.where(jnp.repeat(allowed, e.count // e.groups, axis=1), ranked_NE, -jnp.inf)
@@ -134,6 +140,21 @@ def choose(router_NE: jax.Array, of_expert_E: jax.Array | None, e: ExpertConfig)
     if e.beside and of_expert_E is not None:
         weight_NP = weight_NP * of_expert_E[expert_NP]
     return weight_NP * e.scale, expert_NP
+
+
+def _mix_sparsely(router_NE: jax.Array, e: ExpertConfig) -> tuple[jax.Array, jax.Array]:
+    """SparseMixer's choice without noise (arXiv:2409.12136, section 3): expert by expert the best of those that are
+    left. Its weight is that of a softmax over those whose scores are near to it."""
+    left_NE, found = router_NE, []
+    for _ in range(e.per_token):
+        best_N1 = left_NE.max(-1, keepdims=True)
+        near_NE = (best_N1 - router_NE) / jnp.maximum(jnp.abs(router_NE), best_N1) <= e.margin
+        gates_NE = jax.nn.softmax(jnp.where(near_NE, left_NE, -jnp.inf), -1)
+        expert_N1 = left_NE.argmax(-1, keepdims=True)
+        found.append((jnp.take_along_axis(gates_NE, expert_N1, axis=1), expert_N1))
+        left_NE = jnp.where(jax.nn.one_hot(expert_N1[:, 0], e.count, dtype=bool), -jnp.inf, left_NE)
+    weights, experts = zip(*found)
+    return jnp.concatenate(weights, -1), jnp.concatenate(experts, -1).astype(jnp.int32)
 
 
 def measure(router_NE: jax.Array, real_N: jax.Array, e: ExpertConfig) -> Load:

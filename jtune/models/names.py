@@ -5,7 +5,7 @@ kernels and scales, and the names that differ in a family's files (`jtune.models
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +35,16 @@ def module_name(path: Path, their: Names, *, layer: int | None = None, expert: i
     >>> module_name(("layers", "mlp", "experts", "up_proj"), Names(words=WORDS), layer=3, expert=0)
     'model.layers.3.block_sparse_moe.experts.0.w3'
     """
+    return _renamed(_dotted(path, their, layer, expert), their)
+
+
+def _renamed(name: str, their: Names) -> str:
+    for pattern, replacement in their.patterns:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _dotted(path: Path, their: Names, layer: int | None, expert: int | None) -> str:
     if path[0] == "lm_head":
         return their.words.get("lm_head", "lm_head")
     words = [their.prefix]
@@ -66,13 +76,25 @@ def tensors(path: Path, config: DecoderConfig, layers: range) -> Iterator[Tensor
     for layer in layers or (None,):
         for expert in range(number) if one_each else (None,):
             for head in range(heads[modules[-1]]) if modules[-1] in their.per_head else (None,):
-                name = module_name(modules, their, layer=layer, expert=expert)
+                name = _dotted(modules, their, layer, expert)
                 name += f".{LEAVES.get(leaf, leaf)}" if head is None else f".{head}.{LEAVES.get(leaf, leaf)}"
-                for pattern, replacement in their.patterns:
-                    name = re.sub(pattern, replacement, name)
                 place = None if layer is None else layer - layers.start
                 index = tuple(i for i in (place, expert, head) if i is not None)
-                yield Tensor(name, index, leaf == "kernel" and not as_is)
+                yield Tensor(_renamed(name, their), index, leaf == "kernel" and not as_is)
+
+
+def further_heads(names: Collection[str], layers: int) -> set[str]:
+    """The tensors of a checkpoint that predict tokens after the next (arXiv:2404.19737), which a decoder has not.
+
+    They have a module of their own, or are layers after the last, which begin with a kernel `eh_proj`.
+
+    >>> names = ["model.layers.1.eh_proj.weight", "model.layers.1.mlp.up_proj.weight", "mtp.fc.weight", "lm_head"]
+    >>> sorted(further_heads(names, layers=1))
+    ['model.layers.1.eh_proj.weight', 'model.layers.1.mlp.up_proj.weight', 'mtp.fc.weight']
+    """
+    begun = {name.removesuffix("eh_proj.weight") for name in names if name.endswith(".eh_proj.weight")}
+    begun = {stem for stem in begun if int((re.search(r"\.(\d+)\.$", stem) or [0, "0"])[1]) >= layers}
+    return {name for name in names if name.startswith((*begun,)) or re.search(r"(^|\.)mtp[._]", name)}
 
 
 def located(params: Any) -> list[tuple[Path, Any, range]]:

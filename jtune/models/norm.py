@@ -40,11 +40,9 @@ class Norm(nn.Module):
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         if scale is None:
             return normed.astype(x.dtype)
-        if self.offset:
-            return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
-        if self.kind == "rms":
+        if self.kind == "rms" and not self.offset:
             return normed.astype(x.dtype) * scale.astype(x.dtype)
-        y = normed * scale.astype(jnp.float32)
+        y = normed * (self.offset + scale.astype(jnp.float32))
         if bias is not None:
             y = y + bias.astype(jnp.float32)
         return y.astype(x.dtype)

@@ -65,6 +65,8 @@ def cos_sin(rope: Rope, head_dim: int, positions_BT: jax.Array, segment_ids_BT: 
         frequencies_F = _by_length(rope, head_dim, length_BT1.astype(jnp.float32), frequencies_F)
     angles_BTF = positions_BT[..., None].astype(jnp.float32) * frequencies_F
     angles_BT1F = angles_BTF[:, :, None, :]
+    if rope.clockwise:
+        angles_BT1F = -angles_BT1F
     return jnp.cos(angles_BT1F) * rope.attention_factor, jnp.sin(angles_BT1F) * rope.attention_factor
 
 

@@ -91,10 +91,14 @@ def expand_config(source: Mapping[str, Any], num_expand: int) -> dict[str, Any]:
     if "mlp_only_layers" in full:
         found["mlp_only_layers"] = [i for i, layer in enumerate(layers) if not layer.sparse]
         found["decoder_sparse_step"] = 1
-    if full.get("first_k_dense_replace"):
-        found["first_k_dense_replace"] = sum(not layer.sparse for layer in layers)
+    for key in ("first_k_dense_replace", "num_dense_layers"):
+        if full.get(key):
+            found[key] = sum(not layer.sparse for layer in layers)
+    if full.get("scale_depth"):  # MiniCPM divides it by the root of the number of layers
+        found["scale_depth"] = full["scale_depth"] * (len(copied) / decoder.num_hidden_layers) ** 0.5
+    rounded = lambda x: replace(x, residual_multiplier=round(x.residual_multiplier, 12))
     try:
-        same = decoder_config(found) == wanted
+        same = rounded(decoder_config(found)) == rounded(wanted)
     except DataError:
         same = False
     if not same:

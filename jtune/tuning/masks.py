@@ -8,6 +8,10 @@ from jtune.tuning.nodes import adapter_mask
 
 PyTree = Any
 
+# The bias of a router's choice, which only decides who is among the best; the factor of a layer's output; constants of
+# xIELU.
+BUFFERS = frozenset(["e_score_correction_bias", "layer_scalar", "beta", "eps"])
+
 
 def partition(params: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
     """(trainable, frozen): two trees like `params`, each with None where the other has the leaf."""
@@ -27,10 +31,8 @@ def full_mask(params: PyTree) -> PyTree:
 
 
 def learns(path: Any) -> bool:
-    """Whether a path of `jax.tree_util` ends in a parameter. The bias of a router's choice is none, which only decides
-    who is among the best, nor is the factor of a layer's output: transformers keeps them as buffers."""
-    buffers = ("e_score_correction_bias", "layer_scalar")
-    return not (isinstance(path[-1], jax.tree_util.DictKey) and path[-1].key in buffers)
+    """Whether a path of `jax.tree_util` ends in a parameter, not in what transformers keeps as a buffer."""
+    return not (isinstance(path[-1], jax.tree_util.DictKey) and path[-1].key in BUFFERS)
 
 
 def trainable_mask(params: PyTree) -> PyTree:

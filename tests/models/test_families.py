@@ -1,21 +1,25 @@
 """Each family: logits, gradients, answers and files are those of transformers. A new one is a line in tiny.FAMILIES."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
-from tiny import FAMILIES, GEMMA3, LLAMA3, MINISTRAL3, ids, logits_of, make_model, save, write
+from safetensors.numpy import load_file, save_file
+from tiny import FAMILIES, GEMMA3, LLAMA3, MINISTRAL3, PARTIAL, ids, logits_of, make_model, save, write
 from wrapped import WRAPPED
 
+from jtune.errors import DataError
 from jtune.generation import Sampling, decode, generate
 from jtune.interop import hf
 from jtune.loading.inference import load_model
 from jtune.models import CausalLM
 from jtune.models.families import FAMILIES as SUPPORTED
+from jtune.models.families import decoder_config, module_names
 from jtune.models.moe import balance_loss
+from jtune.models.names import located, module_name
 
 torch = pytest.importorskip("torch")
 
@@ -28,7 +32,6 @@ LONGROPE = {
     "original_max_position_embeddings": 64,
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
-PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 BY_KIND = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -47,20 +50,33 @@ GEMMA4_EXPERTS = {
 }
 # family, what is unusual about it, tokens in a row
 OPTIONS = [
+    ("afmoe", {"mup_enabled": True, "num_dense_layers": 0, "attention_bias": True, "num_shared_experts": 2}, 30),
+    ("apertus", {"attention_bias": True, "hidden_act": "relu2", "tie_word_embeddings": True}, 30),
     ("cohere", {"use_qk_norm": True, "attention_bias": True}, 30),
     ("cohere2", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2}, 30),
+    ("deepseek_v2", {"topk_method": "greedy", "mlp_bias": True, "routed_scaling_factor": 2.0, "n_group": None}, 30),
+    ("deepseek_v2", {"q_lora_rank": None, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.6}}, 100),
     (
         "deepseek_v3",
         {"q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False, "attention_bias": True},
         30,
     ),
     ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, "n_shared_experts": 2}, 100),
+    ("dots1", {"attention_bias": True, "norm_topk_prob": True, "sliding_window": None, "n_shared_experts": 2}, 30),
     ("ernie4_5", {"use_bias": True, "tie_word_embeddings": True}, 30),
+    (
+        "ernie4_5_moe",
+        {"use_bias": True, "moe_layer_interval": 2, "moe_layer_start_index": 0, "moe_layer_end_index": 2},
+        30,
+    ),
+    ("ernie4_5_moe", {"moe_num_shared_experts": 0, "tie_word_embeddings": True}, 30),
+    ("exaone_moe", {"mlp_layer_types": ["sparse", "dense"] * 2, "layer_types": ["full_attention"] * 4}, 30),
     ("falcon", OLD_FALCON, 30),
     ("falcon", OLD_FALCON | {"alibi": True, "parallel_attn": False, "bias": True}, 60),
     ("falcon", OLD_FALCON | {"multi_query": True, "alibi": True, "hidden_size": 48, "num_attention_heads": 6}, 60),
     ("falcon", {"num_ln_in_parallel_attn": 1, "bias": True, "ffn_hidden_size": 56}, 30),
     ("bloom", {"hidden_size": 48, "n_head": 6}, 30),
+    ("flex_olmo", {"attention_bias": True, "norm_topk_prob": True, "tie_word_embeddings": True}, 30),
     ("gemma", {"attention_bias": True, "hidden_act": "gelu"}, 30),
     ("gemma3_text", {"final_logit_softcapping": 5.0, "attention_bias": True, "rope_parameters": BY_KIND}, 100),
     ("gemma4_text", GEMMA4_EXPERTS, 30),
@@ -72,13 +88,23 @@ OPTIONS = [
     ("glm", {"attention_bias": False, "rope_parameters": PARTIAL | {"partial_rotary_factor": 1.0}}, 30),
     ("glm4", {"attention_bias": True, "tie_word_embeddings": True}, 30),
     ("glm4_moe", {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.0, "norm_topk_prob": False}, 30),
+    ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "dense"] * 2, "attention_bias": True}, 30),
     ("gpt2", {"n_inner": 40, "tie_word_embeddings": False, "scale_attn_weights": False}, 30),
     ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False, "rope_parameters": PARTIAL}, 30),
     ("gpt_oss", {"rope_parameters": YARN | {"truncate": False}, "swiglu_alpha": 1.2, "num_experts_per_tok": 3}, 100),
     ("gpt_oss", {"attention_bias": False, "rope_parameters": PARTIAL | {"partial_rotary_factor": 1.0}}, 30),
     ("granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}, 30),
     ("granitemoe", {"attention_bias": True, "embedding_multiplier": 3.0, "attention_multiplier": 0.3}, 30),
+    ("granitemoeshared", {"shared_intermediate_size": 0, "attention_bias": True, "tie_word_embeddings": True}, 30),
     ("hunyuan_v1_dense", {"rope_parameters": DYNAMIC | {"alpha": 100.0}, "attention_bias": True}, 100),
+    (
+        "hunyuan_v1_moe",
+        {"moe_topk": [1] * 4, "rope_parameters": DYNAMIC | {"alpha": 100.0}, "attention_bias": True},
+        100,
+    ),
+    ("hy_v3", {"mlp_layer_types": ["sparse", "dense"] * 2, "attention_bias": True, "mlp_bias": True}, 30),
+    ("internlm3", {"attention_bias": True, "mlp_bias": True, "rope_parameters": DYNAMIC}, 100),
+    ("jais2", {"attention_bias": False, "mlp_bias": False, "hidden_act": "gelu"}, 30),
     ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}, 100),
     ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}, 30),
     ("llama", {"rope_parameters": LONGROPE}, 100),
@@ -107,16 +133,26 @@ OPTIONS = [
     ),
     ("llama4_text", {"attention_chunk_size": None, "attn_temperature_tuning": False, "attention_bias": True}, 30),
     ("llama4_text", {"layer_types": ["chunked_attention"] * 4, "rope_parameters": LLAMA3}, 100),
+    ("minicpm3", {"q_lora_rank": None, "attention_bias": True, "mlp_bias": True, "rope_parameters": LONGROPE}, 100),
+    ("minimax_m2", {"rope_parameters": YARN, "tie_word_embeddings": True}, 100),
     ("ministral3", {"rope_parameters": MINISTRAL3 | {"llama_4_scaling_beta": 0.0}, "sliding_window": 8}, 30),
     ("mixtral", {"num_experts_per_tok": 1, "tie_word_embeddings": True}, 30),
+    ("nanochat", {"attention_bias": True, "tie_word_embeddings": True, "final_logit_softcapping": None}, 30),
+    ("nemotron", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}, 30),
     ("olmo", {"clip_qkv": None, "attention_bias": True, "tie_word_embeddings": True}, 30),
     ("olmo2", {"attention_bias": True, "num_key_value_heads": 4}, 30),
+    ("olmoe", {"clip_qkv": None, "norm_topk_prob": True, "attention_bias": True}, 30),
     (
         "phi3",
         {"rope_parameters": LONGROPE | {"partial_rotary_factor": 1.0}, "original_max_position_embeddings": 64},
         100,
     ),
     ("phi3", {"sliding_window": 8, "rope_parameters": PARTIAL, "hidden_act": "gelu"}, 30),
+    (
+        "phimoe",
+        {"rope_parameters": LONGROPE | {"short_mscale": 1.2, "long_mscale": 1.2}, "sliding_window": 8},
+        30,
+    ),
     ("qwen2_moe", {"norm_topk_prob": True, "decoder_sparse_step": 2, "mlp_only_layers": [], "qkv_bias": False}, 30),
     ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1], "attention_bias": True}, 30),
     ("seed_oss", {"attention_out_bias": True, "mlp_bias": True, "attention_bias": False}, 30),
@@ -125,10 +161,14 @@ OPTIONS = [
         {"use_sliding_window": True, "sliding_window": 8, "no_rope_layers": [1, 0, 1, 0], "mlp_bias": True},
         30,
     ),
+    ("solar_open", {"attention_bias": True, "norm_topk_prob": False, "rope_parameters": YARN}, 100),
     ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True}, 30),
     ("starcoder2", {"use_bias": False, "sliding_window": 8, "tie_word_embeddings": False}, 30),
+    ("vaultgemma", {"attention_bias": True, "layer_types": ["full_attention", "sliding_attention"] * 2}, 30),
 ]
 
+
+BUFFERS = ("e_score_correction_bias", "expert_bias", "layer_scalar", "act_fn.beta", "act_fn.eps")
 
 # Whose caches differ in kind; the others are answered for when there is time.
 CACHES = ("llama", "mistral", "gemma3_text", "deepseek_v3", "gpt_oss", "bloom")
@@ -142,8 +182,19 @@ def close(ours, theirs, atol=1e-4):
     assert np.abs(np.asarray(ours) - theirs).max() < atol * theirs.std()
 
 
+def in_transformers(model, params, theirs):
+    """PEFT finds a module by its name in transformers' model."""
+    found, their = {name for name, _ in theirs.named_modules()}, module_names(model.config)
+    for path, _, layers in located(params):
+        for layer in layers or (None,) if path[-1] == "kernel" else ():
+            of_experts = path[: path.index("experts")] if "experts" in path else None
+            name = module_name(of_experts or path[:-1], their, layer=layer) + ".experts" * bool(of_experts)
+            assert name in found
+
+
 def test_every_family_is_tested():
-    untold = {"internlm2"} | {text for text, _ in WRAPPED.values()}  # no causal model of their own: see test_wrapped.py
+    untold = {"internlm2", "minicpm", "mimo", "orion", "aquila", "xverse"}  # not in transformers
+    untold |= {text for text, _ in WRAPPED.values()}  # no causal model of their own: see test_wrapped.py
     assert set(FAMILIES) | untold == set(SUPPORTED)
 
 
@@ -170,10 +221,11 @@ def test_a_family_is_what_transformers_has(family, checkpoint, tmp_path, monkeyp
     save(theirs, tmp_path / "theirs")
     ours, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("gradients", "theirs"))
     for name, x in expected.items():
-        if not name.endswith(("e_score_correction_bias", "expert_bias", "layer_scalar")):  # buffers
+        if not name.endswith(BUFFERS):
             np.testing.assert_allclose(ours[name], x, atol=2e-6 + 1e-4 * np.abs(x).max(), err_msg=name)
 
-    # Files, to the bit.
+    # Names, in adapters and in files; files, to the bit.
+    in_transformers(model, params, theirs)
     hf.save_model(params, model.config, source, tmp_path / "again")
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
     assert before.keys() == after.keys()
@@ -206,8 +258,6 @@ def test_unusual_settings(family, options, seq, tmp_path):
 def test_internlm2_is_llama_with_other_names(checkpoint, tmp_path):
     stored, source = load_file(checkpoint("llama") / "model.safetensors"), hf.read_config(checkpoint("llama"))
     heads, groups, width = 4, 2, 8
-    from safetensors.numpy import save_file
-
     from jtune.models.families.internlm2 import WORDS
 
     renamed = {}
@@ -224,6 +274,47 @@ def test_internlm2_is_llama_with_other_names(checkpoint, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(source | {"model_type": "internlm2", "bias": False}))
     model, params = load_model(str(tmp_path))
     close(model.apply({"params": params}, ids()), logits_of(make_model("llama"), ids()))
+
+
+MULTIPLIERS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "logits_scaling": 4.0}
+GRANITE = {"attention_multiplier": 8**-0.5, "tie_word_embeddings": True, **MULTIPLIERS}
+WHOLE = {"use_qkv_bias": False, "rope_parameters": PARTIAL | {"partial_rotary_factor": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "options", "own"),
+    [
+        ("aquila", "llama", {}, {}),
+        # minicpm's config.json does not say that its head is tied
+        ("minicpm", "granite", GRANITE, {"scale_emb": 3.0, "scale_depth": 1.4, "dim_model_base": 8}),
+        ("mimo", "qwen2", {}, {"attention_bias": True, "num_nextn_predict_layers": 1, "tie_word_embeddings": True}),
+        ("orion", "stablelm", WHOLE, {"rms_norm_eps": 1e-5, "hidden_act": "silu"}),
+        ("xverse", "llama", {}, {"max_tokenizer_truncation": 8192}),
+    ],
+)
+def test_what_transformers_has_no_class_for_computes_what_another_family_does(name, family, options, own, tmp_path):
+    source = hf.read_config(write(tmp_path, family, **options))
+    usual = {"vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rope_parameters"}
+    usual |= {"hidden_size", "intermediate_size", "max_position_embeddings", "hidden_act", "rms_norm_eps", "dtype"}
+    kept = {key: x for key, x in source.items() if key in usual} | own | {"model_type": name}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    model, params = load_model(str(tmp_path))
+    close(model.apply({"params": params}, ids()), logits_of(make_model(family, **options), ids()))
+    for key in ("sparse_config", "num_experts", "norm_head"):
+        with pytest.raises(DataError, match=key):
+            decoder_config(kept | {key: 8})
+
+
+def test_what_predicts_tokens_after_the_next_is_left_out(checkpoint, tmp_path):
+    """Layers after the last, as DeepSeek and GLM publish them, and modules of their own, as Qwen and others do."""
+    shutil.copytree(checkpoint("glm4_moe"), tmp_path, dirs_exist_ok=True)
+    stored, x = load_file(tmp_path / "model.safetensors"), np.zeros(2, np.float32)
+    more = ["model.layers.4.eh_proj.weight", "model.layers.4.mlp.gate.weight", "mtp.fc.weight", "model.mtp_block.0.x"]
+    save_file(stored | dict.fromkeys(more, x), tmp_path / "model.safetensors")
+    load_model(str(tmp_path))
+    save_file(stored | {"model.layers.4.mlp.gate.weight": x}, tmp_path / "model.safetensors")  # no such head
+    with pytest.raises(DataError, match=r"model\.layers\.4\.mlp\.gate\.weight has no place"):
+        load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC, LLAMA3])

@@ -25,6 +25,7 @@ HARMLESS = frozenset(
     [
         "_name_or_path",
         "architectures",
+        "attn_implementation",
         "auto_map",
         "bos_token_id",
         "chunk_size_feed_forward",
@@ -36,7 +37,9 @@ HARMLESS = frozenset(
         "is_encoder_decoder",
         "label2id",
         "max_position_embeddings",
+        "max_tokenizer_truncation",
         "model_type",
+        "num_nextn_predict_layers",  # heads that predict tokens after the next: `jtune.models.names.further_heads`
         "output_attentions",
         "output_hidden_states",
         "pad_token_id",
@@ -48,6 +51,7 @@ HARMLESS = frozenset(
         "use_cache",
         "tokenizer_class",
         "router_aux_loss_coef",
+        "sep_token_id",
         "max_window_layers",
         "original_max_position_embeddings",
         "_sliding_window_pattern",
@@ -68,6 +72,16 @@ FAMILIES: dict[str, Family] = {
     for _, name, _ in iter_modules(__path__)
     if name not in ("base", "wrapped")
 }
+# Other model_types whose layers and names are those of a family: their own class of transformers says so, or, where it
+# has none, the code in their checkpoints. What their config.json has beyond that of the family is refused.
+SAME_AS = {
+    "aquila": "llama",
+    "internlm3": "llama",
+    "iquestcoder": "llama",
+    "sarvam_mla": "deepseek_v3",
+    "xverse": "llama",
+}
+FAMILIES |= {name: FAMILIES[family]._replace(config_of=family) for name, family in SAME_AS.items()}
 
 
 def decoder_config(source: Mapping[str, Any]) -> DecoderConfig:
@@ -95,9 +109,10 @@ def full_config(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # slow to import
 
     kind, family = _family(source.get("model_type"))
-    config_class = CONFIG_MAPPING[family.config_of or kind]
+    config_class = CONFIG_MAPPING[kind if kind in CONFIG_MAPPING else family.config_of]
     try:
-        return config_class.from_dict(dict(source)).to_dict(), config_class().to_dict()
+        given = config_class.from_dict({**family.defaults, **source})
+        return given.to_dict(), config_class.from_dict(dict(family.defaults)).to_dict()
     except Exception as error:  # transformers raises its own classes for values of a wrong type
         raise DataError(f"config.json: {str(error).strip()}") from error
 
@@ -130,10 +145,13 @@ def _refuse_what_is_not_honoured(
     kind: str, full: Mapping[str, Any], defaults: Mapping[str, Any], read: set[str]
 ) -> None:
     known = HARMLESS | read
-    differs = lambda key: full.get(key) != defaults[key] and bool(full.get(key) or defaults[key])  # null is false
-    strange = [key for key in defaults if key not in known and differs(key)]
+    usual = defaults.get
+    differs = lambda key: full.get(key) != usual(key) and bool(full.get(key) or usual(key))  # null is false
+    # The class of another family keeps keys that it does not know; in this one they may matter.
+    borrowed = usual("model_type") != kind
+    strange = [key for key in {**defaults, **(full if borrowed else {})} if key not in known and differs(key)]
     if strange:
-        values = ", ".join(f"{key}={full[key]!r} (usual: {defaults[key]!r})" for key in strange)
+        values = ", ".join(f"{key}={full[key]!r} (usual: {usual(key)!r})" for key in strange)
         raise DataError(f"config.json: jtune's {kind} does not support {values}")
     dropped = [key for key in full if key.endswith(("dropout", "pdrop")) and key not in known and full[key]]
     if dropped:

@@ -19,6 +19,7 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
     "relu2": "relu2",
+    "xielu": "xielu",
 }
 KINDS_OF_LAYER = ("full_attention", "sliding_attention")
 KINDS_OF_ROPE = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
@@ -61,7 +62,8 @@ class Family(NamedTuple):
     read: Callable[[Asked], Fields]
     names: Callable[[DecoderConfig], Names] = lambda config: Names()
     modules: Callable[[DecoderConfig], Names] | None = None  # in the model of transformers; default: as in the files
-    config_of: str | None = None  # the model_type whose class of transformers reads the config; default: its own
+    config_of: str | None = None  # the model_type whose class reads the config if transformers has none for this one
+    defaults: Mapping[str, Any] = {}  # of its config.json, where they are not those of that class
 
 
 def common(c: Asked) -> Fields:
@@ -71,7 +73,7 @@ def common(c: Asked) -> Fields:
     fields = {
         "vocab_size": c["vocab_size"],
         "hidden_size": c["hidden_size"],
-        "intermediate_size": c["intermediate_size"],
+        "intermediate_size": c.get("intermediate_size") or 0,  # a model may have nothing but experts
         "num_hidden_layers": c["num_hidden_layers"],
         "num_attention_heads": heads,
         "num_key_value_heads": c.get("num_key_value_heads") or heads,
@@ -156,16 +158,25 @@ def sliding(c: Asked) -> Fields:
     return {"layers": tuple(Layer(window, kind) for window, kind in zip(windows(c), kinds, strict=True))}
 
 
-def experts(c: Asked, width: str = "moe_intermediate_size", **fields: Any) -> Experts:
+def experts(
+    c: Mapping[str, Any],
+    width: str = "moe_intermediate_size",
+    *,
+    count: str | None = None,
+    per_token: str = "num_experts_per_tok",
+    **fields: Any,
+) -> Experts:
     """A mixture of experts, with the load-balancing loss that the config asks for.
 
     Args:
       width: the key of the experts' width.
+      count: the key of their number; default: one of the usual ones.
+      per_token: the key of how many a token has.
     """
-    count = next(key for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in c)
+    count = count or next(key for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in c)
     coefficient = c.get("router_aux_loss_coef") or 0.0
     aux = float(coefficient) if c.get("output_router_logits") else 0.0
-    return Experts(c[count], c["num_experts_per_tok"], c[width], aux_coef=aux, **fields)
+    return Experts(c[count], c[per_token], c[width], aux_coef=aux, **fields)
 
 
 def sparse_layers(c: Asked, layers: list[Layer]) -> tuple[Layer, ...]:
@@ -173,6 +184,14 @@ def sparse_layers(c: Asked, layers: list[Layer]) -> tuple[Layer, ...]:
     step, dense = c["decoder_sparse_step"], c["mlp_only_layers"] or ()
     is_sparse = lambda i: i not in dense and (i + 1) % step == 0
     return tuple(replace(layer, sparse=is_sparse(i)) for i, layer in enumerate(layers))
+
+
+def listed_sparse(c: Asked) -> tuple[Layer, ...]:
+    """The layers, as `mlp_layer_types` says which have experts."""
+    for kind in c["mlp_layer_types"]:
+        if kind not in ("dense", "sparse"):
+            raise DataError(f"config.json: mlp_layer_types: {kind!r} is not supported; there are dense, sparse")
+    return tuple(Layer(sparse=kind == "sparse") for kind in c["mlp_layer_types"])
 
 
 def rope(parameters: Mapping[str, Any], max_positions: int, head_dim: int, **fields: Any) -> Rope:

@@ -6,7 +6,7 @@ from jtune.models.families.base import Asked, Family, Fields, common, windows
 
 def read(c: Asked) -> Fields:
     found = windows(c)
-    hybrid = any(found)
+    hybrid = c["sliding_window"] is not None
     layers = tuple(Layer(window=window, rope=None if hybrid and window is None else 0) for window in found)
     c.get("sliding_window_pattern")  # what transformers made the list of
     return {**common(c), "block": "after", "qk_norm": "head", "layers": layers}

@@ -7,7 +7,6 @@ from jtune.models.families.deepseek_v3 import PATTERNS, grouped_experts
 
 def read(c: Asked) -> Fields:
     dense = c["first_k_dense_replace"]
-    c.get("num_nextn_predict_layers")
     return {
         **common(c),
         "qkv_bias": bool(c["attention_bias"]),

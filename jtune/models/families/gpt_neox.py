@@ -28,4 +28,8 @@ def read(c: Asked) -> Fields:
     }
 
 
-FAMILY = Family(read, lambda config: Names("gpt_neox", WORDS))
+FAMILY = Family(
+    read,
+    lambda config: Names("gpt_neox", WORDS),
+    modules=lambda config: Names("gpt_neox", {**WORDS, "lm_head": "lm_head"}),
+)

@@ -25,4 +25,8 @@ def read(c: Asked) -> Fields:
 
 
 AS_IS = frozenset({"gate_up_proj", "down_proj"})
-FAMILY = Family(read, lambda config: Names(patterns=PATTERNS, stacked_experts=True, as_is=AS_IS))
+FAMILY = Family(
+    read,
+    lambda config: Names(patterns=PATTERNS, stacked_experts=True, as_is=AS_IS),
+    modules=lambda config: Names(words={"gate": "router"}, stacked_experts=True),
+)

@@ -8,6 +8,8 @@ PATTERNS = (
     (r"\.mlp\.experts\.gate_up_proj\.", ".block_sparse_moe.input_linear."),
     (r"\.mlp\.experts\.down_proj\.", ".block_sparse_moe.output_linear."),
 )
+# In the model of transformers.
+MODULES = ((r"\.mlp\.gate\b", ".block_sparse_moe.router"), (r"\.mlp\b", ".block_sparse_moe"))
 
 
 def read(c: Asked) -> Fields:
@@ -15,4 +17,8 @@ def read(c: Asked) -> Fields:
     return {**common(c), **biases(c), **multipliers(c), "mlp": "joined", "experts": mixture}
 
 
-FAMILY = Family(read, lambda config: Names(patterns=PATTERNS, stacked_experts=True))
+FAMILY = Family(
+    read,
+    lambda config: Names(patterns=PATTERNS, stacked_experts=True),
+    modules=lambda config: Names(patterns=MODULES, stacked_experts=True),
+)
