@@ -114,8 +114,8 @@ GROUPS: tuple[Group, ...] = (
     _refused_in_training("fp8 is not built: set bf16: true", fp8=False, fp8_enable_fsdp_float8_all_gather=False),
     _ignored("it belongs to fp8", fp8_backend="auto"),
     # ---------------------------------------------------------------- model
-    _refused(
-        "jtune never runs code of model repositories: leave it out; tokenizers load without it",
+    _ignored(
+        "jtune never runs code of model repositories; if a model or a tokenizer needs it, an error says so",
         trust_remote_code=False,
     ),
     _refused("set rope_scaling (rope_parameters) in the model's config.json", rope_scaling=None),

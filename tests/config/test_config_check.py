@@ -67,6 +67,7 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
     ]
     assert "mesh_fsdp" in config.notes[0]
     assert "fa2 is for torch" in load_config([*TRAIN, "flash_attn=fa2"]).notes[0]
+    assert "never runs code" in load_config([*TRAIN, "trust_remote_code=true"]).notes[0]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,6 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
         ("shift_attn=true", "mesh_context"),
         ("mixture_of_depths=convert", "finetuning_type: freeze"),
         ("ignore_pad_token_for_loss=false", "leave it out"),
-        ("trust_remote_code=true", "leave it out"),
         ("evaluation_strategy=steps", "eval_strategy"),
         ("tensor_model_parallel_size=2", "mesh_tensor"),
         ("context_parallel_size=2", "mesh_context"),

@@ -72,7 +72,7 @@ def decoder_config(source: Mapping[str, Any]) -> DecoderConfig:
     Raises:
       DataError: an unknown family, or an option that the decoder does not honour, by name.
     """
-    kind, family = _family(source.get("model_type"))
+    kind, family = _family(source)
     full, defaults = full_config(source)
     asked = Asked(full)
     fields = family.read(asked)
@@ -88,7 +88,7 @@ def full_config(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # slow to import
 
-    kind, family = _family(source.get("model_type"))
+    kind, family = _family(source)
     config_class = CONFIG_MAPPING[family.config_of or kind]
     try:
         return config_class.from_dict(dict(source)).to_dict(), config_class().to_dict()
@@ -107,13 +107,16 @@ def module_names(config: DecoderConfig) -> Names:
     return (family.modules or family.names)(config)
 
 
-def _family(model_type: str | None) -> tuple[str, Family]:
+def _family(source: Mapping[str, Any]) -> tuple[str, Family]:
+    model_type = source.get("model_type")
     if model_type is None:
         raise DataError("config.json: model_type is missing: is this the folder of a Hugging Face model?")
     if model_type in FAMILIES:
         return model_type, FAMILIES[model_type]
     near = difflib.get_close_matches(model_type, FAMILIES, n=1)
     hint = f" The nearest is {near[0]}." if near else ""
+    if source.get("auto_map"):
+        hint = f" Only code of its repository makes it, which jtune never runs (trust_remote_code has no effect).{hint}"
     raise DataError(f"config.json: model_type {model_type!r} is not supported.{hint} There are: {', '.join(FAMILIES)}.")
 
 
