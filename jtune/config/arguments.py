@@ -201,6 +201,9 @@ class FinetuningArguments:
     galore_proj_type: Literal["std", "reverse_std", "right", "left"] = arg(
         "std", "GaLore: std projects the smaller dimension, reverse_std the larger, right the input, left the output"
     )
+    galore_layerwise: bool = arg(
+        False, "GaLore: no max_grad_norm and no gradient_accumulation_steps, as if each layer were updated on its own"
+    )
     use_apollo: bool = arg(
         False, "APOLLO (arXiv:2412.05270): scale gradients by channel, by moments in a random subspace"
     )
@@ -209,6 +212,7 @@ class FinetuningArguments:
     apollo_update_interval: int = arg(200, "APOLLO: updates between subspaces", at_least(1))
     apollo_scale: float = arg(32.0, "APOLLO: updates are multiplied by its square root", POSITIVE)
     apollo_scale_type: Literal["channel", "tensor"] = arg("channel", "APOLLO: one factor per channel, or per tensor")
+    apollo_layerwise: bool = arg(False, "APOLLO: the same as galore_layerwise")
     use_adam_mini: bool = arg(False, "Adam-mini (arXiv:2406.16793): one second moment per head, neuron or token")
     use_muon: bool = arg(False, "Muon (arXiv:2502.16982) for matrices, AdamW for embeddings, heads and vectors")
     use_dft_loss: bool = arg(False, "weight each token's loss by its probability (DFT, arXiv:2508.05629)")
@@ -307,6 +311,11 @@ class TrainingArguments:
     report_to: Names = arg((), "none or tensorboard; trainer_log.jsonl is always written")
     run_name: str | None = arg(None, "name of the run, the title of training_loss.png; default: output_dir")
     disable_tqdm: bool | None = arg(None, "no progress bar; default: a bar only on a terminal")
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = arg(
+        "random",
+        "the order of rows: shuffled; as in the file, as with disable_shuffling; shuffled, but with rows of similar "
+        "length together",
+    )
     dataloader_drop_last: bool = arg(False, "drop the last batch of an epoch if it is not full")
     include_num_input_tokens_seen: Literal["no", "all", "non_padding"] = arg(
         "no", "log the number of tokens so far; true: all"

@@ -9,6 +9,7 @@ import pytest
 from jtune.config import explain, load_config
 from jtune.config.arguments import FIELDS
 from jtune.config.foreign import FOREIGN, is_inert
+from jtune.config.renamed import NESTED, RENAMED, SPELLINGS
 from jtune.errors import ConfigError
 from jtune.train.schedule import SCHEDULES
 
@@ -31,11 +32,14 @@ def complaint(*words: str, command: str = "train") -> str:
 def test_every_argument_of_llamafactory_is_known():
     names = [name for group in ELSEWHERE.values() for name in group]
     assert len(names) > 400
-    assert [name for name in names if name not in FIELDS and name not in FOREIGN] == []
+    assert [name for name in names if name not in FIELDS and name not in FOREIGN and name not in RENAMED] == []
 
 
-def test_no_argument_is_both_ours_and_foreign():
-    assert set(FIELDS) & set(FOREIGN) == set()
+def test_no_argument_has_two_answers():
+    assert len({*FIELDS, *FOREIGN, *RENAMED}) == len(FIELDS) + len(FOREIGN) + len(RENAMED)
+    assert {renamed.name for renamed in RENAMED.values()} <= {*FIELDS, *FOREIGN}
+    assert set(SPELLINGS) <= set(FIELDS)
+    assert {name.rpartition(".")[0] for name in (*FOREIGN, *RENAMED) if "." in name} == set(NESTED)
 
 
 def test_defaults_are_llamafactorys():
@@ -75,21 +79,18 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
     [
         ("finetuning_type=oft", "use_dora: true"),
         ("use_badam=true", "finetuning_type: freeze"),
-        ("galore_layerwise=true", "leave it out"),
-        ("optim_target_modules=all-linear", "galore_target"),
         ("apollo_proj=svd", "leave it out"),
         ("rope_scaling=yarn", "config.json"),
-        ("push_to_hub=true", "hf upload"),
-        ("group_by_length=true", "packing: true"),
         ("shift_attn=true", "mesh_context"),
         ("mixture_of_depths=convert", "finetuning_type: freeze"),
         ("ignore_pad_token_for_loss=false", "leave it out"),
-        ("evaluation_strategy=steps", "eval_strategy"),
-        ("tensor_model_parallel_size=2", "mesh_tensor"),
-        ("context_parallel_size=2", "mesh_context"),
-        ("hyper_parallel_cp_size=2", "mesh_context"),
-        ("sequence_parallel=true", "mesh_context"),
-        ("expert_model_parallel_size=2", "mesh_expert"),
+        ("reserved_label_len=16", "leave it out"),
+        ("max_source_length=512", "set cutoff_len"),
+        ("moe_expert_capacity_factor=1.5", "leave it out"),
+        ("accelerator_config.split_batches=true", "divide that by the devices"),
+        ("accelerator_config=missing.json", "a mapping, or a JSON file"),
+        ("train_dataset=rows.yaml", "model_name_or_path, dataset"),
+        ("no_repeat_ngram_size=3", "leave it out"),
         ("use_swanlab=true", "report_to: tensorboard"),
         ("report_to=wandb", "tensorboard"),
         ("finetuning_type=oft", "lora"),
@@ -157,6 +158,10 @@ def test_what_a_loss_does_not_use_is_noted():
         (["loraplus_lr_ratio=16"], None),
         (["loraplus_lr_ratio=16", "finetuning_type=full"], "only for finetuning_type: lora"),
         (["loraplus_lr_ratio=16", "learning_rate=0"], "multiplies learning_rate"),
+        (
+            ["use_galore=true", "finetuning_type=full", "galore_layerwise=true", "gradient_accumulation_steps=2"],
+            "galore_layerwise updates after each batch: set gradient_accumulation_steps: 1",
+        ),
     ],
 )
 def test_choices_of_an_optimizer_that_contradict_themselves_are_refused(words, said):
@@ -170,14 +175,36 @@ def test_a_paged_optimizer_is_noted():
     assert "no state is paged" in load_config([*TRAIN, "optim=paged_adamw_8bit"]).notes[0]
 
 
+def test_layerwise_updates_are_not_scaled():
+    words = ["use_galore=true", "finetuning_type=full", "max_grad_norm=0.5"]
+    config = load_config([*TRAIN, *words, "galore_layerwise=true"])
+    assert config.training.max_grad_norm == 0
+    assert "not scaled to max_grad_norm" in config.notes[0]
+    unused = load_config([*TRAIN, *words, "apollo_layerwise=true"])
+    assert unused.training.max_grad_norm == 0.5
+    assert "ignored without use_apollo" in unused.notes[0]
+
+
+def test_the_order_of_rows_has_one_meaning_under_all_its_names():
+    def order(*words):
+        config = load_config([*TRAIN, *words])
+        return config.finetuning.disable_shuffling, config.training.train_sampling_strategy, len(config.notes)
+
+    assert order() == order("group_by_length=false") == (False, "random", 0)
+    assert order("disable_shuffling=true") == order("train_sampling_strategy=sequential") == (True, "sequential", 0)
+    assert order("train_sampling_strategy=group_by_length") == (False, "group_by_length", 0)
+    assert order("group_by_length=true") == (False, "group_by_length", 1)
+    assert order("train_sampling_strategy=group_by_length", "disable_shuffling=true") == (True, "sequential", 1)
+
+
 def test_a_training_file_serves_the_other_commands():
     words = [*TRAIN, "stage=dpo", "use_badam=true", "learning_rate=1e-4", "export_dir=out"]
     for command in ("export", "chat"):
         assert load_config(words, command=command).model.export_dir == "out"
     assert load_config([*TRAIN, "stage=dpo"], command="data").finetuning.stage == "dpo"
-    assert "merges the adapter into the stored model" in complaint(
-        "export_dir=x", "quantization_bit=4", command="export"
-    )
+    quantized = load_config([*words, "quantization_bit=4"], command="export")
+    assert "merges adapters into the stored model" in quantized.notes[0]
+    assert quantized.model.quantization_bit is None
 
 
 # ------------------------------------------------------------------ all faults, with their lines
