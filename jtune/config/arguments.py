@@ -44,6 +44,7 @@ def is_range(text: str) -> bool:
 
 
 UPDATES = Range("first-last, as in 10-12", is_range)
+ROPES = Range("linear, dynamic, yarn or llama3", lambda x: x in ("linear", "dynamic", "yarn", "llama3"))
 BITS = Range("4 or 8", lambda x: x in (4, 8))
 SIZE_OR_REST = Range("at least 1, or -1 for the rest", lambda x: x == -1 or x >= 1)
 
@@ -83,6 +84,11 @@ class ModelArguments:
         "new rows: the mean of the others plus noise; the mean of the description's tokens; the same plus noise",
     )
     train_from_scratch: bool = arg(False, "start from random weights in the shapes of the model's config.json")
+    rope_scaling: str | None = arg(
+        None,
+        "rows of cutoff_len may be longer than the model knows: scale its rotations (chat: for twice as many)",
+        ROPES,
+    )
     flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3"] = arg(
         "auto", "auto: the best attention kernel of the platform; disabled: plain XLA"
     )

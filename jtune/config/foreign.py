@@ -66,6 +66,8 @@ GROUPS: tuple[Group, ...] = (
         log_on_each_node=True, save_on_each_node=False, data_shared_file_system=False, tpu_num_cores=None,
         use_mps_device=False, mp_parameters="", xpu_backend=None, sharded_ddp="", use_ipex=False, ddp_bucket_size=None,
         ddp_average_in_collective=False, n_gpu=None, device_map=None,
+        use_habana=False, use_lazy_mode=False, gaudi_config_name=None, throughput_warmup_steps=0,
+        use_hpu_graphs_for_training=False, use_hpu_graphs_for_inference=False,
     ),
     _ignored(
         "remat sets what the backward pass recomputes (default: as little as memory allows)",
@@ -137,7 +139,7 @@ GROUPS: tuple[Group, ...] = (
         kt_weight_path=None, kt_expert_checkpoint_path=None, kt_non_expert_weight_path=None, kt_cpu_activation=None,
         kt_use_lora_experts=None, kt_lora_expert_num=None, kt_lora_expert_intermediate_size=None,
         kt_optimize_rule=None, kt_maxlen=4096, kt_use_cuda_graph=True, kt_mode="normal", kt_force_think=False,
-        cpu_infer=32, chunk_size=8192, mode="normal",
+        cpu_infer=32, chunk_size=8192, mode="normal", kt_config=None,
     ),
     # ---------------------------------------------------------------- kernels and numbers
     _ignored(
@@ -164,7 +166,6 @@ GROUPS: tuple[Group, ...] = (
         "jtune never runs code of model repositories; if a model or a tokenizer needs it, an error says so",
         trust_remote_code=False,
     ),
-    _refused("set rope_scaling (rope_parameters) in the model's config.json", rope_scaling=None),
     _refused_in_training(
         "it approximates attention over long rows, which jtune computes exactly without storing all scores: leave it "
         "out; mesh_context splits rows that are too long for one device",

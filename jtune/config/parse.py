@@ -17,7 +17,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from jtune.config.arguments import FIELDS
 from jtune.config.foreign import FOREIGN
 from jtune.config.kinds import BOOLEANS, takes_bool, takes_list, takes_text
-from jtune.config.renamed import RENAMED, current
+from jtune.config.renamed import RENAMED, SPELLINGS, current
 from jtune.errors import ConfigError
 from jtune.secrets import is_secret, remember
 
@@ -235,7 +235,7 @@ def _flag(name: str, queue: list[str], faults: list[Fault]) -> Iterator[tuple[st
     if not known and name.startswith("no_") and _is_switch(name[3:]):
         yield name[3:], "false"
     elif not queue or queue[0].startswith("--"):
-        if ours in FIELDS and not takes_bool(FIELDS[ours].type):
+        if ours in FIELDS and not takes_bool(FIELDS[ours].type) and True not in SPELLINGS.get(ours, {}):
             faults.append(Fault(COMMAND_LINE, f"--{name} needs a value", name))
         else:
             yield name, "true"

@@ -100,7 +100,14 @@ RENAMED: dict[str, Renamed] = {
 # Argument -> old spellings of its values.
 SPELLINGS: dict[str, Mapping[Any, str]] = {
     "quantization_method": {"bitsandbytes": "bnb", "BNB": "bnb", "BITS_AND_BYTES": "bnb", "HQQ": "hqq", "EETQ": "eetq"},
-    "flash_attn": {True: "auto", False: "disabled", "true": "auto", "false": "disabled", "off": "disabled"},
+    "flash_attn": {
+        True: "auto",
+        False: "disabled",
+        "off": "disabled",
+        "eager": "disabled",
+        "flash_attention_2": "fa2",
+        "flash_attention_3": "fa3",
+    },
 }
 
 NESTED = ("accelerator_config", "accelerator_config.gradient_accumulation_kwargs", "parallelism_config")

@@ -98,7 +98,7 @@ GROUPS: tuple[Group, ...] = (
     Group("course", ("eval_strategy", "eval_delay", "eval_dataset", "eval_on_each_dataset"), _compared),
     Group("course", ("eval_steps",), lambda v: _compared(v) and v.eval_strategy == "steps"),
     # ---------------------------------------------------------------- compared by what comes of them
-    Group("free", ("model_name_or_path", "model_revision")),  # frozen weights, base weights, model
+    Group("free", ("model_name_or_path", "model_revision", "rope_scaling")),  # frozen weights, base weights, model
     Group("free", ("dataset", "dataset_dir", "max_samples", "val_size", "overlong", "tokenized_path")),  # data
     Group("free", ("mix_strategy", "interleave_probs", "streaming", "buffer_size", "disable_shuffling")),  # data, order
     Group("free", ("data_seed", "packing", "cutoff_len", "num_train_epochs", "max_steps")),  # order, rows, updates

@@ -80,7 +80,7 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
         ("finetuning_type=oft", "use_dora: true"),
         ("use_badam=true", "finetuning_type: freeze"),
         ("apollo_proj=svd", "leave it out"),
-        ("rope_scaling=yarn", "config.json"),
+        ("rope_scaling=ntk", "must be linear, dynamic, yarn or llama3"),
         ("shift_attn=true", "mesh_context"),
         ("mixture_of_depths=convert", "finetuning_type: freeze"),
         ("ignore_pad_token_for_loss=false", "leave it out"),
