@@ -31,6 +31,7 @@ def check(
     values: dict[str, Any] = {}
     faults: list[Fault] = []
     notes: list[str] = []
+    ignored: dict[str, list[str]] = {}  # reason -> names
     for name, (value, where) in given.items():
         if name in FIELDS:
             try:
@@ -38,14 +39,17 @@ def check(
             except Mismatch as mismatch:
                 faults.append(Fault(where, str(mismatch)))
         elif name in FOREIGN:
-            error, note = verdict(name, value, command)
+            error, why = verdict(name, value, command)
             if error:
                 faults.append(Fault(where, error))
-            if note:
-                notes.append(f"{where}: {note}")
+            if why:
+                ignored.setdefault(why, []).append(name)
         else:
             hint = " (Arguments are not grouped: move its keys to the top level.)" if isinstance(value, dict) else ""
             faults.append(Fault(where, unknown(name) + hint))
+    for why, names in ignored.items():
+        verb = "is" if len(names) == 1 else "are"
+        notes.append(f"{given[names[0]].origin}: {', '.join(names)} {verb} ignored: {why}")
     # An argument that could not be read or is misspelt is reported once: no rule looks at its default.
     bad = unread | {name if name in FIELDS else nearest(name) for name in given if name not in values}
     for names, message in rules(values, command):

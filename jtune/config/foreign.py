@@ -386,16 +386,16 @@ def is_inert(name: str, value: Any) -> bool:
 
 
 def verdict(name: str, value: Any, command: str) -> tuple[str | None, str | None]:
-    """The answer to a foreign argument: an error, a note, or nothing.
+    """The answer to a foreign argument: an error, the reason why it is ignored, or nothing.
 
     Returns:
-      `(error, note)`, at most one of them not None. Neither contains the value, which may be a token.
+      `(error, reason)`, at most one of them not None. Neither contains the value, which may be a token.
     """
     group = FOREIGN[name]
     if is_inert(name, value):
         return None, None
     if not group.refused:
-        return None, f"{name} is ignored: {group.why}"
+        return None, group.why
     if group.commands is not None and command not in group.commands:
         return None, None
     return f"{name} is not supported: {group.why}", None

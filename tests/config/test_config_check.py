@@ -70,6 +70,8 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
         "command line: dataloader_num_workers",
     ]
     assert "mesh_fsdp" in config.notes[0]
+    together = load_config([*TRAIN, "fsdp=full_shard", "deepspeed=ds_z3.json"]).notes
+    assert [note.split(": ")[1] for note in together] == ["fsdp, deepspeed are ignored"]
     assert "fa2 is for torch" in load_config([*TRAIN, "flash_attn=fa2"]).notes[0]
     assert "never runs code" in load_config([*TRAIN, "trust_remote_code=true"]).notes[0]
 
