@@ -61,7 +61,7 @@ def _table(names: Iterable[str]) -> Iterator[str]:
 
 def answer(name: str) -> tuple[str, str]:
     """What jtune does about an argument, and why or how."""
-    if name in NESTED:
+    if name in NESTED:  # a mapping
         return "by its keys", f"each has a row of its own: `{name}.KEY`"
     if name in FIELDS:
         return "honoured", explain(name).partition(": ")[2]

@@ -57,6 +57,14 @@ GROUPS: tuple[Group, ...] = (
         "mesh_tensor, mesh_context and mesh_expert",
         deepspeed=None, fsdp=None, fsdp_config=None, fsdp_min_num_params=0, fsdp_transformer_layer_cls_to_wrap=None,
     ),
+    _refused_in_training(
+        "deepspeed chooses the schedule: leave scheduler out of its file, and set lr_scheduler_type",
+        **{"deepspeed.scheduler": None},
+    ),
+    _refused_in_training(
+        "deepspeed chooses another optimizer than AdamW: leave optimizer out of its file, and set optim",
+        **{"deepspeed.optimizer": None},
+    ),
     _ignored(
         "JAX connects devices and hosts itself, without torch.distributed",
         ddp_find_unused_parameters=None, ddp_bucket_cap_mb=None, ddp_broadcast_buffers=None, ddp_static_graph=None,

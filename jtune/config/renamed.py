@@ -85,6 +85,8 @@ RENAMED: dict[str, Renamed] = {
     "parallelism_config.sp_size": Renamed("mesh_context", _above_one),
     "accelerator_config.gradient_accumulation_kwargs.num_steps": Renamed("gradient_accumulation_steps"),
     # ---------------------------------------------------------------- other backends
+    "deepspeed.tensor_parallel": Renamed("mesh_tensor"),
+    "deepspeed.sequence_parallel": Renamed("mesh_context"),
     "tensor_model_parallel_size": Renamed("mesh_tensor"),
     "pipeline_model_parallel_size": Renamed("mesh_tensor", _above_one, times=True, why=_PIPELINE),
     "expert_model_parallel_size": Renamed("mesh_expert"),
@@ -97,8 +99,11 @@ RENAMED: dict[str, Renamed] = {
     "fp8_format": Renamed("bf16", _only_true, why=_FLOAT8),
 }  # fmt: skip
 
-# Argument -> old spellings of its values.
-SPELLINGS: dict[str, Mapping[Any, str]] = {
+# Argument -> other spellings of its values: older ones, and those by which the Trainer says "never" or "all".
+SPELLINGS: dict[str, Mapping[Any, Any]] = {
+    "max_steps": {0: -1},
+    "save_total_limit": {0: None, -1: None},
+    "max_grad_norm": {None: 0.0},
     "quantization_method": {"bitsandbytes": "bnb", "BNB": "bnb", "BITS_AND_BYTES": "bnb", "HQQ": "hqq", "EETQ": "eetq"},
     "flash_attn": {
         True: "auto",

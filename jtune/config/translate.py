@@ -19,7 +19,7 @@ def translate(given: Mapping[str, Given]) -> tuple[dict[str, Given], list[Fault]
     """
     flat = dict(_flat(given))
     ours = {name: Given(_spelling(name, value), where) for name, (value, where) in flat.items() if name not in RENAMED}
-    notes = [f"{ours[n].origin}: {n}: {_words(old.value)} is read as {ours[n].value}" for n, old in flat.items()
+    notes = [f"{ours[n].origin}: {n}: {_words(old.value)} is read as {_words(ours[n].value)}" for n, old in flat.items()
              if n in ours and ours[n].value is not old.value]  # fmt: skip
     faults: list[Fault] = []
     source: dict[str, str] = {}  # argument -> the old name that it was given under
@@ -52,6 +52,8 @@ def translate(given: Mapping[str, Given]) -> tuple[dict[str, Given], list[Fault]
 def _flat(given: Mapping[str, Given]) -> Iterator[tuple[str, Given]]:
     """The arguments, with the keys of the mappings in `NESTED` as arguments of their own."""
     for name, (value, where) in given.items():
+        if name == "deepspeed":
+            yield from ((f"{name}.{key}", Given(inner, where)) for key, inner in _deepspeed(_content(value) or {}))
         content = _content(value) if name in NESTED else None
         if content is None:
             yield name, Given(value, where)
@@ -69,9 +71,21 @@ def _content(value: Any) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def _deepspeed(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The part of a DeepSpeed configuration that changes what is computed; the Trainer checks its other numbers."""
+    chosen = {key: content[key].get("type") for key in ("optimizer", "scheduler") if isinstance(content.get(key), dict)}
+    if chosen.get("optimizer") in ("Adam", "AdamW"):  # both decay weights as AdamW
+        del chosen["optimizer"]
+    yield from chosen.items()
+    if isinstance(content.get("tensor_parallel"), dict):
+        yield "tensor_parallel", content["tensor_parallel"].get("autotp_size")
+    if "sequence_parallel_size" in content:
+        yield "sequence_parallel", content["sequence_parallel_size"]
+
+
 def _spelling(name: str, value: Any) -> Any:
     known = SPELLINGS.get(name, {})
-    return known.get(value, value) if isinstance(value, str | bool) else value
+    return value if isinstance(value, dict | list) else known.get(value, value)
 
 
 def _same(name: str, first: Any, second: Any) -> bool:
@@ -94,4 +108,6 @@ def _why(name: str) -> str:
 
 
 def _words(value: Any) -> str:
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -54,6 +54,9 @@ def value(name, *words, command="train"):
         ("--flash_attn fa2 --bf16", "flash_attn", "fa2"),
         ("quantization_bit=4 quantization_method=bitsandbytes", "quantization_method", "bnb"),
         ("quantization_bit=8 quantization_method=EETQ", "quantization_method", "eetq"),
+        ("max_steps=0", "max_steps", -1),
+        ("save_total_limit=-1", "save_total_limit", None),
+        ("max_grad_norm=null", "max_grad_norm", 0),
         ("optim=adamw_apex_fused", "optim", "adamw_apex_fused"),
     ],
 )
@@ -92,6 +95,26 @@ def test_a_mapping_may_be_a_json_file(tmp_path):
     assert value("gradient_accumulation_steps", f"accelerator_config={path}") == 8
     with pytest.raises(ConfigError, match=r"accelerator_config\.evn_batches is not an argument"):
         load_config([*TRAIN, 'accelerator_config={"evn_batches": true}'])
+
+
+def test_what_a_deepspeed_file_changes_is_honoured_or_refused(tmp_path):
+    path = tmp_path / "ds.json"
+
+    def load(**content):
+        path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"} | content))
+        return load_config([*TRAIN, f"deepspeed={path}"])
+
+    assert [note.split(" is ")[0] for note in load().notes] == ["command line: deepspeed"]
+    parallel = load(tensor_parallel={"autotp_size": 4}, sequence_parallel_size=2).training
+    assert (parallel.mesh_tensor, parallel.mesh_context) == (4, 2)
+    load(optimizer={"type": "AdamW", "params": {"lr": "auto"}})
+    for content, complaint in (
+        ({"optimizer": {"type": "Lamb"}}, "deepspeed.optimizer is not supported"),
+        ({"scheduler": {"type": "WarmupLR"}}, "set lr_scheduler_type"),
+    ):
+        with pytest.raises(ConfigError, match=complaint):
+            load(**content)
+    assert load_config([*TRAIN, "deepspeed=examples/deepspeed/ds_z3_config.json"]).notes
 
 
 def test_two_names_of_one_argument_must_agree():
