@@ -9,7 +9,6 @@ from jtune.config.arguments import FIELDS
 from jtune.config.foreign import is_inert
 from jtune.config.parse import Fault, Given
 from jtune.config.renamed import NESTED, RENAMED, SPELLINGS
-from jtune.secrets import is_secret
 
 
 def translate(given: Mapping[str, Given]) -> tuple[dict[str, Given], list[Fault], list[str]]:
@@ -45,7 +44,7 @@ def translate(given: Mapping[str, Given]) -> tuple[dict[str, Given], list[Fault]
         ours[renamed.name] = Given(new, where)
         source[renamed.name] = name
         if not _asks_nothing(renamed.name, new):
-            notes.append(f"{where}: {name} is read as {renamed.name}{_value(renamed.name, value, new)}{_why(name)}")
+            notes.append(f"{where}: {name} is read as {renamed.name}{_value(value, new)}{_why(name)}")
     return ours, faults, notes
 
 
@@ -98,9 +97,9 @@ def _asks_nothing(name: str, value: Any) -> bool:
     return value == FIELDS[name].default if name in FIELDS else is_inert(name, value)
 
 
-def _value(name: str, old: Any, new: Any) -> str:
-    """The new value, if it is another one."""
-    return "" if new is old or is_secret(name) else f": {_words(new)}"
+def _value(old: Any, new: Any) -> str:
+    """The new value, if it is another one. (No change is made to a secret.)"""
+    return "" if new is old else f": {_words(new)}"
 
 
 def _why(name: str) -> str:

@@ -136,7 +136,10 @@ def test_two_names_of_one_argument_must_agree():
 def test_a_token_under_an_old_name_is_not_shown():
     config = load_config([*TRAIN, "hf_auth_token=hf_sesame"])
     assert config.model.hf_hub_token == "hf_sesame"
-    assert "sesame" not in repr(config) + str(config.to_dict())
+    assert "sesame" not in repr(config) + str(config.to_dict()) + str(config.notes)
+    with pytest.raises(ConfigError, match="hf_auth_token is another name of hf_hub_token") as error:
+        load_config([*TRAIN, "hf_auth_token=hf_sesame", "hf_hub_token=hf_other_sesame"])
+    assert "sesame" not in str(error.value)
 
 
 def test_help_says_what_an_old_name_means_now():
