@@ -175,6 +175,10 @@ GROUPS: tuple[Group, ...] = (
         trust_remote_code=False,
     ),
     _refused_in_training(
+        "a table trains as a whole: leave it out; resize_vocab with finetuning_type: lora trains tables and adapters only",
+        freeze_original_embeddings=False,
+    ),
+    _refused_in_training(
         "it approximates attention over long rows, which jtune computes exactly without storing all scores: leave it "
         "out; mesh_context splits rows that are too long for one device",
         shift_attn=False,

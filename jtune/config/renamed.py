@@ -101,6 +101,11 @@ RENAMED: dict[str, Renamed] = {
 
 # Argument -> other spellings of its values: older ones, and those by which the Trainer says "never" or "all".
 SPELLINGS: dict[str, Mapping[Any, Any]] = {
+    "init_special_tokens": {
+        "vocab_mean_noise": "noise_init",
+        "description": "desc_init",
+        "description_noise": "desc_init_w_noise",
+    },
     "max_steps": {0: -1},
     "save_total_limit": {0: None, -1: None},
     "max_grad_norm": {None: 0.0},

@@ -54,6 +54,7 @@ def value(name, *words, command="train"):
         ("--flash_attn fa2 --bf16", "flash_attn", "fa2"),
         ("quantization_bit=4 quantization_method=bitsandbytes", "quantization_method", "bnb"),
         ("quantization_bit=8 quantization_method=EETQ", "quantization_method", "eetq"),
+        ("init_special_tokens=vocab_mean_noise", "init_special_tokens", "noise_init"),
         ("max_steps=0", "max_steps", -1),
         ("save_total_limit=-1", "save_total_limit", None),
         ("max_grad_norm=null", "max_grad_norm", 0),
