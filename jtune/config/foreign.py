@@ -175,7 +175,7 @@ GROUPS: tuple[Group, ...] = (
         trust_remote_code=False,
     ),
     _refused_in_training(
-        "a table trains as a whole: leave it out; resize_vocab with finetuning_type: lora trains tables and adapters only",
+        "all rows of a table train: leave it out; resize_vocab with finetuning_type: lora trains tables and adapters",
         freeze_original_embeddings=False,
     ),
     _refused_in_training(
