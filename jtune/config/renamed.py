@@ -120,6 +120,9 @@ SPELLINGS: dict[str, Mapping[Any, Any]] = {
     },
 }
 
+# Argument -> value -> other arguments that it stands for.
+IMPLIED: dict[str, Mapping[Any, Mapping[str, Any]]] = {"stage": {"orpo": {"stage": "dpo", "pref_loss": "orpo"}}}
+
 NESTED = ("accelerator_config", "accelerator_config.gradient_accumulation_kwargs", "parallelism_config")
 
 

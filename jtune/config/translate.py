@@ -8,7 +8,7 @@ from typing import Any
 from jtune.config.arguments import FIELDS
 from jtune.config.foreign import is_inert
 from jtune.config.parse import Fault, Given
-from jtune.config.renamed import NESTED, RENAMED, SPELLINGS
+from jtune.config.renamed import IMPLIED, NESTED, RENAMED, SPELLINGS
 
 
 def translate(given: Mapping[str, Given]) -> tuple[dict[str, Given], list[Fault], list[str]]:
@@ -54,7 +54,9 @@ def _flat(given: Mapping[str, Given]) -> Iterator[tuple[str, Given]]:
         if name == "deepspeed":
             yield from ((f"{name}.{key}", Given(inner, where)) for key, inner in _deepspeed(_content(value) or {}))
         content = _content(value) if name in NESTED else None
-        if content is None:
+        if isinstance(value, str) and value in IMPLIED.get(name, {}):
+            yield from ((other, Given(implied, where)) for other, implied in IMPLIED[name][value].items())
+        elif content is None:
             yield name, Given(value, where)
         else:
             yield from _flat({f"{name}.{key}": Given(inner, where) for key, inner in content.items()})

@@ -21,7 +21,6 @@ REFUSED = {
     "extras/oft/llama3_oft_sft": "finetuning_type: oft",
     "extras/qoft/llama3_oft_sft_bnb_npu": "finetuning_type: oft",
     "merge_lora/qwen3_gptq": "export_quantization_bit",
-    "lora_single_gpu/llama3_lora_orpo": "stage",
     "v1/train_lora/train_lora_sft": "train_dataset",
     "v1/train_full/train_full_ulysses_cp": "train_dataset",
     "old benchmark, two lengths": "max_source_length",
@@ -36,7 +35,7 @@ def test_a_published_case_loads_or_is_refused_by_name(name, tmp_path):
     if not words:
         (tmp_path / "case.json").write_text(json.dumps(settings))
         words = [str(tmp_path / "case.json")]
-    stage = settings.get("stage") or dict(pairwise(words)).get("--stage", "sft")
+    stage = (settings.get("stage") or dict(pairwise(words)).get("--stage", "sft")).replace("orpo", "dpo")
     untrained = stage in RULES and not RULES[stage].trains
     reason = REFUSED.get(name, f"stage: {stage}" if untrained else None)
     if reason is None:
