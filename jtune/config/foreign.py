@@ -247,8 +247,8 @@ GROUPS: tuple[Group, ...] = (
     _ignored("with pissa_init, jtune always writes a plain LoRA adapter", pissa_convert=False),
     _ignored("it belongs to OFT", module_dropout=0.0, oft_rank=0, oft_block_size=32, oft_target="all"),
     _refused_in_training(
-        "training one block of layers at a time is not built: finetuning_type: freeze trains some fixed layers, and "
-        "use_galore or optim: adafactor train all layers with a small state",
+        "training one block of layers at a time is not built: leave it out; finetuning_type: freeze trains some fixed "
+        "layers, and use_galore or optim: adafactor train all layers with a small state",
         use_badam=False,
     ),
     _ignored(

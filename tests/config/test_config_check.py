@@ -1,6 +1,7 @@
 """What cannot be meant is refused, all of it at once, where it was said, with the nearest thing that works."""
 
 import json
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -8,7 +9,7 @@ import pytest
 
 from jtune.config import explain, load_config
 from jtune.config.arguments import FIELDS
-from jtune.config.foreign import FOREIGN, is_inert
+from jtune.config.foreign import FOREIGN, GROUPS, is_inert
 from jtune.config.renamed import NESTED, RENAMED, SPELLINGS
 from jtune.errors import ConfigError
 from jtune.train.schedule import SCHEDULES
@@ -40,6 +41,11 @@ def test_no_argument_has_two_answers():
     assert {renamed.name for renamed in RENAMED.values()} <= {*FIELDS, *FOREIGN}
     assert set(SPELLINGS) <= set(FIELDS)
     assert {name.rpartition(".")[0] for name in (*FOREIGN, *RENAMED) if "." in name} == {*NESTED, "deepspeed"}
+
+
+def test_what_is_refused_says_what_to_do_instead():
+    advice = re.compile(r"\b(set|leave|write|run|convert|must be)\b")
+    assert [why for refused, why, *_ in GROUPS if refused and not advice.search(why)] == []
 
 
 def test_defaults_are_llamafactorys():
@@ -225,7 +231,7 @@ def test_all_faults_are_reported_each_with_its_line(tmp_path, monkeypatch):
         "  case.yaml:3: lerning_rate is not an argument of jtune. Did you mean learning_rate?",
         "  case.yaml:4: cutoff_len must be a whole number, not 'long'",
         "  case.yaml:6: use_badam is not supported: training one block of layers at a time is not built: "
-        "finetuning_type: freeze trains some fixed layers, and use_galore or optim: adafactor train all "
+        "leave it out; finetuning_type: freeze trains some fixed layers, and use_galore or optim: adafactor train all "
         "layers with a small state",
         "  case.yaml:8: fp16 and bf16 are both true: choose one (bf16 where the device has it)",
         "  command line: lora_rank must be at least 1, not 0",

@@ -24,6 +24,7 @@ REFUSED = {
     "v1/train_lora/train_lora_sft": "train_dataset",
     "v1/train_full/train_full_ulysses_cp": "train_dataset",
     "old benchmark, two lengths": "max_source_length",
+    "long context attention, Qwen3 0.6B": "shift_attn",
 }
 
 
