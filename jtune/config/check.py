@@ -31,7 +31,7 @@ def check(
     values: dict[str, Any] = {}
     faults: list[Fault] = []
     notes: list[str] = []
-    ignored: dict[str, list[str]] = {}  # reason -> names
+    answered: dict[tuple[bool, str], list[str]] = {}  # (refused, reason) -> names
     for name, (value, where) in given.items():
         if name in FIELDS:
             try:
@@ -39,17 +39,17 @@ def check(
             except Mismatch as mismatch:
                 faults.append(Fault(where, str(mismatch)))
         elif name in FOREIGN:
-            error, why = verdict(name, value, command)
-            if error:
-                faults.append(Fault(where, error))
-            if why:
-                ignored.setdefault(why, []).append(name)
+            if group := verdict(name, value, command):
+                answered.setdefault((group.refused, group.why), []).append(name)
         else:
             hint = " (Arguments are not grouped: move its keys to the top level.)" if isinstance(value, dict) else ""
             faults.append(Fault(where, unknown(name) + hint))
-    for why, names in ignored.items():
-        verb = "is" if len(names) == 1 else "are"
-        notes.append(f"{given[names[0]].origin}: {', '.join(names)} {verb} ignored: {why}")
+    for (refused, why), names in answered.items():
+        where, subject = given[names[0]].origin, f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
+        if refused:
+            faults.append(Fault(where, f"{subject} not supported: {why}"))
+        else:
+            notes.append(f"{where}: {subject} ignored: {why}")
     # An argument that could not be read or is misspelt is reported once: no rule looks at its default.
     bad = unread | {name if name in FIELDS else nearest(name) for name in given if name not in values}
     for names, message in rules(values, command):

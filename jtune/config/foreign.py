@@ -374,7 +374,7 @@ GROUPS: tuple[Group, ...] = (
         "model_name_or_path, dataset, finetuning_type and so on",
         model=None, model_class=None, init_config=None, peft_config=None, quant_config=None, train_dataset=None,
         dist_config=None, optim_config=None, lr_scheduler_config=None, batching_strategy=None, global_batch_size=None,
-        save_epochs=None,
+        save_epochs=None, mtp_config=None,
     ),
     _ignored(
         "it belongs to LLaMA-Factory's v1 engine", sample_backend=None, batching_workers=16, save_ckpt_as_hf=False
@@ -397,17 +397,11 @@ def is_inert(name: str, value: Any) -> bool:
     return value == inert or value is None or (value in empty and inert in empty)
 
 
-def verdict(name: str, value: Any, command: str) -> tuple[str | None, str | None]:
-    """The answer to a foreign argument: an error, the reason why it is ignored, or nothing.
-
-    Returns:
-      `(error, reason)`, at most one of them not None. Neither contains the value, which may be a token.
-    """
+def verdict(name: str, value: Any, command: str) -> Group | None:
+    """The group that says why a foreign argument is ignored or refused; None if it is accepted silently."""
     group = FOREIGN[name]
     if is_inert(name, value):
-        return None, None
-    if not group.refused:
-        return None, group.why
-    if group.commands is not None and command not in group.commands:
-        return None, None
-    return f"{name} is not supported: {group.why}", None
+        return None
+    if group.refused and group.commands is not None and command not in group.commands:
+        return None
+    return group

@@ -68,7 +68,7 @@ def test_every_default_can_be_given_without_a_word():
     assert config.to_dict() == load_config(TRAIN).to_dict()
 
 
-def test_what_has_no_meaning_here_is_noted_in_one_line():
+def test_arguments_are_noted_or_refused_in_one_line_for_each_reason():
     config = load_config([*TRAIN, "deepspeed=ds_z3.json", "ddp_timeout=180000000", "dataloader_num_workers=4"])
     assert [note.split(" is ignored: ")[0] for note in config.notes] == [
         "command line: deepspeed",
@@ -78,6 +78,9 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
     assert "mesh_fsdp" in config.notes[0]
     together = load_config([*TRAIN, "fsdp=full_shard", "deepspeed=ds_z3.json"]).notes
     assert [note.split(": ")[1] for note in together] == ["fsdp, deepspeed are ignored"]
+    message = complaint("max_source_length=512", "max_target_length=512")
+    assert message.startswith("command line: max_source_length, max_target_length are not supported: ")
+    assert "\n" not in message
     assert "fa2 is for torch" in load_config([*TRAIN, "flash_attn=fa2"]).notes[0]
     assert "never runs code" in load_config([*TRAIN, "trust_remote_code=true"]).notes[0]
 
