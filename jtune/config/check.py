@@ -51,7 +51,8 @@ def check(
         else:
             notes.append(f"{where}: {subject} ignored: {why}")
     # An argument that could not be read or is misspelt is reported once: no rule looks at its default.
-    bad = unread | {name if name in FIELDS else nearest(name) for name in given if name not in values}
+    unknown_names = [name for name in given if name not in values and name not in FOREIGN]
+    bad = unread | {name if name in FIELDS else nearest(name) for name in unknown_names}
     for names, message in rules(values, command):
         if not bad & set(names):
             where = next((given[name].origin for name in names if name in given), origin)

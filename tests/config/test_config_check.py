@@ -250,6 +250,11 @@ def test_one_fault_is_complained_of_once(tmp_path, monkeypatch):
     assert str(error.value) == "case.yaml:2: datset is not an argument of jtune. Did you mean dataset?"
 
 
+def test_an_ignored_argument_hides_no_rule_of_one_with_a_similar_name():
+    words = ["eval_dataset=b", "predict_with_generate=true", "num_beams=4"]
+    assert complaint(*words) == complaint(*words, "eval_num_beams=4")
+
+
 def test_unknown_names_get_the_nearest_one():
     assert "Did you mean lora_rank?" in complaint("lora_rnak=4")
     assert "`jtune help all` lists them" in complaint("zzz=4")
