@@ -19,6 +19,7 @@ from jtune.data import load_tokenizer
 from jtune.data.formats.messages import FaultyRow
 from jtune.data.templates.chat_template import rendered
 from jtune.errors import DataError
+from jtune.models.families import decoder_config
 
 CODE = "from pathlib import Path\nPath({ran!r}).touch()\nfrom transformers import PreTrainedTokenizerFast as Own\n"
 
@@ -47,7 +48,8 @@ def with_code(parts, tmp_path):
 def refusal(model, file="tokenization_own.py"):
     return (
         f"the tokenizer of {str(model)!r} can only be had by running code of its repository ({file}), which jtune "
-        "never does. A folder with a tokenizer.json needs no such code: look for a release of the model that has one"
+        "never does (trust_remote_code has no effect). A folder with a tokenizer.json needs no such code: look for a "
+        "release of the model that has one"
     )
 
 
@@ -79,6 +81,12 @@ def test_every_way_to_name_code_is_refused_by_name(form, with_code):
         load_tokenizer(str(model))
     assert str(found.value) == refusal(model, file)
     assert not ran.exists()
+
+
+def test_a_model_that_needs_code_is_refused_by_name():
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}}
+    with pytest.raises(DataError, match=r"'own' is not supported\. Only code of its repository .*trust_remote_code"):
+        decoder_config(config)
 
 
 def test_code_that_is_not_needed_does_not_run(with_code, parts):

@@ -35,12 +35,13 @@ class CaseCommand(click.Command):
         """Refuse a word that is no argument and nearly one of the command's options."""
         from jtune.config.arguments import FIELDS
         from jtune.config.foreign import FOREIGN
+        from jtune.config.renamed import RENAMED
 
         options = [name for param in self.get_params(ctx) for name in param.opts if name.startswith("--")]
         for word in words:
             flag = word.partition("=")[0]
             name = flag.removeprefix("--").replace("-", "_")
-            known = not flag.startswith("--") or name in FIELDS or name in FOREIGN
+            known = not flag.startswith("--") or name in FIELDS or name in FOREIGN or name in RENAMED
             if not known and (near := nearest(flag, options, 0.75)):
                 raise click.UsageError(f"{flag} is not an option. Did you mean {near}?", ctx)
 

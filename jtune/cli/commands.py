@@ -190,8 +190,9 @@ def explain_argument(name: str) -> str:
     from jtune.config import explain
     from jtune.config.arguments import FIELDS
     from jtune.config.foreign import FOREIGN
+    from jtune.config.renamed import RENAMED
 
     near = nearest(name, program.commands)
-    if near is None or name in FIELDS or name in FOREIGN:
+    if near is None or name in FIELDS or name in FOREIGN or name in RENAMED:
         return explain(name)
     return f"{name} is neither a command nor an argument. Did you mean `jtune help {near}`?"

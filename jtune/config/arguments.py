@@ -44,6 +44,7 @@ def is_range(text: str) -> bool:
 
 
 UPDATES = Range("first-last, as in 10-12", is_range)
+ROPES = Range("linear, dynamic, yarn or llama3", lambda x: x in ("linear", "dynamic", "yarn", "llama3"))
 BITS = Range("4 or 8", lambda x: x in (4, 8))
 SIZE_OR_REST = Range("at least 1, or -1 for the rest", lambda x: x == -1 or x >= 1)
 
@@ -83,6 +84,11 @@ class ModelArguments:
         "new rows: the mean of the others plus noise; the mean of the description's tokens; the same plus noise",
     )
     train_from_scratch: bool = arg(False, "start from random weights in the shapes of the model's config.json")
+    rope_scaling: str | None = arg(
+        None,
+        "rows of cutoff_len may be longer than the model knows: scale its rotations (chat: for twice as many)",
+        ROPES,
+    )
     flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3"] = arg(
         "auto", "auto: the best attention kernel of the platform; disabled: plain XLA"
     )
@@ -201,6 +207,9 @@ class FinetuningArguments:
     galore_proj_type: Literal["std", "reverse_std", "right", "left"] = arg(
         "std", "GaLore: std projects the smaller dimension, reverse_std the larger, right the input, left the output"
     )
+    galore_layerwise: bool = arg(
+        False, "GaLore: no max_grad_norm and no gradient_accumulation_steps, as if each layer were updated on its own"
+    )
     use_apollo: bool = arg(
         False, "APOLLO (arXiv:2412.05270): scale gradients by channel, by moments in a random subspace"
     )
@@ -209,6 +218,7 @@ class FinetuningArguments:
     apollo_update_interval: int = arg(200, "APOLLO: updates between subspaces", at_least(1))
     apollo_scale: float = arg(32.0, "APOLLO: updates are multiplied by its square root", POSITIVE)
     apollo_scale_type: Literal["channel", "tensor"] = arg("channel", "APOLLO: one factor per channel, or per tensor")
+    apollo_layerwise: bool = arg(False, "APOLLO: the same as galore_layerwise")
     use_adam_mini: bool = arg(False, "Adam-mini (arXiv:2406.16793): one second moment per head, neuron or token")
     use_muon: bool = arg(False, "Muon (arXiv:2502.16982) for matrices, AdamW for embeddings, heads and vectors")
     use_dft_loss: bool = arg(False, "weight each token's loss by its probability (DFT, arXiv:2508.05629)")
@@ -307,6 +317,11 @@ class TrainingArguments:
     report_to: Names = arg((), "none or tensorboard; trainer_log.jsonl is always written")
     run_name: str | None = arg(None, "name of the run, the title of training_loss.png; default: output_dir")
     disable_tqdm: bool | None = arg(None, "no progress bar; default: a bar only on a terminal")
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = arg(
+        "random",
+        "the order of rows: shuffled; as in the file, as with disable_shuffling; shuffled, but with rows of similar "
+        "length together",
+    )
     dataloader_drop_last: bool = arg(False, "drop the last batch of an epoch if it is not full")
     include_num_input_tokens_seen: Literal["no", "all", "non_padding"] = arg(
         "no", "log the number of tokens so far; true: all"

@@ -11,6 +11,7 @@ from jtune.config.foreign import FOREIGN, TRAINING, is_inert, verdict
 from jtune.config.kinds import Mismatch, coerce, describe_kind
 from jtune.config.packing import joins_texts
 from jtune.config.parse import Fault, Given, Origin
+from jtune.config.renamed import RENAMED
 from jtune.config.stages import RULES, rules_of
 
 Rule = tuple[tuple[str, ...], str]  # the names involved, the one to point at first; the message
@@ -30,6 +31,7 @@ def check(
     values: dict[str, Any] = {}
     faults: list[Fault] = []
     notes: list[str] = []
+    answered: dict[tuple[bool, str], list[str]] = {}  # (refused, reason) -> names
     for name, (value, where) in given.items():
         if name in FIELDS:
             try:
@@ -37,16 +39,20 @@ def check(
             except Mismatch as mismatch:
                 faults.append(Fault(where, str(mismatch)))
         elif name in FOREIGN:
-            error, note = verdict(name, value, command)
-            if error:
-                faults.append(Fault(where, error))
-            if note:
-                notes.append(f"{where}: {note}")
+            if group := verdict(name, value, command):
+                answered.setdefault((group.refused, group.why), []).append(name)
         else:
             hint = " (Arguments are not grouped: move its keys to the top level.)" if isinstance(value, dict) else ""
             faults.append(Fault(where, unknown(name) + hint))
+    for (refused, why), names in answered.items():
+        where, subject = given[names[0]].origin, f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
+        if refused:
+            faults.append(Fault(where, f"{subject} not supported: {why}"))
+        else:
+            notes.append(f"{where}: {subject} ignored: {why}")
     # An argument that could not be read or is misspelt is reported once: no rule looks at its default.
-    bad = unread | {name if name in FIELDS else nearest(name) for name in given if name not in values}
+    unknown_names = [name for name in given if name not in values and name not in FOREIGN]
+    bad = unread | {name if name in FIELDS else nearest(name) for name in unknown_names}
     for names, message in rules(values, command):
         if not bad & set(names):
             where = next((given[name].origin for name in names if name in given), origin)
@@ -54,12 +60,22 @@ def check(
     if values.get("flash_attn") in ("sdpa", "fa2", "fa3"):
         where = given["flash_attn"].origin
         notes.append(f"{where}: flash_attn: {values['flash_attn']} is for torch; {_ATTENTION[values['flash_attn']]}")
-    if optimizer := optimizers.note(values.get("optim", "")):
-        notes.append(f"{given['optim'].origin}: {optimizer}")
+    notes += [f"{given[name].origin}: {note}" for name, note in optimizers.notes(values)]
     default = FIELDS["buffer_size"].default
     if not values.get("streaming") and values.get("buffer_size", default) != default:
         notes.append(f"{given['buffer_size'].origin}: buffer_size is ignored without streaming: true")
     notes += _unused_by_the_loss(values, given)
+    if values.get("finetuning_type", "lora") != "lora":
+        for name in ("additional_target", "create_new_adapter"):
+            if values.get(name):
+                notes.append(f"{given[name].origin}: {name} is ignored: it is only for finetuning_type: lora")
+    for name in ("disable_shuffling", "streaming"):
+        if values.get("train_sampling_strategy") == "group_by_length" and values.get(name):
+            where = given["train_sampling_strategy"].origin
+            notes.append(f"{where}: train_sampling_strategy: group_by_length is ignored with {name}: true")
+    if command == "export" and values.pop("quantization_bit", None):
+        message = "quantization_bit is ignored: export merges adapters into the stored model, and writes its dtype"
+        notes.append(f"{given['quantization_bit'].origin}: {message}")
     other = given.get("ref_model")
     if command in TRAINING and values.get("use_asft_loss") and other and not is_inert("ref_model", other.value):
         message = "ref_model: the reference of use_asft_loss is the model at the start: leave ref_model out"
@@ -108,7 +124,7 @@ def unknown(name: str) -> str:
 def nearest(name: str) -> str | None:
     """The argument that was probably meant; arguments that jtune honours come first."""
     near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.75)
-    near = near or difflib.get_close_matches(name, [*FIELDS, *FOREIGN], n=1)
+    near = near or difflib.get_close_matches(name, [*FIELDS, *RENAMED, *FOREIGN], n=1)
     return near[0] if near else None
 
 
@@ -177,8 +193,7 @@ def _required(v: SimpleNamespace, command: str) -> Iterator[Rule]:
             yield ("do_train", "do_eval", "do_predict"), message
 
 
-LORA_ONLY = ("adapter_name_or_path", "additional_target", "use_rslora", "use_dora", "pissa_init", "rank_pattern",
-             "alpha_pattern", "create_new_adapter")  # fmt: skip
+LORA_ONLY = ("adapter_name_or_path", "use_rslora", "use_dora", "pissa_init", "rank_pattern", "alpha_pattern")
 
 
 def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
@@ -196,8 +211,8 @@ def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
     elif v.pissa_init and v.adapter_name_or_path and not v.create_new_adapter:
         message = "pissa_init starts a new adapter, but one is given: create_new_adapter: true merges that one first"
         yield ("pissa_init", "adapter_name_or_path"), message
-    if v.quantization_bit is not None:
-        yield from _quantized(v, command)
+    if v.quantization_bit is not None and command != "export":
+        yield from _quantized(v)
     if v.use_llama_pro:
         if v.finetuning_type == "full":
             message = "use_llama_pro is only valid for finetuning_type: freeze or lora, not full"
@@ -215,15 +230,12 @@ def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
         yield ("stage",), message
 
 
-def _quantized(v: SimpleNamespace, command: str) -> Iterator[Rule]:
+def _quantized(v: SimpleNamespace) -> Iterator[Rule]:
     """LLaMA-Factory's rules for `quantization_bit`."""
     bit = f"quantization_bit: {v.quantization_bit}"
     if v.finetuning_type in ("full", "freeze"):
         message = f"{bit} freezes the kernels, but finetuning_type: {v.finetuning_type} trains them: set lora"
         yield ("finetuning_type", "quantization_bit"), message
-    if command == "export":
-        message = f"{bit}: export merges the adapter into the stored model, not into {v.quantization_bit} bits"
-        yield ("quantization_bit",), f"{message}: leave it out (quantization_bit=null)"
     if v.quantization_method == "hqq":
         message = f"quantization_method: hqq is not built: the nearest is bnb, with {bit}"
         yield ("quantization_method",), message

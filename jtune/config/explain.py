@@ -7,6 +7,7 @@ from jtune.config.arguments import FIELDS, SECTIONS
 from jtune.config.check import unknown
 from jtune.config.foreign import FOREIGN
 from jtune.config.kinds import describe_kind
+from jtune.config.renamed import RENAMED
 
 
 def explain(name: str) -> str:
@@ -20,6 +21,9 @@ def explain(name: str) -> str:
         return "\n\n".join(_section(title, section) for title, section in SECTIONS.items())
     if name in FIELDS:
         return _line(FIELDS[name])
+    if name in RENAMED:
+        why = f" ({RENAMED[name].why})" if RENAMED[name].why else ""
+        return f"{name}: another name of {RENAMED[name].name}{why}. {explain(RENAMED[name].name)}"
     if name in FOREIGN:
         group = FOREIGN[name]
         default = _show(group.names[name])

@@ -5,7 +5,7 @@ Each name has an inert value: the default, which asks for nothing and is always 
 commands of `TRAINING`: `jtune export` and `jtune chat` still accept a training file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
 from jtune.config.kinds import BOOLEANS
@@ -34,6 +34,10 @@ def _refused_in_training(why: str, **names: Any) -> Group:
     return Group(True, why, names, TRAINING)
 
 
+def _refused_in(commands: Set[str], why: str, **names: Any) -> Group:
+    return Group(True, why, names, frozenset(commands))
+
+
 GROUPS: tuple[Group, ...] = (
     # ---------------------------------------------------------------- memory and devices
     _ignored(
@@ -53,49 +57,97 @@ GROUPS: tuple[Group, ...] = (
         "mesh_tensor, mesh_context and mesh_expert",
         deepspeed=None, fsdp=None, fsdp_config=None, fsdp_min_num_params=0, fsdp_transformer_layer_cls_to_wrap=None,
     ),
+    _refused_in_training(
+        "deepspeed chooses the schedule: leave scheduler out of its file, and set lr_scheduler_type",
+        **{"deepspeed.scheduler": None},
+    ),
+    _refused_in_training(
+        "deepspeed chooses another optimizer than AdamW: leave optimizer out of its file, and set optim",
+        **{"deepspeed.optimizer": None},
+    ),
     _ignored(
         "JAX connects devices and hosts itself, without torch.distributed",
         ddp_find_unused_parameters=None, ddp_bucket_cap_mb=None, ddp_broadcast_buffers=None, ddp_static_graph=None,
         ddp_backend=None, ddp_timeout=1800, local_rank=-1, master_addr=None, master_port=None, ray_num_workers=1,
-        ray_init_kwargs=None, ray_scope="last", log_on_each_node=True, save_on_each_node=False,
-        data_shared_file_system=False, tpu_num_cores=None, use_mps_device=False, mp_parameters="",
+        ray_init_kwargs=None, ray_scope="last", ray_run_name=None, ray_storage_path="./saves",
+        ray_storage_filesystem=None, resources_per_worker={"GPU": 1}, placement_strategy="PACK",
+        log_on_each_node=True, save_on_each_node=False, data_shared_file_system=False, tpu_num_cores=None,
+        use_mps_device=False, mp_parameters="", xpu_backend=None, sharded_ddp="", use_ipex=False, ddp_bucket_size=None,
+        ddp_average_in_collective=False, n_gpu=None, device_map=None,
+        use_habana=False, use_lazy_mode=False, gaudi_config_name=None, throughput_warmup_steps=0,
+        use_hpu_graphs_for_training=False, use_hpu_graphs_for_inference=False,
     ),
     _ignored(
         "remat sets what the backward pass recomputes (default: as little as memory allows)",
         gradient_checkpointing=False, gradient_checkpointing_kwargs=None, activation_checkpointing=None,
         activation_checkpointing_kwargs=None, use_reentrant_gc=True, use_unsloth_gc=False, recompute_granularity=None,
-        recompute_method=None, recompute_num_layers=None,
-    ),
-    _refused(
-        "mesh_data, mesh_fsdp, mesh_tensor, mesh_context and mesh_expert arrange the devices",
-        accelerator_config=None, parallelism_config=None,
-    ),
-    _refused(
-        "jtune has no second backend: set mesh_tensor, mesh_context or mesh_expert, and leave this out",
-        use_mca=False, use_megatron_bridge=False, megatron_bridge_args=None, use_hyper_parallel=False,
-        megatron_pretrained_checkpoint=None, extra_config=None,
-    ),
-    _refused("jtune calls it mesh_tensor: set that, and leave this out", tensor_model_parallel_size=1),
-    _refused(
-        "mesh_context splits the tokens of a row: set that, and leave this out",
-        context_parallel_size=1, hyper_parallel_cp_size=1, sequence_parallel=False,
-    ),
-    _refused("jtune calls it mesh_expert: set that, and leave this out", expert_model_parallel_size=1),
-    _refused(
-        "pipeline parallelism is not built: split the model with mesh_fsdp and mesh_tensor",
-        pipeline_model_parallel_size=1, virtual_pipeline_model_parallel_size=None,
+        recompute_method=None, recompute_num_layers=None, recompute_modules=None, moe_layer_recompute=False,
+        enable_activation_checkpointing=True,
     ),
     _ignored(
-        "it belongs to another training backend",
-        hyper_parallel_args=None, account_for_embedding_in_pipeline_split=None, account_for_loss_in_pipeline_split=None,
-        use_distributed_optimizer=True, overlap_param_gather=True, overlap_grad_reduce=True, use_packed_sequences=False,
-        moe_grouped_gemm=None, moe_token_dispatcher_type=None, mixed_precision="bf16_mixed", export_hf_on_finish=False,
+        "jtune has one backend, whose devices mesh_data, mesh_fsdp, mesh_tensor, mesh_context and mesh_expert arrange",
+        use_mca=False, use_megatron_bridge=False, megatron_bridge_args=None, use_hyper_parallel=False,
+        hyper_parallel_args=None, sequence_parallel=False, sequence_parallel_mode=None, cp_mode=None,
+        expert_tensor_parallel_size=None, virtual_pipeline_model_parallel_size=None,
+        pipeline_model_parallel_layout=None, account_for_embedding_in_pipeline_split=None,
+        account_for_loss_in_pipeline_split=None, overlap_p2p_comm=True, variable_seq_lengths=False,
+        use_distributed_optimizer=True, distrib_optim_fully_reshardable=False,
+        distrib_optim_fully_reshardable_mem_efficient=False, overlap_param_gather=True, overlap_grad_reduce=True,
+        delay_grad_reduce=True, accumulate_allreduce_grads_in_fp32=False, use_packed_sequences=False,
+        sequence_packing=False, moe_grouped_gemm=None, moe_token_dispatcher_type=None, moe_shared_expert_overlap=False,
+        moe_router_dtype=None, optimizer_cpu_offload=False, optimizer_offload_fraction=0.0,
+        mixed_precision="bf16_mixed", export_hf_on_finish=False, save_hf_model=False, ckpt_format="legacy",
+        ckpt_d2h_non_blocking=False, transformer_impl=None, cuda_graph_impl=None, cuda_graph_scope="full",
+        compile_warmup=False, use_flash_attn=None, use_flash_attn_npu_batch_invariant=None,
+        **{f"parallelism_config.{key}": None for key in ("cp_backend", "sp_backend", "tp_handler", "cp_handler",
+                                                         "sp_handler")},
     ),
-    _refused("experts in host memory need KTransformers: split the model with mesh_fsdp", use_kt=False),
+    _refused(
+        "it must be a mapping, or a JSON file that holds one",
+        accelerator_config=None, parallelism_config=None,
+        **{"accelerator_config.gradient_accumulation_kwargs": None},
+    ),
+    _refused_in_training(
+        "per_device_train_batch_size is what each device gets: leave this out, and divide that by the devices",
+        **{"accelerator_config.split_batches": False}, split_batches=None,
+    ),
+    _ignored(
+        "jtune lays out batches itself: the order of rows follows from seed, and an epoch has each row once",
+        dispatch_batches=None,
+        **{f"accelerator_config.{key}": value for key, value in {
+            "dispatch_batches": None, "even_batches": True, "use_seedable_sampler": True, "data_seed": None,
+            "non_blocking": False, "use_configured_state": False,
+            "gradient_accumulation_kwargs.adjust_scheduler": True,
+            "gradient_accumulation_kwargs.sync_with_dataloader": True,
+            "gradient_accumulation_kwargs.sync_each_batch": False}.items()},
+    ),
+    _refused(
+        "jtune reads a model in Hugging Face form: convert it, and set model_name_or_path",
+        megatron_pretrained_checkpoint=None,
+    ),
+    _refused(
+        "jtune does not know Megatron's settings: leave it out, and set the arguments that `jtune help all` lists",
+        extra_config=None, additional_configs=None,
+    ),
+    _refused_in_training(
+        "every token reaches its experts: leave it out", moe_expert_capacity_factor=None,
+    ),
+    _ignored(
+        "the router alone chooses experts, and drops no token",
+        moe_pad_expert_input_to_capacity=None, moe_token_drop_policy=None, moe_enable_routing_replay=False,
+    ),
+    _refused_in_training("only the next token is predicted: leave it out", mtp_num_layers=0),
+    _refused_in_training("it is an argument of Megatron: set optim, as in optim: sgd", optimizer="adam"),
+    _ignored("`jtune export` merges an adapter into its model", save_merged_model=False),
+    _ignored(
+        "experts are not kept in host memory: mesh_fsdp and mesh_expert split them over the devices", use_kt=False
+    ),
     _ignored(
         "it belongs to KTransformers",
         kt_weight_path=None, kt_expert_checkpoint_path=None, kt_non_expert_weight_path=None, kt_cpu_activation=None,
         kt_use_lora_experts=None, kt_lora_expert_num=None, kt_lora_expert_intermediate_size=None,
+        kt_optimize_rule=None, kt_maxlen=4096, kt_use_cuda_graph=True, kt_mode="normal", kt_force_think=False,
+        cpu_infer=32, chunk_size=8192, mode="normal", kt_config=None,
     ),
     # ---------------------------------------------------------------- kernels and numbers
     _ignored(
@@ -103,7 +155,7 @@ GROUPS: tuple[Group, ...] = (
         use_unsloth=False, enable_liger_kernel=False, use_liger_kernel=False, liger_kernel_config=None,
         use_v1_kernels=False, torch_compile=False, torch_compile_backend=None, torch_compile_mode=None,
         torchdynamo=None, jit_mode_eval=False, bias_activation_fusion=None, apply_rope_fusion=None,
-        masked_softmax_fusion=None, cross_entropy_loss_fusion=None, torch_empty_cache_steps=None,
+        masked_softmax_fusion=None, cross_entropy_loss_fusion=None, torch_empty_cache_steps=None, kernel_config=None,
     ),
     _ignored("evaluation computes in the dtype of training (bf16, fp16)", bf16_full_eval=False, fp16_full_eval=False),
     _ignored(
@@ -111,14 +163,21 @@ GROUPS: tuple[Group, ...] = (
     ),
     _ignored("set JAX_DEFAULT_MATMUL_PRECISION in the environment instead", tf32=None),
     _ignored("the order of rows and every random choice follow from seed", full_determinism=False),
-    _refused_in_training("fp8 is not built: set bf16: true", fp8=False, fp8_enable_fsdp_float8_all_gather=False),
-    _ignored("it belongs to fp8", fp8_backend="auto"),
+    _ignored(
+        "it belongs to fp8",
+        fp8_backend="auto", fp8_enable_fsdp_float8_all_gather=False, fp8_recipe=None, fp8_param=False,
+    ),
+    _ignored("it follows from other arguments and from the model", compute_dtype=None, model_max_length=None,
+             block_diag_attn=False, num_hidden_layers=32, padding_side="left"),
     # ---------------------------------------------------------------- model
-    _refused(
-        "jtune never runs code of model repositories: leave it out; tokenizers load without it",
+    _ignored(
+        "jtune never runs code of model repositories; if a model or a tokenizer needs it, an error says so",
         trust_remote_code=False,
     ),
-    _refused("set rope_scaling (rope_parameters) in the model's config.json", rope_scaling=None),
+    _refused_in_training(
+        "all rows of a table train: leave it out; resize_vocab with finetuning_type: lora trains tables and adapters",
+        freeze_original_embeddings=False,
+    ),
     _refused_in_training(
         "it approximates attention over long rows, which jtune computes exactly without storing all scores: leave it "
         "out; mesh_context splits rows that are too long for one device",
@@ -130,30 +189,35 @@ GROUPS: tuple[Group, ...] = (
         mixture_of_depths=None,
     ),
     _ignored("mesh_fsdp and mesh_tensor place weights on all devices", quantization_device_map=None),
-    _refused(
-        "only the model that trains can be quantised, by quantization_bit: leave it out",
-        ref_model_quantization_bit=None, reward_model_quantization_bit=None,
-    ),
     _ignored(
         "jtune trains on text only",
         image_max_pixels=589824, image_min_pixels=1024, image_do_pan_and_scan=False, crop_to_patches=False,
         video_max_pixels=65536, video_min_pixels=256, video_fps=2.0, video_maxlen=128, use_audio_in_video=False,
         audio_sampling_rate=16000, media_dir=None, freeze_vision_tower=True, freeze_multi_modal_projector=True,
-        freeze_language_model=False,
+        freeze_language_model=False, image_resolution=None, video_resolution=None, image_dir=None, visual_inputs=False,
+        train_mm_proj_only=False, use_fast_processor=True,
     ),
     _ignored("jtune reads models from folders and from the Hugging Face hub", ms_hub_token=None, om_hub_token=None),
+    _ignored("set hf_hub_token, or log in with `hf auth login`", use_auth_token=False),
+    _ignored("jtune checks no versions of torch's libraries", disable_version_checking=False),
     # ---------------------------------------------------------------- export and hub
     _ignored("jtune merges adapters in host memory", export_device="cpu"),
-    _refused("quantised export is not built: export, then quantise the folder", export_quantization_bit=None),
+    _refused_in(
+        {"export"}, "quantised export is not built: leave it out, then quantise the folder",
+        export_quantization_bit=None,
+    ),
     _ignored(
         "it belongs to export_quantization_bit",
         export_quantization_dataset=None, export_quantization_nsamples=128, export_quantization_maxlen=1024,
     ),
-    _refused(
-        "jtune writes weights as safetensors only: leave it out",
+    _ignored(
+        "jtune writes weights as safetensors, which every version of transformers reads",
         export_legacy_format=False, save_safetensors=True,
     ),
-    _refused("jtune uploads nothing: use `hf upload REPO FOLDER`", push_to_hub=False, export_hub_model_id=None),
+    _ignored(
+        "jtune uploads nothing: run `hf upload REPOSITORY FOLDER` afterwards",
+        push_to_hub=False, export_hub_model_id=None,
+    ),
     _ignored(
         "jtune uploads nothing",
         hub_token=None, hub_private_repo=None, hub_model_id=None, hub_strategy="every_save", hub_always_push=False,
@@ -161,17 +225,18 @@ GROUPS: tuple[Group, ...] = (
     ),
     # ---------------------------------------------------------------- data
     _refused_in_training("padding never counts: leave it out", ignore_pad_token_for_loss=True),
+    _ignored("no trainer of transformers reads it; train_sampling_strategy sets the order", sortish_sampler=False),
+    _ignored("a resumed run continues at its place in the data", ignore_data_skip=False),
     _refused_in_training(
-        "jtune always lays out rows with little padding (packing: true leaves almost none): leave it out",
-        group_by_length=False, sortish_sampler=False,
+        "jtune cuts the whole row: leave it out, and set cutoff_len to the sum of max_source_length and "
+        "max_target_length",
+        max_source_length=None, max_target_length=None,
     ),
     _refused_in_training(
-        "jtune shuffles rows, or keeps their order with disable_shuffling: true", train_sampling_strategy="random"
+        "write it into the rows, or set default_system", source_prefix=None,
     ),
-    _refused_in_training(
-        "a resumed run always continues at its place in the data: leave it out",
-        ignore_data_skip=False,
-    ),
+    _refused_in_training("set split for each set in dataset_info.json: leave this out", split="train"),
+    _refused_in_training("cutoff_len is divided as in LLaMA-Factory 0.9: leave it out", reserved_label_len=1),
     _ignored(
         "jtune prefetches batches itself",
         dataloader_num_workers=0, dataloader_pin_memory=True, dataloader_persistent_workers=False,
@@ -182,16 +247,14 @@ GROUPS: tuple[Group, ...] = (
     _ignored("with pissa_init, jtune always writes a plain LoRA adapter", pissa_convert=False),
     _ignored("it belongs to OFT", module_dropout=0.0, oft_rank=0, oft_block_size=32, oft_target="all"),
     _refused_in_training(
-        "training one block of layers at a time is not built: finetuning_type: freeze trains some fixed layers, and "
-        "use_galore or optim: adafactor train all layers with a small state",
+        "training one block of layers at a time is not built: leave it out; finetuning_type: freeze trains some fixed "
+        "layers, and use_galore or optim: adafactor train all layers with a small state",
         use_badam=False,
     ),
-    _refused_in_training(
-        "set use_galore with galore_target, or use_apollo with apollo_target", optim_target_modules=None
-    ),
-    _refused_in_training(
-        "the update is one program, which needs the gradients of all layers: leave it out",
-        galore_layerwise=False, apollo_layerwise=False,
+    _ignored(
+        "only the values galore_* and apollo_* of optim read it: set use_galore with galore_target, or use_apollo with "
+        "apollo_target",
+        optim_target_modules=None,
     ),
     _refused_in_training("APOLLO's projection is random, as in its paper: leave it out", apollo_proj="random"),
     _refused_in_training("APOLLO projects the smaller dimension only: leave it out", apollo_proj_type="std"),
@@ -214,11 +277,13 @@ GROUPS: tuple[Group, ...] = (
         pref_beta=0.1, pref_ftx=0.0, pref_bco_weight=0.0, pref_loss="sigmoid", dpo_label_smoothing=0.0,
         kto_chosen_weight=1.0, kto_rejected_weight=1.0, simpo_gamma=0.5, ppo_buffer_size=1, ppo_epochs=4,
         ppo_score_norm=False, ppo_target=6.0, ppo_whiten_rewards=False, ref_model=None, ref_model_adapters=None,
-        reward_model=None, reward_model_adapters=None, reward_model_type="lora", ld_alpha=None,
+        reward_model=None, reward_model_adapters=None, reward_model_type="lora", ld_alpha=None, ppo_logger=None,
+        ref_model_quantization_bit=None, reward_model_quantization_bit=None,
     ),
     # ---------------------------------------------------------------- loop, logs, evaluation
-    _refused_in_training(
-        "jtune does not shrink batches: lower per_device_train_batch_size",
+    _ignored(
+        "jtune does not shrink batches: if memory runs out, halve per_device_train_batch_size and double "
+        "gradient_accumulation_steps",
         auto_find_batch_size=False,
     ),
     _ignored(
@@ -261,8 +326,8 @@ GROUPS: tuple[Group, ...] = (
         swanlab_project="llamafactory", swanlab_workspace=None, swanlab_run_name=None, swanlab_mode="cloud",
         swanlab_api_key=None, swanlab_logdir=None, swanlab_lark_webhook_url=None, swanlab_lark_secret=None,
     ),
-    _refused_in_training(
-        "profile_steps writes profiles, as in profile_steps: 10-12: leave it out",
+    _ignored(
+        "profile_steps writes profiles, as in profile_steps: 10-12",
         enable_torch_profiler=False, profile_modules=None,
     ),
     _ignored(
@@ -270,17 +335,50 @@ GROUPS: tuple[Group, ...] = (
         profiler_output_dir=None, profiler_wait_steps=1, profiler_warmup_steps=1, profiler_active_steps=1,
         profiler_repeat=1, profiler_record_shapes=True, profiler_profile_memory=True, profiler_with_stack=True,
     ),
-    _refused("`jtune eval CASE.yaml --tasks NAME` runs benchmarks: leave it out", task=None),
+    _ignored("`jtune eval CASE.yaml --tasks NAME` runs benchmarks", task=None),
     _ignored(
         "it belongs to task",
         task_dir="evaluation", batch_size=4, lang="en", n_shot=5, save_dir=None,
         download_mode="reuse_dataset_if_exists",
     ),
-    # ---------------------------------------------------------------- old names
-    _refused("it is now eval_strategy", evaluation_strategy="no"),
-    _refused("it is now use_cpu", no_cuda=False),
-    _refused("it is now per_device_train_batch_size", per_gpu_train_batch_size=None),
-    _refused("it is now per_device_eval_batch_size", per_gpu_eval_batch_size=None),
+    # ---------------------------------------------------------------- answers
+    _refused_in(
+        TRAINING | {"chat", "eval"},
+        "answers are sampled by temperature, top_k, top_p and repetition_penalty, or searched with num_beams and "
+        "length_penalty: leave it out",
+        min_length=0, min_new_tokens=None, early_stopping=False, no_repeat_ngram_size=0, typical_p=1.0,
+        epsilon_cutoff=0.0, eta_cutoff=0.0, top_h=None, penalty_alpha=None, diversity_penalty=0.0, num_beam_groups=1,
+        num_return_sequences=1, guidance_scale=None, encoder_repetition_penalty=1.0, encoder_no_repeat_ngram_size=0,
+        bad_words_ids=None, force_words_ids=None, constraints=None, sequence_bias=None, suppress_tokens=None,
+        begin_suppress_tokens=None, forced_bos_token_id=None, forced_eos_token_id=None, forced_decoder_ids=None,
+        exponential_decay_length_penalty=None, watermarking_config=None, dola_layers=None, token_healing=False,
+        renormalize_logits=False, stop_strings=None, generation_kwargs=None,
+    ),
+    _refused_in(
+        TRAINING | {"chat", "eval"}, "set it in the model's generation_config.json",
+        min_p=None, eos_token_id=None, bos_token_id=None, pad_token_id=None, decoder_start_token_id=None,
+    ),
+    _ignored(
+        "jtune generates answers itself",
+        cache_implementation=None, cache_config=None, max_cache_len=None, low_memory=None, prefill_chunk_size=None,
+        compile_config=None, disable_compile=False, continuous_batching_config=None, max_time=None, use_mtp=None,
+        prompt_lookup_num_tokens=None, max_matching_ngram_size=None, is_assistant=False, num_assistant_tokens=None,
+        num_assistant_tokens_schedule=None, assistant_confidence_threshold=None, assistant_early_exit=None,
+        assistant_ensemble_weight=None, assistant_lookbehind=None, target_lookbehind=None, speculation_type=None,
+        output_attentions=False, output_hidden_states=False, output_scores=False, output_logits=False,
+        return_dict_in_generate=False, return_legacy_cache=None, remove_invalid_values=False,
+    ),
+    # ---------------------------------------------------------------- LLaMA-Factory's second engine
+    _refused(
+        "it belongs to LLaMA-Factory's v1 engine, whose arguments, data and batches are others: write the case with "
+        "model_name_or_path, dataset, finetuning_type and so on",
+        model=None, model_class=None, init_config=None, peft_config=None, quant_config=None, train_dataset=None,
+        dist_config=None, optim_config=None, lr_scheduler_config=None, batching_strategy=None, global_batch_size=None,
+        save_epochs=None, mtp_config=None,
+    ),
+    _ignored(
+        "it belongs to LLaMA-Factory's v1 engine", sample_backend=None, batching_workers=16, save_ckpt_as_hf=False
+    ),
 )  # fmt: skip
 
 FOREIGN: dict[str, Group] = {name: group for group in GROUPS for name in group.names}
@@ -299,17 +397,11 @@ def is_inert(name: str, value: Any) -> bool:
     return value == inert or value is None or (value in empty and inert in empty)
 
 
-def verdict(name: str, value: Any, command: str) -> tuple[str | None, str | None]:
-    """The answer to a foreign argument: an error, a note, or nothing.
-
-    Returns:
-      `(error, note)`, at most one of them not None. Neither contains the value, which may be a token.
-    """
+def verdict(name: str, value: Any, command: str) -> Group | None:
+    """The group that says why a foreign argument is ignored or refused; None if it is accepted silently."""
     group = FOREIGN[name]
     if is_inert(name, value):
-        return None, None
-    if not group.refused:
-        return None, f"{name} is ignored: {group.why}"
-    if group.commands is not None and command not in group.commands:
-        return None, None
-    return f"{name} is not supported: {group.why}", None
+        return None
+    if group.refused and group.commands is not None and command not in group.commands:
+        return None
+    return group

@@ -16,7 +16,9 @@ from jtune.config.arguments import (
 )
 from jtune.config.check import check
 from jtune.config.parse import Fault, parse
+from jtune.config.renamed import current
 from jtune.config.stages import rules_of
+from jtune.config.translate import translate
 from jtune.errors import ConfigError
 
 
@@ -69,9 +71,10 @@ def load_config(argv: Sequence[str], command: str = "train") -> Config:
     ('a', 'b')
     """
     parsed = parse(argv)
-    unread = frozenset(fault.name for fault in parsed.faults)
-    values, faults, notes = check(parsed.given, parsed.origin, command, unread)
-    faults = sorted([*parsed.faults, *faults], key=lambda fault: fault.origin)
+    given, conflicts, translated = translate(parsed.given)
+    unread = frozenset(current(fault.name) for fault in (*parsed.faults, *conflicts))
+    values, faults, notes = check(given, parsed.origin, command, unread)
+    faults = sorted([*parsed.faults, *conflicts, *faults], key=lambda fault: fault.origin)
     if faults:
         raise ConfigError(_message(faults))
     values = _filled_in(values)
@@ -79,8 +82,8 @@ def load_config(argv: Sequence[str], command: str = "train") -> Config:
         name: section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
         for name, section in SECTIONS.items()
     }
-    origins = {name: str(given.origin) for name, given in parsed.given.items()}
-    return Config(**sections, notes=tuple(notes), origins=origins)
+    origins = {name: str(origin) for name, (_, origin) in given.items()}
+    return Config(**sections, notes=(*translated, *notes), origins=origins)
 
 
 def _filled_in(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,6 +92,10 @@ def _filled_in(values: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("packing") is None and rules_of(values.get("stage", "sft")).has_prompts:
         # Stage pt keeps None: it packs by default, with rows a token longer than with packing: true, as LLaMA-Factory.
         values["packing"] = False
+    if values.get("disable_shuffling") or values.get("train_sampling_strategy") == "sequential":
+        values |= {"disable_shuffling": True, "train_sampling_strategy": "sequential"}
+    if any(values.get(f"use_{name}") and values.get(f"{name}_layerwise") for name in ("galore", "apollo")):
+        values["max_grad_norm"] = 0.0
     values["report_to"] = tuple(name for name in values.get("report_to", ()) if name != "none")
     return values
 

@@ -1,7 +1,7 @@
 """Hugging Face's names of optimizers: the rule of each, the refused names with their nearest rule, and `optim_args`."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ Rule = tuple[tuple[str, ...], str]  # as in jtune.config.check
 # Value of `optim` -> its rule. "paged" is about where bitsandbytes keeps the state; the computation is the same.
 METHODS: dict[str, str] = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "paged_adamw_32bit"), "adamw"),
-    **dict.fromkeys(("adamw_torch_xla", "adamw_torch_npu_fused"), "adamw"),
+    **dict.fromkeys(("adamw_torch_xla", "adamw_torch_npu_fused", "adamw_apex_fused"), "adamw"),
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), "adamw_8bit"),
     "adafactor": "adafactor",
     "sgd": "sgd",
@@ -130,6 +130,11 @@ def faults(v: SimpleNamespace) -> Iterator[Rule]:
     except Mismatch as mismatch:
         yield ("optim_args", "optim"), str(mismatch)
     yield from _flags(v, chosen)
+    for name in ("galore", "apollo"):
+        layerwise = f"{name}_layerwise"
+        if getattr(v, f"use_{name}") and getattr(v, layerwise) and v.gradient_accumulation_steps > 1:
+            message = f"{layerwise} updates after each batch: set gradient_accumulation_steps: 1, or leave it out"
+            yield (layerwise, "gradient_accumulation_steps"), message
     if v.loraplus_lr_ratio is not None:
         if v.finetuning_type != "lora":
             message = f"loraplus_lr_ratio is only for finetuning_type: lora, not {v.finetuning_type}"
@@ -153,8 +158,16 @@ def _flags(v: SimpleNamespace, chosen: str) -> Iterator[Rule]:
             yield (name, "finetuning_type"), f"{message}, or leave it out"
 
 
-def note(optim: str) -> str | None:
-    """A note about a name that is accepted but means less than it says."""
+def notes(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """`(name, note)` for arguments that are accepted but mean less than they say."""
+    optim = values.get("optim", "")
     if optim.startswith("paged_") and optim in METHODS:
-        return f"optim: {optim}: no state is paged to main memory; it is split over the devices"
-    return None
+        yield "optim", f"optim: {optim}: no state is paged to main memory; it is split over the devices"
+    for name in ("galore_layerwise", "apollo_layerwise"):
+        if values.get(name):
+            owner = f"use_{name.partition('_')[0]}"
+            used = f"gradients are not scaled to max_grad_norm, as in LLaMA-Factory. {_WHOLE}"
+            yield name, f"{name}: {used}" if values.get(owner) else f"{name} is ignored without {owner}: true"
+
+
+_WHOLE = "Layers are still updated together: mesh_fsdp splits their gradients over the devices"

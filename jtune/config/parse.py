@@ -17,6 +17,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from jtune.config.arguments import FIELDS
 from jtune.config.foreign import FOREIGN
 from jtune.config.kinds import BOOLEANS, takes_bool, takes_list, takes_text
+from jtune.config.renamed import RENAMED, SPELLINGS, current
 from jtune.errors import ConfigError
 from jtune.secrets import is_secret, remember
 
@@ -229,11 +230,12 @@ def _split_words(words: list[str], faults: list[Fault]) -> Iterator[tuple[str, s
 
 def _flag(name: str, queue: list[str], faults: list[Fault]) -> Iterator[tuple[str, str]]:
     """A flag without `=`: the next word is its value, if it takes one; for a list, the next words."""
-    known = name.split(".")[0] in FIELDS or name in FOREIGN
+    known = name.split(".")[0] in FIELDS or name in FOREIGN or name in RENAMED
+    ours = current(name)  # whose type says how the words are read
     if not known and name.startswith("no_") and _is_switch(name[3:]):
         yield name[3:], "false"
     elif not queue or queue[0].startswith("--"):
-        if name in FIELDS and not takes_bool(FIELDS[name].type):
+        if ours in FIELDS and not takes_bool(FIELDS[ours].type) and True not in SPELLINGS.get(ours, {}):
             faults.append(Fault(COMMAND_LINE, f"--{name} needs a value", name))
         else:
             yield name, "true"
@@ -241,13 +243,14 @@ def _flag(name: str, queue: list[str], faults: list[Fault]) -> Iterator[tuple[st
         yield name, "true"
     else:
         values = [queue.pop(0)]
-        while name in FIELDS and takes_list(FIELDS[name].type) and queue and re.fullmatch(r"[^-=][^=]*", queue[0]):
+        while ours in FIELDS and takes_list(FIELDS[ours].type) and queue and re.fullmatch(r"[^-=][^=]*", queue[0]):
             values.append(queue.pop(0))
         yield name, ",".join(values)
 
 
 def _is_switch(name: str) -> bool:
     """Whether a flag alone means true, and takes only boolean words."""
+    name = current(name)
     if name in FIELDS:
         return takes_bool(FIELDS[name].type) and not takes_text(FIELDS[name].type)
     return name in FOREIGN and isinstance(FOREIGN[name].names[name], bool)
@@ -255,7 +258,8 @@ def _is_switch(name: str) -> bool:
 
 def _override(name: str, text: str) -> Any:
     """One override. The value of a text argument is not read as YAML: `a: b`, `# 1` and `007` stay as they are."""
-    if name in FIELDS and takes_text(FIELDS[name].type) and not takes_bool(FIELDS[name].type):
+    ours = current(name)
+    if ours in FIELDS and takes_text(FIELDS[ours].type) and not takes_bool(FIELDS[ours].type):
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
         value = None if text in ("null", "~") else text[1:-1] if quoted else text
         return OmegaConf.create({name: value})

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jtune.config import Config, ModelArguments
 from jtune.errors import ConfigError
 from jtune.interop import hf
+from jtune.loading.rope import with_rope_scaling
 from jtune.loading.vocabulary import resolve_vocabulary
 from jtune.models import DecoderConfig
 from jtune.models.families import decoder_config
@@ -52,7 +53,8 @@ def read_source(config: Config, folder: Path | None = None, *, trains: bool = Tr
 
     Args:
       folder: of the model; default: what `fetch_model` gives.
-      trains: apply the arguments that change the decoder in training only (`moe_aux_loss_coef`).
+      trains: apply the arguments that change the decoder in training only (`moe_aux_loss_coef`), and scale rotations
+        for the rows of the run (`rope_scaling`).
 
     Raises:
       ConfigError: the arguments ask for what the model does not have, or contradict each other or an adapter.
@@ -74,7 +76,7 @@ def read_source(config: Config, folder: Path | None = None, *, trains: bool = Tr
 
 def read_bare_source(config: Config, folder: Path, *, trains: bool = True) -> Source:
     """`read_source` without a tokenizer, the vocabulary as it is stored."""
-    config_json = hf.read_config(folder)
+    config_json = with_rope_scaling(hf.read_config(folder), config, trains=trains)
     decoder = decoder_of(config_json, config.model) if trains else decoder_config(config_json)
     return Source(folder, config_json, decoder, config)
 

@@ -98,12 +98,13 @@ GROUPS: tuple[Group, ...] = (
     Group("course", ("eval_strategy", "eval_delay", "eval_dataset", "eval_on_each_dataset"), _compared),
     Group("course", ("eval_steps",), lambda v: _compared(v) and v.eval_strategy == "steps"),
     # ---------------------------------------------------------------- compared by what comes of them
-    Group("free", ("model_name_or_path", "model_revision")),  # frozen weights, base weights, model
+    Group("free", ("model_name_or_path", "model_revision", "rope_scaling")),  # frozen weights, base weights, model
     Group("free", ("dataset", "dataset_dir", "max_samples", "val_size", "overlong", "tokenized_path")),  # data
     Group("free", ("mix_strategy", "interleave_probs", "streaming", "buffer_size", "disable_shuffling")),  # data, order
     Group("free", ("data_seed", "packing", "cutoff_len", "num_train_epochs", "max_steps")),  # order, rows, updates
     Group("free", ("per_device_train_batch_size", "gradient_accumulation_steps")),  # examples per update
     Group("free", ("init_special_tokens", "adafactor")),  # frozen weights; optim
+    Group("free", ("train_sampling_strategy", "galore_layerwise", "apollo_layerwise")),  # order; max_grad_norm
     # ---------------------------------------------------------------- how it is read, computed, shown and written
     Group("free", ("cache_dir", "hf_hub_token", "flash_attn", "disable_gradient_checkpointing", "remat", "use_cpu")),
     Group("free", ("infer_dtype", "print_param_status", "export_dir", "export_size", "allow_outside_dataset_dir")),
@@ -153,7 +154,7 @@ def identity_of(
     identity = {
         "data": data_fingerprint(splits.train),
         "examples per update": [examples, training.gradient_accumulation_steps],
-        "order": [order_seed(config), not finetuning.disable_shuffling, *stream_order(config)],
+        "order": [order_seed(config), not finetuning.disable_shuffling, *other_order(config)],
         "rows": [rows_are_packed(config), config.data.cutoff_len],
         "updates": plan.max_steps,
         "frozen weights": frozen_fingerprint(program.constants),
@@ -165,11 +166,11 @@ def identity_of(
     return identity | {"adapters": adapters_of(program.params), "model": model_of(source.decoder)}
 
 
-def stream_order(config: Config) -> list[Any]:
-    """What else the order of rows depends on when they are streamed: all that says which row comes when."""
+def other_order(config: Config) -> list[Any]:
+    """What else the order of rows depends on: for a stream, all that says which row comes when."""
     data = config.data
     if not data.streaming:
-        return []
+        return ["by length"] if config.training.train_sampling_strategy == "group_by_length" else []
     mix = [data.mix_strategy, *data.interleave_probs]
     return ["streaming", list(data.dataset), data.buffer_size, mix, data.max_samples, data.val_size]
 

@@ -1,6 +1,7 @@
 """What cannot be meant is refused, all of it at once, where it was said, with the nearest thing that works."""
 
 import json
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -8,7 +9,8 @@ import pytest
 
 from jtune.config import explain, load_config
 from jtune.config.arguments import FIELDS
-from jtune.config.foreign import FOREIGN, is_inert
+from jtune.config.foreign import FOREIGN, GROUPS, is_inert
+from jtune.config.renamed import NESTED, RENAMED, SPELLINGS
 from jtune.errors import ConfigError
 from jtune.train.schedule import SCHEDULES
 
@@ -31,11 +33,19 @@ def complaint(*words: str, command: str = "train") -> str:
 def test_every_argument_of_llamafactory_is_known():
     names = [name for group in ELSEWHERE.values() for name in group]
     assert len(names) > 400
-    assert [name for name in names if name not in FIELDS and name not in FOREIGN] == []
+    assert [name for name in names if name not in FIELDS and name not in FOREIGN and name not in RENAMED] == []
 
 
-def test_no_argument_is_both_ours_and_foreign():
-    assert set(FIELDS) & set(FOREIGN) == set()
+def test_no_argument_has_two_answers():
+    assert len({*FIELDS, *FOREIGN, *RENAMED}) == len(FIELDS) + len(FOREIGN) + len(RENAMED)
+    assert {renamed.name for renamed in RENAMED.values()} <= {*FIELDS, *FOREIGN}
+    assert set(SPELLINGS) <= set(FIELDS)
+    assert {name.rpartition(".")[0] for name in (*FOREIGN, *RENAMED) if "." in name} == {*NESTED, "deepspeed"}
+
+
+def test_what_is_refused_says_what_to_do_instead():
+    advice = re.compile(r"\b(set|leave|write|run|convert|must be)\b")
+    assert [why for refused, why, *_ in GROUPS if refused and not advice.search(why)] == []
 
 
 def test_defaults_are_llamafactorys():
@@ -58,7 +68,7 @@ def test_every_default_can_be_given_without_a_word():
     assert config.to_dict() == load_config(TRAIN).to_dict()
 
 
-def test_what_has_no_meaning_here_is_noted_in_one_line():
+def test_arguments_are_noted_or_refused_in_one_line_for_each_reason():
     config = load_config([*TRAIN, "deepspeed=ds_z3.json", "ddp_timeout=180000000", "dataloader_num_workers=4"])
     assert [note.split(" is ignored: ")[0] for note in config.notes] == [
         "command line: deepspeed",
@@ -66,7 +76,13 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
         "command line: dataloader_num_workers",
     ]
     assert "mesh_fsdp" in config.notes[0]
+    together = load_config([*TRAIN, "fsdp=full_shard", "deepspeed=ds_z3.json"]).notes
+    assert [note.split(": ")[1] for note in together] == ["fsdp, deepspeed are ignored"]
+    message = complaint("max_source_length=512", "max_target_length=512")
+    assert message.startswith("command line: max_source_length, max_target_length are not supported: ")
+    assert "\n" not in message
     assert "fa2 is for torch" in load_config([*TRAIN, "flash_attn=fa2"]).notes[0]
+    assert "never runs code" in load_config([*TRAIN, "trust_remote_code=true"]).notes[0]
 
 
 @pytest.mark.parametrize(
@@ -74,22 +90,18 @@ def test_what_has_no_meaning_here_is_noted_in_one_line():
     [
         ("finetuning_type=oft", "use_dora: true"),
         ("use_badam=true", "finetuning_type: freeze"),
-        ("galore_layerwise=true", "leave it out"),
-        ("optim_target_modules=all-linear", "galore_target"),
         ("apollo_proj=svd", "leave it out"),
-        ("rope_scaling=yarn", "config.json"),
-        ("push_to_hub=true", "hf upload"),
-        ("group_by_length=true", "packing: true"),
+        ("rope_scaling=ntk", "must be linear, dynamic, yarn or llama3"),
         ("shift_attn=true", "mesh_context"),
         ("mixture_of_depths=convert", "finetuning_type: freeze"),
         ("ignore_pad_token_for_loss=false", "leave it out"),
-        ("trust_remote_code=true", "leave it out"),
-        ("evaluation_strategy=steps", "eval_strategy"),
-        ("tensor_model_parallel_size=2", "mesh_tensor"),
-        ("context_parallel_size=2", "mesh_context"),
-        ("hyper_parallel_cp_size=2", "mesh_context"),
-        ("sequence_parallel=true", "mesh_context"),
-        ("expert_model_parallel_size=2", "mesh_expert"),
+        ("reserved_label_len=16", "leave it out"),
+        ("max_source_length=512", "set cutoff_len"),
+        ("moe_expert_capacity_factor=1.5", "leave it out"),
+        ("accelerator_config.split_batches=true", "divide that by the devices"),
+        ("accelerator_config=missing.json", "a mapping, or a JSON file"),
+        ("train_dataset=rows.yaml", "model_name_or_path, dataset"),
+        ("no_repeat_ngram_size=3", "leave it out"),
         ("use_swanlab=true", "report_to: tensorboard"),
         ("report_to=wandb", "tensorboard"),
         ("finetuning_type=oft", "lora"),
@@ -157,6 +169,10 @@ def test_what_a_loss_does_not_use_is_noted():
         (["loraplus_lr_ratio=16"], None),
         (["loraplus_lr_ratio=16", "finetuning_type=full"], "only for finetuning_type: lora"),
         (["loraplus_lr_ratio=16", "learning_rate=0"], "multiplies learning_rate"),
+        (
+            ["use_galore=true", "finetuning_type=full", "galore_layerwise=true", "gradient_accumulation_steps=2"],
+            "galore_layerwise updates after each batch: set gradient_accumulation_steps: 1",
+        ),
     ],
 )
 def test_choices_of_an_optimizer_that_contradict_themselves_are_refused(words, said):
@@ -170,14 +186,36 @@ def test_a_paged_optimizer_is_noted():
     assert "no state is paged" in load_config([*TRAIN, "optim=paged_adamw_8bit"]).notes[0]
 
 
+def test_layerwise_updates_are_not_scaled():
+    words = ["use_galore=true", "finetuning_type=full", "max_grad_norm=0.5"]
+    config = load_config([*TRAIN, *words, "galore_layerwise=true"])
+    assert config.training.max_grad_norm == 0
+    assert "not scaled to max_grad_norm" in config.notes[0]
+    unused = load_config([*TRAIN, *words, "apollo_layerwise=true"])
+    assert unused.training.max_grad_norm == 0.5
+    assert "ignored without use_apollo" in unused.notes[0]
+
+
+def test_the_order_of_rows_has_one_meaning_under_all_its_names():
+    def order(*words):
+        config = load_config([*TRAIN, *words])
+        return config.finetuning.disable_shuffling, config.training.train_sampling_strategy, len(config.notes)
+
+    assert order() == order("group_by_length=false") == (False, "random", 0)
+    assert order("disable_shuffling=true") == order("train_sampling_strategy=sequential") == (True, "sequential", 0)
+    assert order("train_sampling_strategy=group_by_length") == (False, "group_by_length", 0)
+    assert order("group_by_length=true") == (False, "group_by_length", 1)
+    assert order("train_sampling_strategy=group_by_length", "disable_shuffling=true") == (True, "sequential", 1)
+
+
 def test_a_training_file_serves_the_other_commands():
     words = [*TRAIN, "stage=dpo", "use_badam=true", "learning_rate=1e-4", "export_dir=out"]
     for command in ("export", "chat"):
         assert load_config(words, command=command).model.export_dir == "out"
     assert load_config([*TRAIN, "stage=dpo"], command="data").finetuning.stage == "dpo"
-    assert "merges the adapter into the stored model" in complaint(
-        "export_dir=x", "quantization_bit=4", command="export"
-    )
+    quantized = load_config([*words, "quantization_bit=4"], command="export")
+    assert "merges adapters into the stored model" in quantized.notes[0]
+    assert quantized.model.quantization_bit is None
 
 
 # ------------------------------------------------------------------ all faults, with their lines
@@ -196,7 +234,7 @@ def test_all_faults_are_reported_each_with_its_line(tmp_path, monkeypatch):
         "  case.yaml:3: lerning_rate is not an argument of jtune. Did you mean learning_rate?",
         "  case.yaml:4: cutoff_len must be a whole number, not 'long'",
         "  case.yaml:6: use_badam is not supported: training one block of layers at a time is not built: "
-        "finetuning_type: freeze trains some fixed layers, and use_galore or optim: adafactor train all "
+        "leave it out; finetuning_type: freeze trains some fixed layers, and use_galore or optim: adafactor train all "
         "layers with a small state",
         "  case.yaml:8: fp16 and bf16 are both true: choose one (bf16 where the device has it)",
         "  command line: lora_rank must be at least 1, not 0",
@@ -210,6 +248,11 @@ def test_one_fault_is_complained_of_once(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as error:
         load_config(["case.yaml"])
     assert str(error.value) == "case.yaml:2: datset is not an argument of jtune. Did you mean dataset?"
+
+
+def test_an_ignored_argument_hides_no_rule_of_one_with_a_similar_name():
+    words = ["eval_dataset=b", "predict_with_generate=true", "num_beams=4"]
+    assert complaint(*words) == complaint(*words, "eval_num_beams=4")
 
 
 def test_unknown_names_get_the_nearest_one():
@@ -227,7 +270,6 @@ def test_unknown_names_get_the_nearest_one():
         "learning_rate=-1e-5",
         "learning_rate=nan",
         "num_train_epochs=0",
-        "max_steps=0",
         "val_size=1.5",
         "val_size=-0.1",
         "cutoff_len=1",
@@ -236,7 +278,7 @@ def test_unknown_names_get_the_nearest_one():
         "adam_beta2=1.0",
         "warmup_ratio=1.5",
         "warmup_steps=2.5",
-        "save_total_limit=0",
+        "save_total_limit=-2",
         "early_stopping_steps=0",
         "max_samples=0",
         "seed=-1",

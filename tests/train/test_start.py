@@ -22,7 +22,16 @@ from jtune.errors import CheckpointError, ConfigError
 from jtune.secrets import redact, remember, words_to_show
 from jtune.train import results, resume_json
 from jtune.train.checkpoint_folder import is_ours
-from jtune.train.identity import GROUPS, KINDS, Run, arguments_of, describe_course, differences, model_of
+from jtune.train.identity import (
+    GROUPS,
+    KINDS,
+    Run,
+    arguments_of,
+    describe_course,
+    differences,
+    model_of,
+    other_order,
+)
 from jtune.train.loop import Progress
 from jtune.train.start import begin, check_start, mark_finished, start_point
 
@@ -76,6 +85,13 @@ def test_every_argument_is_sorted_into_one_class():
         "sort it in jtune/train/identity.py"
     )
     assert set(sorted_in) == set(FIELDS)
+
+
+def test_another_order_of_rows_is_another_run():
+    words = ["model_name_or_path=m", "dataset=d", "do_train=true"]
+    assert other_order(load_config(words)) == []
+    assert other_order(load_config([*words, "group_by_length=true"])) == ["by length"]
+    assert other_order(load_config([*words, "group_by_length=true", "disable_shuffling=true"])) == []
 
 
 def arguments(*words):

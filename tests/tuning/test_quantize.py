@@ -415,5 +415,6 @@ def test_what_does_not_go_with_it(words, message):
 
 
 def test_export_is_from_the_base_as_it_is_stored():
-    with pytest.raises(ConfigError, match="merges the adapter into the stored model"):
-        load_config(["model_name_or_path=m", "export_dir=x", "quantization_bit=4"], command="export")
+    export = load_config(["model_name_or_path=m", "export_dir=x", "quantization_bit=4"], command="export")
+    assert export.model.quantization_bit is None
+    assert "merges adapters into the stored model" in export.notes[0]

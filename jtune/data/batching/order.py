@@ -52,7 +52,39 @@ def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     return order
 
 
-@dataclass(frozen=True)
+def grouped_by_length(order: np.ndarray, lengths: np.ndarray, batch: int) -> np.ndarray:
+    """`order` with examples of similar length side by side, int32 `[n]`: transformers' `LengthGroupedSampler`.
+
+    Pieces of 50 batches (of fewer, if there would be fewer than four pieces) are sorted, the longest example first.
+    The longest of all changes places with the first one, so that a lack of memory shows at once.
+
+    Args:
+      lengths: tokens of each example.
+      batch: examples of an update.
+
+    >>> grouped_by_length(np.array([2, 0, 3, 1]), np.array([5, 7, 1, 9]), 1)
+    array([3, 0, 2, 1])
+    """
+    size = batch * max(1, min(len(order) // (batch * 4), 50))
+    pieces = [order[begin : begin + size] for begin in range(0, len(order), size)]
+    pieces = [piece[np.argsort(-lengths[piece], kind="stable")] for piece in pieces]
+    most = int(np.argmax([lengths[piece[0]] for piece in pieces]))
+    pieces[0][0], pieces[most][0] = pieces[most][0], pieces[0][0]
+    return np.concatenate(pieces)
+
+
+@lru_cache(maxsize=4)
+def order_of(epochs: "Epochs", epoch: int) -> np.ndarray:
+    """The order of the examples of a run in `epoch` (from 0), int32 `[examples]`, read-only."""
+    order = epoch_order(epochs.examples, epochs.seed, epoch, epochs.shuffle)
+    if epochs.lengths is None:
+        return order
+    order = grouped_by_length(order, epochs.lengths, epochs.batch * epochs.accumulation)
+    order.flags.writeable = False
+    return order
+
+
+@dataclass(frozen=True, eq=False)
 class Epochs:
     """The Trainer's arithmetic of a run. Make it with `plan_epochs`; steps count from 0, `epoch_at` from 1."""
 
@@ -65,6 +97,7 @@ class Epochs:
     num_epochs: int  # epochs begun
     seed: int
     shuffle: bool
+    lengths: np.ndarray | None = None  # tokens of each example, if those of similar length come together
 
     def epoch_at(self, step: int) -> float:
         """What the Trainer logs as `epoch` after `step` updates: whole epochs, plus the share of microbatches seen.
@@ -83,7 +116,7 @@ class Epochs:
         epoch, update = divmod(step, self.updates_per_epoch)
         size = self.batch * self.accumulation
         used = min(self.examples, self.microbatches * self.batch)  # fewer than all when the last batch is dropped
-        return epoch_order(self.examples, self.seed, epoch, self.shuffle)[:used][update * size : (update + 1) * size]
+        return order_of(self, epoch)[:used][update * size : (update + 1) * size]
 
     def table(self, epoch: int) -> np.ndarray:
         """All updates of `epoch` that the run reaches, int32 `[updates, batch * accumulation]`, -1 for none."""
@@ -91,7 +124,7 @@ class Epochs:
         size = self.batch * self.accumulation
         used = min(self.examples, self.microbatches * self.batch, steps * size)
         table = np.full(steps * size, -1, np.int32)
-        table[:used] = epoch_order(self.examples, self.seed, epoch, self.shuffle)[:used]
+        table[:used] = order_of(self, epoch)[:used]
         return table.reshape(steps, size)
 
 

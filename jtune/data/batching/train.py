@@ -5,7 +5,7 @@ Arrays are `[accum, batch, seq]`; shard s of the batch axis owns rows s * batch/
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -189,6 +189,7 @@ class Order(NamedTuple):
     num_epochs: float
     max_steps: int = -1
     drop_last: bool = False
+    by_length: bool = False  # examples of similar length together; packed rows all have one length
 
 
 def plan_batches(
@@ -231,6 +232,8 @@ def plan_batches(
         seed=order.seed,
         shuffle=order.shuffle,
     )
+    if order.by_length and packs is None:
+        epochs = replace(epochs, lengths=np.asarray(encoded.lengths))
     tables = list(_tables(epochs))
     if packs is None:
         shapes, shape_of, peaks, slots = _plan_layouts(encoded, epochs, tables, size.per_device, size.shards)

@@ -41,11 +41,12 @@ def _plan(
 ) -> BatchPlan:
     training = config.training
     shuffle = not config.finetuning.disable_shuffling
+    by_length = training.train_sampling_strategy == "group_by_length" and not config.data.streaming
     return plan_batches(
         encoded,
         rules_of(config.finetuning.stage),
         Size(training.per_device_train_batch_size, shards, training.gradient_accumulation_steps),
-        Order(order_seed(config), shuffle, training.num_train_epochs, max_steps, drop_last),
+        Order(order_seed(config), shuffle, training.num_train_epochs, max_steps, drop_last, by_length),
         packing=rows_are_packed(config),
         cutoff_len=config.data.cutoff_len,
         windows=windows,

@@ -52,8 +52,8 @@ def load_tokenizer(
         if code:
             raise DataError(
                 f"the tokenizer of {path!r} can only be had by running code of its repository ({', '.join(code)}), "
-                "which jtune never does. A folder with a tokenizer.json needs no such code: look for a release of the "
-                "model that has one"
+                "which jtune never does (trust_remote_code has no effect). A folder with a tokenizer.json needs no "
+                "such code: look for a release of the model that has one"
             ) from error
         raise DataError(_unreadable(path, error)) from error
 

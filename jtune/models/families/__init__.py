@@ -92,7 +92,7 @@ def decoder_config(source: Mapping[str, Any]) -> DecoderConfig:
     """
     if (wrapper := source.get("model_type")) in WRAPPERS:
         return replace(decoder_config(text_config(source)), wrapper=wrapper)
-    kind, family = _family(source.get("model_type"))
+    kind, family = _family(source)
     full, defaults = full_config(source)
     asked = Asked(full)
     fields = family.read(asked)
@@ -108,7 +108,7 @@ def full_config(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # slow to import
 
-    kind, family = _family(source.get("model_type"))
+    kind, family = _family(source)
     config_class = CONFIG_MAPPING[kind if kind in CONFIG_MAPPING else family.config_of]
     try:
         given = config_class.from_dict({**family.defaults, **source})
@@ -130,7 +130,8 @@ def module_names(config: DecoderConfig) -> Names:
     return names if config.wrapper is None else placed(names, WRAPPERS[config.wrapper])
 
 
-def _family(model_type: str | None) -> tuple[str, Family]:
+def _family(source: Mapping[str, Any]) -> tuple[str, Family]:
+    model_type = source.get("model_type")
     if model_type is None:
         raise DataError("config.json: model_type is missing: is this the folder of a Hugging Face model?")
     if model_type in FAMILIES:
@@ -138,6 +139,8 @@ def _family(model_type: str | None) -> tuple[str, Family]:
     known = sorted({*FAMILIES, *WRAPPERS})
     near = difflib.get_close_matches(model_type, known, n=1)
     hint = f" The nearest is {near[0]}." if near else ""
+    if source.get("auto_map"):
+        hint = f" Only code of its repository makes it, which jtune never runs (trust_remote_code has no effect).{hint}"
     raise DataError(f"config.json: model_type {model_type!r} is not supported.{hint} There are: {', '.join(known)}.")
 
 

@@ -38,7 +38,7 @@ def chat(n, cap=512, seed=0, mean=4.7):
 
 
 def planned(encoded, stage, per_device_batch_size, batch_shards, accumulation, seed, shuffle, num_epochs, **more):
-    order = {name: more.pop(name) for name in ("max_steps", "drop_last") if name in more}
+    order = {name: more.pop(name) for name in ("max_steps", "drop_last", "by_length") if name in more}
     size = Size(per_device_batch_size, batch_shards, accumulation)
     return plan_batches(encoded, stage, size, Order(seed, shuffle, num_epochs, **order), **more)
 
@@ -157,6 +157,18 @@ def test_unpacked_updates_hold_the_trainers_examples():
     assert batches.examples(0).tolist() == [17, 24, 36, 0]
     assert (batches.updates_per_epoch, batches.max_steps) == (11, 33)
     assert batches.epoch_at(12) == 1.0909090909090908
+
+
+def test_by_length_updates_hold_examples_of_similar_length():
+    encoded = chat(400)
+    spread = {
+        by_length: np.mean([np.ptp(encoded.lengths[batches.examples(s)]) for s in range(batches.max_steps)])
+        for by_length, batches in ((b, plan(encoded, by_length=b)) for b in (True, False))
+    }
+    assert spread[True] < spread[False] / 3
+    assert encoded.lengths.max() in encoded.lengths[plan(encoded, by_length=True).examples(0)]
+    packed = [plan(encoded, by_length=b, packing=True) for b in (True, False)]
+    assert packed[0].examples(0).tolist() == packed[1].examples(0).tolist()
 
 
 def test_packed_rows_have_one_shape_and_short_updates_end_in_empty_rows():

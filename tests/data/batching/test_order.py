@@ -3,11 +3,12 @@
 import json
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from jtune.data.batching.order import epoch_order, permutation, plan_epochs
+from jtune.data.batching.order import epoch_order, grouped_by_length, permutation, plan_epochs
 from jtune.errors import DataError
 
 # Recorded from LLaMA-Factory 0.9.5 (transformers 5.6): 43 rows, per_device_train_batch_size 2, accumulation 2, seed 42.
@@ -34,6 +35,30 @@ def test_permutation_is_torch_randperm(n, seed):
     torch = pytest.importorskip("torch")
     expected = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
     np.testing.assert_array_equal(permutation(n, seed), expected)
+
+
+@pytest.mark.parametrize(("n", "batch"), [(1, 4), (43, 4), (43, 43), (1000, 3), (1003, 2), (64, 16)])
+def test_rows_of_similar_length_come_together_as_in_the_trainer(n, batch):
+    torch = pytest.importorskip("torch")
+    sampler = pytest.importorskip("transformers.trainer_pt_utils")
+    lengths = np.random.default_rng(n).integers(1, 40, n).astype(np.int32)  # many are equal: the sort is stable
+    expected = sampler.get_length_grouped_indices(
+        lengths.tolist(), batch, generator=torch.Generator().manual_seed(42 + 1)
+    )
+    order = epoch_order(n, 42, 1, True)
+    before = order.copy()
+    assert grouped_by_length(order, lengths, batch).tolist() == expected
+    np.testing.assert_array_equal(order, before)
+
+
+def test_updates_of_a_run_by_length():
+    lengths = np.arange(40, dtype=np.int32)
+    epochs = replace(plan(40, 2, 2, epochs=2.0), lengths=lengths)
+    for epoch in range(2):
+        updates = [epochs.rows(step) for step in range(10 * epoch, 10 * epoch + 10)]
+        expected = grouped_by_length(epoch_order(40, 42, epoch, True), lengths, 4)
+        np.testing.assert_array_equal(np.concatenate(updates), expected)
+        np.testing.assert_array_equal(epochs.table(epoch), updates)
 
 
 def test_order_is_what_the_trainer_was_seen_to_feed():
