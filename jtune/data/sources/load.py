@@ -7,7 +7,7 @@ import lzma
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from datasets import config as datasets_config
 
 from jtune.data.cache.shards import arrow_column
-from jtune.data.sources.columns import USUAL, note_once
+from jtune.data.sources.columns import MEDIA_COLUMNS, USUAL, note_once
 from jtune.data.sources.registry import Entry
 from jtune.data.sources.rows import (
     LATE,
@@ -90,7 +90,7 @@ def load_table(entry: Entry, hub: Hub = PUBLIC, *, num_proc: int | None = None) 
         raise unreadable([entry], error) from error
     if len(table) == 0:
         raise _no_rows(entry)
-    return table
+    return table.cast(_undecoded(table.features)) if _decodes(table.features) else table
 
 
 def open_table(entry: Entry, hub: Hub = PUBLIC) -> tuple[datasets.IterableDataset, list[str], Mapping[str, Any]]:
@@ -114,12 +114,31 @@ def open_table(entry: Entry, hub: Hub = PUBLIC) -> tuple[datasets.IterableDatase
             else:
                 how: dict[str, Any] = {"split": entry.split, "cache_dir": hub.cache_dir}
                 table = datasets.load_dataset(kind, data_files=_literal(files, entry), streaming=True, **how)
+        table = table.decode(False) if table.features and _decodes(table.features) else table
         first = next(iter(table), None)
     except Exception as error:
         raise unreadable([entry], error) from error
     if first is None:
         raise _no_rows(entry)
     return table, names or list(first), first
+
+
+def _decodes(feature: Any) -> bool:
+    """Whether `datasets` decodes images, videos or audio in rows as they are read, which needs libraries and time."""
+    if isinstance(feature, Mapping | list):
+        return any(map(_decodes, feature.values() if isinstance(feature, Mapping) else feature))
+    return bool(getattr(feature, "decode", False)) or _decodes(getattr(feature, "feature", []))
+
+
+def _undecoded(feature: Any) -> Any:
+    """`feature`, of a table, so that nothing is decoded."""
+    if isinstance(feature, Mapping):
+        return datasets.Features({name: _undecoded(inner) for name, inner in feature.items()})
+    if isinstance(feature, list):
+        return [_undecoded(inner) for inner in feature]
+    changes = {"decode": False} if getattr(feature, "decode", False) else {}
+    changes |= {"feature": _undecoded(feature.feature)} if hasattr(feature, "feature") else {}
+    return replace(feature, **changes) if changes else feature
 
 
 def unreadable(entries: Sequence[Entry], error: Exception) -> DataError:
@@ -152,7 +171,7 @@ def _hub_options(entry: Entry, hub: Hub) -> dict[str, Any]:
 
 def _read_columns(names: Sequence[str], entry: Entry) -> list[str]:
     """The columns that are read: those of the first rows, and those of use, which may first come later."""
-    known = [*filter(None, astuple(entry.columns)), *USUAL]
+    known = [*filter(None, astuple(entry.columns)), *USUAL, *MEDIA_COLUMNS]
     return list(dict.fromkeys([*names, *known]))
 
 
