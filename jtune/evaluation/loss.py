@@ -98,8 +98,8 @@ def evaluate(
 
     `loss` is averaged as Trainer averages it (`EvalPlan.mean_loss`), and so is the likelihood that `perplexity` is made
     of, whatever the loss is. `accuracy` is the mean over examples of the share of their tokens predicted right, as
-    LLaMA-Factory has it; `exact_match` the share of examples with all tokens right, which are those that greedy decoding
-    reproduces. Examples without a target are in no mean; if all are such, there are only the times.
+    LLaMA-Factory has it; `exact_match` the share of examples with all tokens right, which are those that greedy
+    decoding reproduces. Examples without a target are in no mean; if all are such, there are only the times.
     """
     began = time.monotonic()
     count = len(plan.encoded)
