@@ -238,9 +238,9 @@ def describe_course(then: Run, now: Run) -> str | None:
     'learning_rate was 0.0001, is 5e-05; number of updates was 4, is 8'
     """
     found = list(changed_arguments(then.arguments, now.arguments, "course"))
-    both = [run.identity.get(UPDATES) for run in (then, now)]
-    if None not in both and both[0] != both[1]:
-        found.append(("number of updates", *both))
+    before, here = (run.identity.get(UPDATES) for run in (then, now))
+    if None not in (before, here) and before != here:
+        found.append(("number of updates", before, here))
     return "; ".join(f"{name} was {_short(before)}, is {_short(here)}" for name, before, here in found) or None
 
 

@@ -12,7 +12,7 @@ from jtune.data.sources.registry import Entry
 QUESTION_ROLES = ("user", "observation")
 ANSWER_ROLES = ("assistant", "function")
 # What roles are called in data that people publish, besides what the tags of an entry say.
-SYNONYMS = dict.fromkeys(("user", "human", "prompter"), "user")
+SYNONYMS: dict[str, str] = dict.fromkeys(("user", "human", "prompter"), "user")
 SYNONYMS |= dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "chatbot", "ai"), "assistant")
 SYNONYMS |= dict.fromkeys(("observation", "tool", "ipython", "tool_response", "tool_result"), "observation")
 SYNONYMS |= dict.fromkeys(("function_response", "function_result"), "observation")
