@@ -41,6 +41,7 @@ class Note:
 
 NOTES = {
     "special": "{rows} special tokens in their text: {items}",
+    "media": "{rows} {items}, which is text to jtune: no image, video or audio is read",
     "thoughts": "{rows} thoughts, which the template has no place for: they are learned as text in {items}",
     "tools": "{rows} {items}, which the chat template does not write",
     "unused": "keys of messages not used: {items}; {rows} such",

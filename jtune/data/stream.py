@@ -20,7 +20,7 @@ from jtune.config import DataArguments
 from jtune.config.stages import StageRules
 from jtune.data.encode.encoded import Encoded, check_vocabulary
 from jtune.data.encode.sets import check_report, encode_set
-from jtune.data.formats.align import align_stream, refuse_missing
+from jtune.data.formats.align import align_stream, refuse_rows
 from jtune.data.formats.fields import ALIGNED
 from jtune.data.report import EXAMPLES, SetReport, add, report_of
 from jtune.data.sources.columns import resolve_entry
@@ -113,8 +113,8 @@ def windows(stream: Stream, position: Position | None = None) -> Iterator[Window
     """One window after the other, for ever: when the rows are used up, they are read again. None is empty.
 
     The last window of a pass has the rows that are left. A row that cannot be learned from is left out and counted, as
-    elsewhere; `max_dropped` holds for what a pass has read so far. A row that lacks a column stops the run in the first
-    window, where it says that the columns are named wrong, and is counted later on, where it does not.
+    elsewhere; `max_dropped` holds for what a pass has read so far. A row that `refuse_rows` refuses stops the run in
+    the first window, where it says that the file is meant otherwise, and is counted later on, where it does not.
 
     Args:
       position: of a `Window`, of a stream with the same arguments: go on from there.
@@ -177,7 +177,7 @@ def one_pass(stream: Stream, begin: Position = START) -> Iterator[Window]:
     reader = iter(rows)
     while len(table := _read(reader, stream.data_args.buffer_size, stream)):
         if number == 0:
-            refuse_missing(table, stream.entries)
+            refuse_rows(table, stream.entries)
         encoded, read = encode_set(
             "train", table, stream.named, stream.data_args, stream.stage, stream.template, stream.most_examples
         )

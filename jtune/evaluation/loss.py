@@ -97,26 +97,31 @@ def evaluate(
     """Metrics of one evaluation set under `prefix` (`eval` or `eval_<name>`), with Trainer's timing figures.
 
     `loss` is averaged as Trainer averages it (`EvalPlan.mean_loss`), and so is the likelihood that `perplexity` is made
-    of, whatever the loss is. `accuracy` is the mean over examples of the share
-    of their tokens predicted right, as LLaMA-Factory has it; `exact_match` the share of examples with all tokens right,
-    which are those that greedy decoding reproduces. Examples without a target are in no mean; nan if all are such.
+    of, whatever the loss is. `accuracy` is the mean over examples of the share of their tokens predicted right, as
+    LLaMA-Factory has it; `exact_match` the share of examples with all tokens right, which are those that greedy
+    decoding reproduces. Examples without a target are in no mean; if all are such, there are only the times.
     """
     began = time.monotonic()
     count = len(plan.encoded)
     nll, tokens, correct, loss = example_sums(eval_step, plan)
     seconds = max(1e-9, time.monotonic() - began)
-    surprise = plan.mean_loss(nll, tokens)
-    found = {"loss": plan.mean_loss(loss, tokens), "perplexity": math.inf if surprise >= 700 else math.exp(surprise)}
-    if accuracy:
-        some = tokens > 0  # the others were not predicted, rightly or wrongly
-        found["accuracy"] = float(np.mean(correct[some] / tokens[some])) if some.any() else math.nan
-        found["exact_match"] = float(np.mean(correct[some] == tokens[some])) if some.any() else math.nan
+    surprise, some = plan.mean_loss(nll, tokens), tokens > 0  # the others were not predicted, rightly or wrongly
+    found: dict[str, float] = {}
+    if some.any():
+        found = {"loss": plan.mean_loss(loss, tokens), "perplexity": _exp(surprise)}
+    if accuracy and some.any():
+        found["accuracy"] = float(np.mean(correct[some] / tokens[some]))
+        found["exact_match"] = float(np.mean(correct[some] == tokens[some]))
     found |= {
         "runtime": round(seconds, 4),
         "samples_per_second": round(count / seconds, 3),
         "steps_per_second": round(len(plan) / seconds, 3),
     }
     return {f"{prefix}_{key}": value for key, value in found.items()}
+
+
+def _exp(surprise: float) -> float:
+    return math.inf if surprise >= 700 else math.exp(surprise)
 
 
 def make_loss(

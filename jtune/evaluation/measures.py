@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from jtune.config import Config
+from jtune.config import Config, TrainingArguments
 from jtune.data import Splits
+from jtune.errors import DataError
 from jtune.evaluation import predict
 from jtune.evaluation.loss import make_loss
 from jtune.generation.settings import describe_sampling, read_generation_config, sampling_of
@@ -52,6 +53,7 @@ def make_measures(
     training, generating, tokenizer = config.training, config.generating, source.tokenizer
     mesh = module.mesh
     assert isinstance(mesh, Mesh)
+    _check_labelled(splits, training)
     loss = make_loss(module, splits.eval, mesh, config, objective.eval_loss)
     answers = samples = None
     if training.predict_with_generate:
@@ -65,6 +67,26 @@ def make_measures(
     if training.eval_samples and shown is not None:
         samples = predict.make_samples(module, shown, training.eval_samples, tokenizer, generating)
     return Measures(loss, answers, samples)
+
+
+def _check_labelled(splits: Splits, training: TrainingArguments) -> None:
+    """Say how many rows have no answer: they are in no figure.
+
+    Raises:
+      DataError: none has one, and models are to be compared.
+    """
+    for name, encoded in splits.eval.items():
+        without = int((encoded.labelled == 0).sum())
+        if without:
+            few = f"{without} of {len(encoded)} rows have no answer: they are answered, and loss, BLEU and ROUGE are"
+            none = "no row has an answer: they are answered, and there is no loss, BLEU or ROUGE"
+            log.warning("%s: %s", f"eval {name}".strip(), none if without == len(encoded) else f"{few} of the others")
+    compared = training.load_best_model_at_end or training.save_strategy == "best"
+    if compared and splits.eval and not any(encoded.labelled.any() for encoded in splits.eval.values()):
+        raise DataError(
+            "no row of the evaluation sets has an answer, by which models could be compared (load_best_model_at_end, "
+            "save_strategy: best)"
+        )
 
 
 def log_samples(measures: Measures, params: Any) -> None:

@@ -25,7 +25,7 @@ class Predicted(NamedTuple):
 
     prompt: list[int]
     answer: list[int]
-    label: list[int]
+    label: list[int]  # empty where the row has no answer
 
 
 def stop_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -38,7 +38,8 @@ def stop_ids(tokenizer: Any) -> tuple[int, ...]:
 def prompt_and_answer(row: Mapping[str, np.ndarray]) -> tuple[list[int], list[int]]:
     """The last answer of an encoded example, and what comes before it, in tokens.
 
-    Of a text that is learned from its beginning on, the second half is what is to be continued.
+    Of a text that is learned from its beginning on, the second half is what is to be continued. A row without an answer
+    has no labels.
 
     >>> prompt_and_answer({"input_ids": np.arange(6), "labels": np.array([-100, 1, -100, -100, 4, 5])})
     ([0, 1, 2, 3], [4, 5])
@@ -90,9 +91,12 @@ def lines(tokenizer: Any, predicted: Sequence[Predicted], *, skip_special_tokens
 def figures(
     tokenizer: Any, predicted: Sequence[Predicted], *, prefix: str, seconds: float, batches: int
 ) -> dict[str, float]:
-    """How near the answers are to those expected, and how long they took, under `prefix`, with Trainer's names."""
-    text = lines(tokenizer, predicted, skip_special_tokens=True)
-    found = similarity([line["predict"] for line in text], [line["label"] for line in text])
+    """How near the answers are to those expected, and how long they took, under `prefix`, with Trainer's names.
+
+    Rows without an answer are compared with nothing: if all are such, there are only the times.
+    """
+    text = lines(tokenizer, [one for one in predicted if one.label], skip_special_tokens=True)
+    found = similarity([line["predict"] for line in text], [line["label"] for line in text]) if text else {}
     found |= {
         "runtime": round(seconds, 4),
         "samples_per_second": round(len(predicted) / seconds, 3),
@@ -156,7 +160,7 @@ def make_samples(
     """
     examples = [encoded[i] for i in range(min(count, len(encoded)))]
     expected = max(len(prompt_and_answer(row)[1]) for row in examples)
-    room = -(-expected // BUCKET) * BUCKET
+    room = -(-max(1, expected) // BUCKET) * BUCKET
     most = min(room, args.max_new_tokens) if args.max_new_tokens > 0 else room
     greedy = Sampling(max_new_tokens=most, eos_ids=stop_ids(tokenizer))
 

@@ -6,6 +6,9 @@ Every argument is in one group of `GROUPS`:
 - "course" decides where training goes from here. Another value holds from the next update on, and is named.
 - "free" changes neither, or is compared by what comes of it: the rows, the number of updates, the frozen weights.
 
+The number of updates is of the course, too: a batch follows from the number of its update, however many there are, and
+the schedule is computed again, as in Hugging Face's Trainer.
+
 An argument that has no effect (a rank without adapters) is not compared.
 """
 
@@ -29,6 +32,7 @@ from jtune.train.program import Program
 
 # Entries of an identity that checkpoints of older code lack: compared where both have them.
 LATER = ("base weights", "adapters", "model")
+UPDATES = "updates"  # the entry of an identity that is of the course
 LONGEST = 100  # characters of a value that are shown
 
 
@@ -156,7 +160,7 @@ def identity_of(
         "examples per update": [examples, training.gradient_accumulation_steps],
         "order": [order_seed(config), not finetuning.disable_shuffling, *other_order(config)],
         "rows": [rows_are_packed(config), config.data.cutoff_len],
-        "updates": plan.max_steps,
+        UPDATES: plan.max_steps,
         "frozen weights": frozen_fingerprint(program.constants),
     }
     if change is not None:
@@ -205,7 +209,7 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     lines = []
     for key in {**saved, **now}:
         then, here = saved.get(key), now.get(key)
-        if then == here or (key in LATER and (then is None or key not in now)):
+        if key == UPDATES or then == here or (key in LATER and (then is None or key not in now)):
             continue
         if isinstance(then, dict) and isinstance(here, dict):
             both = [inner for inner in then if inner in here] if key in LATER else [*{**then, **here}]
@@ -228,13 +232,16 @@ def differences(then: Run, now: Run) -> list[str]:
     return [_line(*change) for change in arguments] + changes(then.identity, now.identity)
 
 
-def describe_course(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """What of the arguments changes the course of training, from what to what.
+def describe_course(then: Run, now: Run) -> str | None:
+    """What changes the course of training, from what to what.
 
-    >>> describe_course({"learning_rate": 1e-4, "max_grad_norm": 1.0}, {"learning_rate": 5e-5, "max_grad_norm": 0.5})
-    'learning_rate was 0.0001, is 5e-05; max_grad_norm was 1.0, is 0.5'
+    >>> describe_course(Run({"updates": 4}, {"learning_rate": 1e-4}), Run({"updates": 8}, {"learning_rate": 5e-5}))
+    'learning_rate was 0.0001, is 5e-05; number of updates was 4, is 8'
     """
-    found = changed_arguments(then, now, "course")
+    found = list(changed_arguments(then.arguments, now.arguments, "course"))
+    before, here = (run.identity.get(UPDATES) for run in (then, now))
+    if None not in (before, here) and before != here:
+        found.append(("number of updates", before, here))
     return "; ".join(f"{name} was {_short(before)}, is {_short(here)}" for name, before, here in found) or None
 
 

@@ -13,7 +13,7 @@ from jtune.train.identity import Run
 from jtune.train.loop import Progress
 from jtune.train.program import Program
 from jtune.train.restore import check_stream, restore_checked, restore_newest
-from jtune.train.start import begin, check_same_run, saved_run, start_point, take_up
+from jtune.train.start import begin, check_not_beyond, check_same_run, saved_run, start_point, take_up
 from jtune.train.state import TrainState, init_state, shardings_of
 from jtune.train.timing import Timing, lost
 
@@ -77,6 +77,7 @@ def resume(
 
     def check(path: Path, meta: Mapping[str, Any]) -> None:
         check_same_run(path, saved_run(meta), run)
+        check_not_beyond(path, meta["progress"]["step"], plan.max_steps)
         check_stream(path, meta, stream)
 
     if str(checkpoint) == training.resume_from_checkpoint:

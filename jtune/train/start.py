@@ -28,6 +28,7 @@ log = logging.getLogger("jtune")
 # What a finished run leaves. Only a log, and no checkpoint: a run that was cut short before its first one.
 _FINISHED = ("trainer_state.json", "adapter_config.json", "config.json", "all_results.json")
 _FRESH = "to start from the beginning: overwrite_output_dir=true resume_from_checkpoint=false"
+_DONE = "to train further, raise num_train_epochs or max_steps; to train again, overwrite_output_dir=true"
 RECORD = "run.json"
 # Files of a run besides its model.
 _OF_A_RUN = (
@@ -150,9 +151,11 @@ def _why_none(output_dir: Path, found: Found) -> str:
 
 
 def _taken(output_dir: Path, left: list[str]) -> str:
+    further = f" To train further what it holds: {_weights(output_dir)} and another output_dir."
+    has_model = {"adapter_config.json", "config.json"} & set(left)
     return (
         f"output_dir: {output_dir} holds another run ({', '.join(left)}) and no checkpoint to resume from.\n"
-        "Give another output_dir, or overwrite_output_dir=true to replace it."
+        "Give another output_dir, or overwrite_output_dir=true to replace it." + further * bool(has_model)
     )
 
 
@@ -255,25 +258,39 @@ def check_same_run(path: Path, then: Run, now: Run) -> None:
     changed = differences(then, now)
     if not changed:
         return
-    course = describe_course(then.arguments, now.arguments)
+    course = describe_course(then, now)
     more = f"\n  besides, {course}" if course else ""
     raise CheckpointError(
         f"{path} belongs to another run, or its inputs have changed:\n  " + "\n  ".join(changed) + more + "\n"
         "Resume with what it was started with, give another output_dir, or overwrite_output_dir=true. To train what it "
-        f"holds in another way, or for longer: {_weights(path)} and another output_dir."
+        f"holds in another way: {_weights(path)} and another output_dir."
     )
+
+
+def check_not_beyond(path: Path, step: int, max_steps: int) -> None:
+    """Refuse to resume where more updates are done than the run is to make.
+
+    Raises:
+      CheckpointError: they are.
+    """
+    if step > max_steps:
+        raise CheckpointError(
+            f"{path}: {step} updates are done, and this run is to make {max_steps} (num_train_epochs, max_steps).\n"
+            "Raise them to train further; or give another output_dir, or overwrite_output_dir=true to begin again."
+        )
 
 
 def take_up(
     progress: Progress, output_dir: Path, training: TrainingArguments, then: Run, now: Run, *, max_steps: int
 ) -> None:
     """Name what changes from here on, and forget the best evaluation of `progress` if it cannot be used any more."""
-    course = describe_course(then.arguments, now.arguments)
+    course = describe_course(then, now)
     if course and progress.step < max_steps:
         log.info("%s from update %d on", course, progress.step + 1)
     elif course:
-        more = "to train again: overwrite_output_dir=true, or another output_dir"
-        log.warning("%s, but all %d updates are done already (%s)", course, max_steps, more)
+        log.warning("%s, but all %d updates are done already (%s)", course, max_steps, _DONE)
+    elif progress.step >= max_steps:
+        log.info("all %d updates are done already (%s)", max_steps, _DONE)
     if progress.best_step is None:
         return
     other = [name for name, *_ in changed_arguments(then.arguments, now.arguments, "course") if name in _BEST]

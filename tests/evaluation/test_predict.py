@@ -8,7 +8,7 @@ from small import case, rows, state, write_data, write_model
 from jtune.cli.main import main
 from jtune.config import load_config
 from jtune.data import get_template, load_tokenizer
-from jtune.errors import ConfigError
+from jtune.errors import ConfigError, DataError
 from jtune.evaluation import text_metrics
 from jtune.generation import Sampling, generate
 from jtune.loading.data import load_data
@@ -27,7 +27,9 @@ GREEDY = {"predict_with_generate": True, "do_sample": False, "max_new_tokens": 6
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
-    data = write_data(folder / "data", few=rows(10), turns=[TURNS])
+    asked = {"instruction": "Which month is it?", "input": "2034-01-28"}
+    half = [asked | {"output": "It is January."}, asked | {"output": ""}, asked | {"output": None}]
+    data = write_data(folder / "data", few=rows(10), turns=[TURNS], asked=[asked], half=half)
     info = json.loads((data / "dataset_info.json").read_text())
     info["turns"]["columns"] = {"history": "history", "system": "system"}
     (data / "dataset_info.json").write_text(json.dumps(info))
@@ -128,6 +130,41 @@ def test_predictions_are_written_in_the_order_of_the_rows(parts, tmp_path):
     assert results.items() <= json.loads((tmp_path / "out" / "all_results.json").read_text()).items()
     similar = text_metrics.similarity([line["predict"] for line in found], [line["label"] for line in found])
     assert {name: results[f"predict_{name}"] for name in text_metrics.NAMES} == similar
+
+
+@pytest.mark.usefixtures("_metrics")
+@pytest.mark.parametrize(
+    ("name", "labels", "said"),
+    [
+        ("asked", [""], "eval: no row has an answer: they are answered, and there is no loss, BLEU or ROUGE"),
+        (
+            "half",
+            ["It is January.\n", "", ""],
+            "eval: 2 of 3 rows have no answer: they are answered, and loss, BLEU and ROUGE are of the others",
+        ),
+    ],
+)
+def test_rows_without_an_answer_are_answered_and_in_no_figure(name, labels, said, parts, tmp_path, capsys):
+    path = case(tmp_path, *parts, do_train=False, do_predict=True, do_eval=True, dataset=None, val_size=0,
+                eval_strategy="no", eval_dataset=name, **EIGHT, **GREEDY)  # fmt: skip
+    assert run(path) == 0
+    found = predictions(tmp_path / "out")
+    assert [line["label"] for line in found] == labels
+    assert {line["prompt"] for line in found} == {found[0]["prompt"]}
+    assert found[0]["prompt"].endswith("<|im_start|>assistant\n")
+    assert f"warning: {said}" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    measured = {"eval_loss", "eval_perplexity", "eval_bleu-4", "predict_rouge-l"}
+    assert measured & results.keys() == (measured if any(labels) else set())
+    if any(labels):  # as if the other rows were not there
+        assert results["predict_rouge-1"] == text_metrics.scores(found[0]["predict"], labels[0])["rouge-1"]
+
+
+def test_models_are_not_compared_by_answers_that_no_row_has(parts, tmp_path, capsys):
+    path = case(tmp_path, *parts, val_size=0, eval_dataset="asked", max_steps=2, eval_steps=1, save_steps=1,
+                load_best_model_at_end=True, **EIGHT, **GREEDY)  # fmt: skip
+    assert run(path) == DataError.exit_code
+    assert "no row of the evaluation sets has an answer, by which models could be compared" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("_metrics")

@@ -126,12 +126,15 @@ def test_arguments_that_change_what_is_trained_make_another_run(then, now, refus
 
 
 def test_what_changes_the_course_is_named_with_both_values():
-    then, now = arguments("lr_scheduler_type=cosine"), arguments("weight_decay=0.1", "neftune_noise_alpha=5")
+    then = Run({"updates": 4}, arguments("lr_scheduler_type=cosine"))
+    now = Run({"updates": 8}, arguments("weight_decay=0.1", "neftune_noise_alpha=5"))
     assert describe_course(then, now) == (
-        "lr_scheduler_type was cosine, is linear; weight_decay was 0.0, is 0.1; neftune_noise_alpha was None, is 5.0"
+        "lr_scheduler_type was cosine, is linear; weight_decay was 0.0, is 0.1; neftune_noise_alpha was None, is 5.0; "
+        "number of updates was 4, is 8"
     )
     assert describe_course(then, then) is None
-    assert not {name for name in now if KINDS[name] == "free"}
+    assert differences(then, now) == []
+    assert not {name for name in now.arguments if KINDS[name] == "free"}
 
 
 def test_checkpoints_of_older_code_are_not_compared_in_what_they_lack():
@@ -378,14 +381,32 @@ def test_a_change_of_the_adapter_is_refused_and_one_of_the_course_named(parts, t
     said = capsys.readouterr()
     assert "lora_alpha: 16 then, 64 now\n  besides, learning_rate was 0.001, is 0.0005\n" in said.err
     assert "reading weights" not in said.out
-    assert run(path, "max_steps=8") == 5
-    said = capsys.readouterr().err
-    assert "updates: 6 then, 8 now" in said
-    assert f"for longer: adapter_name_or_path={tmp_path / 'out' / 'checkpoint-4'} and another output_dir" in said
+    assert f"another way: adapter_name_or_path={tmp_path / 'out' / 'checkpoint-4'} and another output_dir" in said.err
     assert run(path, "learning_rate=5e-4", "max_grad_norm=0.5") == 0
     assert (
         "learning_rate was 0.001, is 0.0005; max_grad_norm was 1.0, is 0.5 from update 5 on" in capsys.readouterr().out
     )
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more_updates(parts, tmp_path, capsys):
+    """As Trainer: the same batches from there on, the same state, and the schedule of the new length."""
+    longer, path = (case(tmp_path / name, *parts, **QUICK, logging_steps=1) for name in ("longer", "again"))
+    constant = "lr_scheduler_type=constant"
+    assert run(longer, "max_steps=8", constant, "warmup_ratio=0") == 0
+    assert run(path, constant, "warmup_ratio=0") == 0
+    capsys.readouterr()
+    assert run(path, constant, "warmup_ratio=0") == 0
+    done = "all 6 updates are done already (to train further, raise num_train_epochs or max_steps; to train again,"
+    assert done in capsys.readouterr().out
+    assert run(path, "max_steps=8", constant, "warmup_ratio=0") == 0
+    assert "number of updates was 6, is 8 from update 7 on" in capsys.readouterr().out
+    ours, theirs = (load_file(tmp_path / n / "out" / "adapter_model.safetensors") for n in ("again", "longer"))
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    assert run(path, "max_steps=10", "lr_scheduler_type=linear", "warmup_ratio=0") == 0
+    logged = [record for record in state(tmp_path / "again" / "out")["log_history"] if "learning_rate" in record]
+    assert [record["learning_rate"] for record in logged[8:]] == pytest.approx([0.2e-3, 0.1e-3])  # the last two of ten
+    assert run(path, "max_steps=4", constant, "warmup_ratio=0") == 5
+    assert "10 updates are done, and this run is to make 4 (num_train_epochs, max_steps)" in capsys.readouterr().err
 
 
 def test_full_training_of_another_base_is_not_gone_on_with(parts, tmp_path, cut, capsys):

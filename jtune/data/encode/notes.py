@@ -14,13 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jtune.data.cache.shards import arrow_column
+from jtune.data.formats.media import PLACEHOLDERS
 from jtune.data.report import Note
 from jtune.data.sources.load import places
 from jtune.data.sources.registry import Entry
 from jtune.data.templates.template import Template
 from jtune.data.tokens.special import find, pattern
 
-KINDS = ("special", "thoughts", "tools", "unused")
+KINDS = ("special", "media", "thoughts", "tools", "unused")
 
 
 def noted(batch: pa.Table, template: Template) -> list[dict[str, Any]]:
@@ -34,6 +35,9 @@ def noted(batch: pa.Table, template: Template) -> list[dict[str, Any]]:
         for column in (*fields["content"], *fields["original"], *tools, *system):
             for row, text in _matching(*column, pattern(template.special.tokens)):
                 tell("special", row, find(text, template.special))
+    for column in fields["content"]:
+        for row, text in _matching(*column, "|".join(PLACEHOLDERS)):
+            tell("media", row, [held for held in PLACEHOLDERS if held in text])
     if not template.has_thoughts:
         for column in fields["original"]:
             for row, _ in _matching(*column, '"reasoning_content": '):

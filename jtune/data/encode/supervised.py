@@ -221,7 +221,10 @@ def _without_silent(
 
 
 def encode_last_answers(batch: Aligned, *, template: Template, rules: Rules) -> pa.Table:
-    """The last answer, and all before it as the prompt that asks for it."""
+    """The last answer, and all before it as the prompt that asks for it.
+
+    An answer without a word is none: the row is its prompt alone, and nothing in it has a label.
+    """
     out = Rows(batch, CONVERSATIONS)
     rendered = render_rows(batch, template, rendering(template, "prompt"))
     for i, turns in enumerate(tokenised(rendered, template)):
@@ -229,11 +232,13 @@ def encode_last_answers(batch: Aligned, *, template: Template, rules: Rules) -> 
             out.add(i, fault=turns)
             continue
         prompt, answer = one_turn(turns, template)
+        if not (batch["messages"][i][-1]["content"] or batch["messages"][i][-1].get("original")):
+            answer = []
         source, target = infer_seqlen(len(prompt), len(answer), rules.cutoff_len)
         cut = source < len(prompt) or target < len(answer)
         if cut and rules.overlong == "drop":
             out.add(i, fault=too_long(rules.cutoff_len))
-        elif not source or not target:
+        elif not source or (answer and not target):
             out.add(i, fault=NOTHING_TO_LEARN, cut=cut)
         else:
             ids, labels = learned_after(prompt[:source], answer[:target])

@@ -5,8 +5,8 @@
 `messages` alternates question (user or observation) and answer (assistant or function) and ends with an answer; in
 stage pt the first one is the text. What role and content do not say is kept beside them (see messages.py). A row that
 cannot be learned from keeps its place, with the reason in `fault`: it is counted and left out later, when the sets are
-mixed and split, as LLaMA-Factory does. Only a row that lacks a column is an error at once: more often than not the
-whole file is meant otherwise.
+mixed and split, as LLaMA-Factory does. Only a row that lacks a column is an error at once, and one that holds an image
+or the like: more often than not the whole file is meant otherwise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,8 @@ from jtune.data.formats.fields import (
     tools_of,
     without_padding,
 )
-from jtune.data.formats.messages import FaultyRow, Message, padded_columns
+from jtune.data.formats.media import refuse_media
+from jtune.data.formats.messages import TEXT_ONLY, FaultyRow, Message, padded_columns
 from jtune.data.sources.load import places
 from jtune.data.sources.registry import OPENAI_TAGS, Entry
 from jtune.data.sources.rows import value_of
@@ -75,7 +76,7 @@ def align(
       index: what to write into the column `dataset`.
 
     Raises:
-      DataError: a row has nothing in a column that it must have.
+      DataError: a row has nothing in a column that it must have, or holds an image or the like.
     """
     aligned = make_in_shards(
         partial(_align_rows, table, table.with_format("arrow"), entry=entry, stage=stage, index=index, rows=rows),
@@ -85,7 +86,7 @@ def align(
         name=fingerprint(table, "align", (entry, stage.rows, index), rows),
         what=f"Aligning {entry.name}",
     )
-    refuse_missing(aligned, {index: entry})
+    refuse_rows(aligned, {index: entry})
     return aligned
 
 
@@ -108,19 +109,24 @@ def is_faulty(table: datasets.Dataset) -> np.ndarray:
     return pc.call_function("not_equal", [arrow_column(table, "fault"), pa.scalar("")]).to_numpy()
 
 
-def refuse_missing(aligned: datasets.Dataset, entries: Sequence[Entry] | Mapping[int, Entry]) -> None:
-    """Raise a DataError if a row has nothing in a column that it must have."""
+def refuse_rows(aligned: datasets.Dataset, entries: Sequence[Entry] | Mapping[int, Entry]) -> None:
+    """Raise a DataError if a row has nothing in a column that it must have, or holds an image or the like."""
     faulty = np.flatnonzero(is_faulty(aligned))
     faults = aligned.select(faulty)["fault"][:]
-    lacking = faulty[np.array([fault.startswith(MISSING) for fault in faults], bool)]
-    if len(lacking):
+    place = lambda row: places(entries, aligned.select([row]))[0]
+    lacking = [row for row, fault in zip(faulty, faults) if fault.startswith(MISSING)]
+    if lacking:
         name = aligned[int(lacking[0])]["fault"].removeprefix(MISSING)
         others = f" ({len(lacking)} rows have none)" if len(lacking) > 1 else ""
-        [where] = places(entries, aligned.select(lacking[:1]))
         raise DataError(
-            f"{where}: nothing in column {name!r}{others}. Fill it in, "
+            f"{place(lacking[0])}: nothing in column {name!r}{others}. Fill it in, "
             "take the row out, or name the right column in dataset_info.json"
         )
+    media = [(row, fault) for row, fault in zip(faulty, faults) if fault.endswith(TEXT_ONLY)]
+    if media:
+        row, fault = media[0]
+        others = f" ({len(media)} rows have such)" if len(media) > 1 else ""
+        raise DataError(f"{place(row)}: {fault}{others}. Take the row, or what is not text in it, out of the data")
 
 
 def align_row(row: Mapping[Any, Any], entry: Entry, stage: StageRules = RULES["sft"]) -> Conversation:
@@ -134,6 +140,7 @@ def align_row(row: Mapping[Any, Any], entry: Entry, stage: StageRules = RULES["s
     """
     form = alpaca_messages if entry.formatting == "alpaca" else chat_messages
     messages, system = form(row, entry, stage)
+    refuse_media(row, messages, entry)
     columns = entry.columns
     if columns.system:
         whole = text_of(row.get(columns.system), columns.system)

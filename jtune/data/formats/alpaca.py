@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from jtune.config.stages import StageRules
 from jtune.data.formats.fields import ALIGNED, MISSING, parsed_json, text_message, text_of
+from jtune.data.formats.media import media_columns
 from jtune.data.formats.messages import FaultyRow, Message
 from jtune.data.sources.registry import Columns, Entry
 from jtune.data.sources.rows import NESTED
@@ -59,6 +60,8 @@ def alpaca_table(table: pa.Table, entry: Entry, stage: StageRules) -> dict[str, 
     if entry.formatting != "alpaca" or entry.ranking or columns.kto_tag:
         return None
     if columns.history in table.column_names and table[columns.history].null_count < len(table):
+        return None
+    if any(table[name].null_count < len(table) for name in media_columns(table.column_names, entry)):
         return None
     names = [columns.prompt, columns.query, columns.response, columns.system, columns.tools]
     texts = [text_column(table, name) for name in names]

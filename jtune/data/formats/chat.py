@@ -1,5 +1,6 @@
 """ShareGPT's and OpenAI's form: a column of messages."""
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,13 @@ from jtune.data.sources.registry import Entry
 
 QUESTION_ROLES = ("user", "observation")
 ANSWER_ROLES = ("assistant", "function")
-SYNONYMS = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "developer": "system"}
+# What roles are called in data that people publish, besides what the tags of an entry say.
+SYNONYMS: dict[str, str] = dict.fromkeys(("user", "human", "prompter"), "user")
+SYNONYMS |= dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "chatbot", "ai"), "assistant")
+SYNONYMS |= dict.fromkeys(("observation", "tool", "ipython", "tool_response", "tool_result"), "observation")
+SYNONYMS |= dict.fromkeys(("function_response", "function_result"), "observation")
+SYNONYMS |= dict.fromkeys(("function", "function_call", "tool_call"), "function")
+SYNONYMS |= dict.fromkeys(("system", "developer"), "system")
 
 
 def chat_messages(row: Mapping[Any, Any], entry: Entry, stage: StageRules) -> tuple[list[Message], str]:
@@ -55,9 +62,11 @@ def tools_in_messages(row: Mapping[Any, Any], entry: Entry) -> Any:
 
 
 def _messages(turns: Sequence[Mapping[Any, Any]], entry: Entry) -> list[Message]:
-    messages = []
+    messages: list[Message] = []
     for turn in turns:
         role, content = _role(turn, entry), turn.get(entry.tags.content_tag)
+        if role == "function" and _is_result(turn, messages, entry):
+            role = "observation"
         if role == "observation" and isinstance(content, list | Mapping):
             messages.append(observation_of([turn], entry.tags))
         else:
@@ -75,8 +84,8 @@ def openai_messages(turns: Sequence[Mapping[Any, Any]], entry: Entry) -> list[Me
     results: list[Mapping[Any, Any]] = []
     for turn in turns:
         role = _role(turn, entry)
-        if role == "observation" or (role == "function" and isinstance(turn.get("name"), str)):
-            results.append(turn)  # OpenAI's older form names a result's role after the function
+        if role == "observation" or (role == "function" and (results or _is_result(turn, messages, entry))):
+            results.append(turn)
             continue
         if results:
             messages, results = [*messages, observation_of(results, tags)], []
@@ -89,23 +98,52 @@ def openai_messages(turns: Sequence[Mapping[Any, Any]], entry: Entry) -> list[Me
 
 
 def _role(turn: Mapping[Any, Any], entry: Entry) -> str:
-    tags, tag = entry.tags, turn.get(entry.tags.role_tag)
-    roles = {
+    tag = turn.get(entry.tags.role_tag)
+    role = _role_of(tag, entry)
+    if role is None:
+        known = [*filter(None, _tagged(entry))]
+        near = difflib.get_close_matches(str(tag), [*known, *SYNONYMS], n=1, cutoff=0.8)
+        nearest = f", nearest to {near[0]!r}" if near else ""
+        raise FaultyRow(f"unknown role {tag!r}{nearest} (known are {', '.join(known)})")
+    return role
+
+
+def _role_of(tag: Any, entry: Entry) -> str | None:
+    """The role that a tag stands for: as the entry says, else by its usual names, in any case; None: neither."""
+    if not isinstance(tag, str):
+        return None
+    return _tagged(entry).get(tag) or SYNONYMS.get(tag.strip().lower().replace("-", "_"))
+
+
+def _tagged(entry: Entry) -> dict[str | None, str]:
+    tags = entry.tags
+    return {
         tags.user_tag: "user",
         tags.assistant_tag: "assistant",
         tags.observation_tag: "observation",
         tags.function_tag: "function",
         tags.system_tag: "system",
     }
-    synonyms = SYNONYMS if entry.formatting == "openai" else {}
-    if not isinstance(tag, str) or tag not in roles | synonyms:
-        raise FaultyRow(f"unknown role {tag!r} (known are {', '.join(filter(None, roles))})")
-    return roles.get(tag) or synonyms[tag]
+
+
+def _is_result(turn: Mapping[Any, Any], before: Sequence[Message], entry: Entry) -> bool:
+    """Whether a message of the role `function` is what a function returned, as in OpenAI's older form, not a call.
+
+    There it has the function's name. Without one it follows an answer, and does not read as a call.
+    """
+    if turn.get(entry.tags.role_tag) != "function":
+        return False
+    if isinstance(turn.get("name"), str):
+        return True
+    content = turn.get(entry.tags.content_tag)
+    held = parsed_json(content) if isinstance(content, str) else content
+    calls = held if isinstance(held, list) else [held]
+    reads_as_call = all(isinstance(call, Mapping) and {"name", "arguments"} <= call.keys() for call in calls)
+    return bool(before) and before[-1]["role"] in ANSWER_ROLES and not reads_as_call
 
 
 def _is_system(turn: Mapping[Any, Any], entry: Entry) -> bool:
-    tag = turn.get(entry.tags.role_tag)
-    return tag is not None and (tag == entry.tags.system_tag or (tag == "developer" and entry.formatting == "openai"))
+    return _role_of(turn.get(entry.tags.role_tag), entry) == "system"
 
 
 # ---------------------------------------------------------------------- pairs

@@ -25,7 +25,11 @@ CALLS = ("tool_calls", "function_call")  # the second is OpenAI's older form
 ABOUT = {"id", "message_id", "uuid", "index", "timestamp", "time", "date", "created", "created_at", "type", "object"}
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = ("thinking", "reasoning")
-MEDIA_PARTS = ("image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file", "input_file")
+MEDIA_PARTS: dict[str, str] = dict.fromkeys(("image", "image_url", "input_image"), "an image")
+MEDIA_PARTS |= dict.fromkeys(("audio", "audio_url", "input_audio"), "audio")
+MEDIA_PARTS |= dict.fromkeys(("video", "video_url", "input_video"), "a video")
+MEDIA_PARTS |= dict.fromkeys(("file", "input_file", "document"), "a file")
+TEXT_ONLY = ": jtune trains on text"  # ends the fault of a row that has an image or the like
 
 
 class FaultyRow(DataError):
@@ -59,7 +63,7 @@ def split_parts(content: Any, what: str | None) -> tuple[Any, str]:
     ('ab', '')
 
     Raises:
-      FaultyRow: a part is not text.
+      FaultyRow: a part is an image or the like, or something else than text.
     """
     parts = [content] if isinstance(content, Mapping) else content
     if not isinstance(parts, list) or not all(isinstance(part, str | Mapping) for part in parts):
@@ -71,12 +75,24 @@ def split_parts(content: Any, what: str | None) -> tuple[Any, str]:
         if isinstance(part, str):
             texts.append(part)
             continue
-        kind = part.get("type", "text")
+        kind = part_kind(part)
         key = "text" if kind in TEXT_PARTS else kind
+        if kind in MEDIA_PARTS:
+            raise FaultyRow(f"{MEDIA_PARTS[kind]} in {what}{TEXT_ONLY}")
         if kind not in TEXT_PARTS + THOUGHT_PARTS or not isinstance(part.get(key), str):
-            raise FaultyRow(f"{what} holds a part of type {kind!r}: jtune trains on text")
+            raise FaultyRow(f"{what} holds a part of type {kind!r}, which is not text")
         (texts if kind in TEXT_PARTS else thoughts).append(part[key])
     return "".join(texts), "\n".join(thoughts)
+
+
+def part_kind(part: Mapping[Any, Any]) -> Any:
+    """The type of a part of a content; of one that does not say it, the key that it has.
+
+    >>> part_kind({"type": "input_text", "text": "a"}), part_kind({"text": "a"}), part_kind({"image": "a.png"})
+    ('input_text', 'text', 'image')
+    """
+    kinds = (*TEXT_PARTS, *THOUGHT_PARTS, *MEDIA_PARTS)
+    return part.get("type") or next((key for key in kinds if part.get(key) is not None), None)
 
 
 def read_call(call: Any) -> dict[str, Any]:
@@ -186,7 +202,7 @@ def observation_of(turns: Sequence[Mapping[Any, Any]], tags: Tags) -> Message:
             if parts and all(kind in TEXT_PARTS for kind in kinds):
                 content, _ = split_parts(content, what)
             elif media := next((kind for kind in kinds if kind in MEDIA_PARTS), None):
-                raise FaultyRow(f"{what} holds a part of type {media!r}: jtune trains on text")
+                raise FaultyRow(f"{MEDIA_PARTS[media]} in {what}{TEXT_ONLY}")
         written = content if isinstance(content, str) else "" if content is None else _dump(content)
         texts.append(written)
         more, others = _others(turn, tags, "tool")

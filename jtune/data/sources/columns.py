@@ -22,6 +22,7 @@ CHATS = ("messages", "conversations")
 FEEDBACK = ("kto_tag", "label")
 PREFERENCES = ("chosen", "rejected", *FEEDBACK)
 USUAL = (*QUESTIONS, "input", *ANSWERS, *DOCUMENTS, "system", "history", "tools", *CHATS, *PREFERENCES)
+MEDIA_COLUMNS = ("images", "videos", "audios")
 # The key of `columns` in dataset_info.json for each.
 KEYS = {name: name for name in USUAL} | {"input": "query", "question": "prompt", "instruction": "prompt"}
 KEYS |= dict.fromkeys(ANSWERS, "response") | dict.fromkeys(DOCUMENTS, "prompt") | dict.fromkeys(CHATS, "messages")
@@ -57,13 +58,14 @@ def resolve_format(
 
     `messages` is OpenAI's form, `conversations` ShareGPT's, or the one whose names the messages have; a table of `text`
     (or `content`) alone is for stage pt; else alpaca, with a question and an answer under one of their usual names.
-    `system`, `tools`, `history`, `chosen`, `rejected` and `kto_tag` are what they are called, the last three in the
-    stages that learn from them.
+    `system`, `tools`, `history`, `images`, `videos`, `audios`, `chosen`, `rejected` and `kto_tag` are what they are
+    called, the last three in the stages that learn from them.
     """
     if entry.formatting is not None:
         return entry
     has = set(found)
-    columns = Columns(system="system", tools="tools")
+    media = {name: name for name in MEDIA_COLUMNS}
+    columns = Columns(system="system", tools="tools", **media)
     if stage.rows == "pair" and {"chosen", "rejected"} <= has:
         entry = replace(entry, ranking=True)
         columns = replace(columns, chosen="chosen", rejected="rejected")
@@ -78,7 +80,7 @@ def resolve_format(
     document = next((name for name in DOCUMENTS if name in has), None)
     asked = "instruction" if stage.rows == "text" else prompt
     if document and asked not in has and not entry.ranking:
-        columns = Columns(prompt=document, query=None, response=None)
+        columns = Columns(prompt=document, query=None, response=None, **media)
         return replace(entry, formatting="alpaca", columns=columns)
     query = "query" if "input" not in has and "query" in has and prompt != "query" else "input"
     history = None if stage.rows == "text" else "history"  # whose first question would be the text
@@ -165,6 +167,3 @@ def check_stage(entry: Entry, stage: StageRules) -> None:
         raise DataError(
             f"dataset {entry.name!r} holds no preferences, and stage {stage.name} learns from them: {wanted}"
         )
-    media = [key for key in ("images", "videos", "audios") if getattr(entry.columns, key)]
-    if media:
-        raise DataError(f"dataset {entry.name!r} has {', '.join(media)}; jtune trains on text")

@@ -3,11 +3,12 @@
 import difflib
 import glob
 import json
+import logging
 import lzma
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,18 +19,11 @@ import pyarrow.compute as pc
 from datasets import config as datasets_config
 
 from jtune.data.cache.shards import arrow_column
-from jtune.data.sources.columns import USUAL, note_once
+from jtune.data.sources.columns import MEDIA_COLUMNS, USUAL, note_once
+from jtune.data.sources.files import check_utf8, kind_of, open_bytes, sha1
+from jtune.data.sources.json_values import layout
 from jtune.data.sources.registry import Entry
-from jtune.data.sources.rows import (
-    LATE,
-    check_utf8,
-    column_names,
-    is_array,
-    kind_of,
-    open_bytes,
-    reader,
-    say_late,
-)
+from jtune.data.sources.rows import LATE, column_names, reader, say_late
 from jtune.errors import DataError
 
 # Otherwise `datasets` tells a counter on the internet of each reading, of local files, too.
@@ -39,14 +33,12 @@ datasets_config.HF_UPDATE_DOWNLOAD_COUNTS = False
 READERS = {"json": "json", "jsonl": "json", "ndjson": "json", "csv": "csv", "tsv": "csv"}
 READERS |= {"parquet": "parquet", "arrow": "arrow", "txt": "text"}
 OURS = ("json", "csv")
-NO_DATA = (
-    "dataset_info.json",
-    "dataset_infos.json",
-    "dataset_dict.json",
-    "state.json",
-    "requirements.txt",
-    "LICENSE.txt",
-)
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+# Texts of these names, in any case, tell of the data.
+ABOUT = ("readme", "license", "licence", "notice", "changelog", "citation", "copying", "authors", "requirements")
+ARCHIVES = ("zip", "tar", "tgz", "rar", "7z")
+# What reads an address, where the package that fsspec needs has another name than its module.
+PACKAGES = {"google": "gcsfs", "botocore": "s3fs", "boto3": "s3fs", "azure": "adlfs", "smbprotocol": "smbprotocol"}
 
 
 class Hub(NamedTuple):
@@ -70,6 +62,7 @@ def load_table(entry: Entry, hub: Hub = PUBLIC, *, num_proc: int | None = None) 
             table = datasets.load_dataset(entry.path, **_hub_options(entry, hub), num_proc=num_proc)
         else:
             files = data_files(entry)
+            _compare_sha1(files, entry)
             # datasets cannot split fewer files than processes, and says so each time
             processes = min(num_proc or 1, len(files)) if len(files) > 1 else None
             kind = _reader(files, entry)
@@ -90,7 +83,7 @@ def load_table(entry: Entry, hub: Hub = PUBLIC, *, num_proc: int | None = None) 
         raise unreadable([entry], error) from error
     if len(table) == 0:
         raise _no_rows(entry)
-    return table
+    return table.cast(_undecoded(table.features)) if _decodes(table.features) else table
 
 
 def open_table(entry: Entry, hub: Hub = PUBLIC) -> tuple[datasets.IterableDataset, list[str], Mapping[str, Any]]:
@@ -108,18 +101,39 @@ def open_table(entry: Entry, hub: Hub = PUBLIC) -> tuple[datasets.IterableDatase
             kind = _reader(files, entry)
             if kind in OURS:
                 names = column_names(files)
-                typed = kind == "json" and not any(map(is_array, files))  # as positions in checkpoints were written
+                typed = kind == "json" and {layout(file) for file in files} == {
+                    "lines"
+                }  # as positions in checkpoints were written
                 builder = reader(_literal(files, entry), _read_columns(names, entry), hub.cache_dir, typed=typed)
                 table: Any = builder.as_streaming_dataset(split=entry.split)
             else:
                 how: dict[str, Any] = {"split": entry.split, "cache_dir": hub.cache_dir}
                 table = datasets.load_dataset(kind, data_files=_literal(files, entry), streaming=True, **how)
+        table = table.decode(False) if table.features and _decodes(table.features) else table
         first = next(iter(table), None)
     except Exception as error:
         raise unreadable([entry], error) from error
     if first is None:
         raise _no_rows(entry)
     return table, names or list(first), first
+
+
+def _decodes(feature: Any) -> bool:
+    """Whether `datasets` decodes images, videos or audio in rows as they are read, which needs libraries and time."""
+    if isinstance(feature, Mapping | list):
+        return any(map(_decodes, feature.values() if isinstance(feature, Mapping) else feature))
+    return bool(getattr(feature, "decode", False)) or _decodes(getattr(feature, "feature", []))
+
+
+def _undecoded(feature: Any) -> Any:
+    """`feature`, of a table, so that nothing is decoded."""
+    if isinstance(feature, Mapping):
+        return datasets.Features({name: _undecoded(inner) for name, inner in feature.items()})
+    if isinstance(feature, list):
+        return [_undecoded(inner) for inner in feature]
+    changes = {"decode": False} if getattr(feature, "decode", False) else {}
+    changes |= {"feature": _undecoded(feature.feature)} if hasattr(feature, "feature") else {}
+    return replace(feature, **changes) if changes else feature
 
 
 def unreadable(entries: Sequence[Entry], error: Exception) -> DataError:
@@ -141,7 +155,18 @@ def unreadable(entries: Sequence[Entry], error: Exception) -> DataError:
             except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error):  # damaged compression
                 continue
     names = ", ".join(f"{entry.name!r} ({entry.path})" for entry in entries)
-    return DataError(f"cannot read dataset {names}: {_deepest(error)}")
+    return DataError(f"cannot read dataset {names}: {_missing_package(error) or _deepest(error)}")
+
+
+def _missing_package(error: BaseException | None) -> str | None:
+    """What to install, where an error is that a package which reads a kind of address is not there."""
+    while error is not None:
+        if isinstance(error, ImportError):
+            module = (error.name or "").split(".")[0]
+            package = PACKAGES.get(module, module)
+            return f"such an address is read with {package}: pip install {package}" if package else str(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _hub_options(entry: Entry, hub: Hub) -> dict[str, Any]:
@@ -152,7 +177,7 @@ def _hub_options(entry: Entry, hub: Hub) -> dict[str, Any]:
 
 def _read_columns(names: Sequence[str], entry: Entry) -> list[str]:
     """The columns that are read: those of the first rows, and those of use, which may first come later."""
-    known = [*filter(None, astuple(entry.columns)), *USUAL]
+    known = [*filter(None, astuple(entry.columns)), *USUAL, *MEDIA_COLUMNS]
     return list(dict.fromkeys([*names, *known]))
 
 
@@ -173,10 +198,12 @@ def data_files(entry: Entry) -> list[str]:
     path = Path(entry.path)
     if os.path.isdir(path):
         listed = sorted(f for f in path.iterdir() if not f.name.startswith("."))
-        files = [str(f) for f in listed if f.is_file() and kind_of(f.name) in READERS and f.name not in NO_DATA]
+        files = [str(f) for f in listed if f.is_file() and kind_of(f.name) in READERS and not _tells_of_data(f)]
         if not files:
             kinds = ", ".join(f".{kind}" for kind in READERS)
-            raise DataError(f"dataset {entry.name!r}: the folder {path} holds no files of data ({kinds})")
+            inner = [f.name for f in listed if f.is_dir()]
+            hint = f": name one of its folders, {', '.join(inner[:6])}" if inner else ""
+            raise DataError(f"dataset {entry.name!r}: the folder {path} holds no files of data ({kinds}){hint}")
         left = [f.name + "/" * f.is_dir() for f in listed if str(f) not in files]
         if left:
             note_once(f"dataset {entry.name!r}: not read from {path}: {', '.join(left)}")
@@ -186,6 +213,25 @@ def data_files(entry: Entry) -> list[str]:
         near = difflib.get_close_matches(path.name, siblings, n=1)
         raise DataError(f"dataset {entry.name!r}: no file {path}." + (f" There is {near[0]!r}." if near else ""))
     return [str(path)]
+
+
+def _tells_of_data(file: Path) -> bool:
+    return file.name in NO_DATA or (kind_of(file.name) == "txt" and file.stem.lower() in ABOUT)
+
+
+def _compare_sha1(files: Sequence[str], entry: Entry) -> None:
+    """Warn where the file is not the one that the entry's `file_sha1` is of, as LLaMA-Factory did."""
+    if entry.file_sha1 is None or entry.source != "file":
+        return
+    if len(files) > 1:
+        note_once(
+            f"dataset {entry.name!r}: file_sha1 is of one file, but {entry.path} holds {len(files)}: not compared"
+        )
+    elif (found := sha1(files[0])) != entry.file_sha1.lower():
+        note_once(
+            f"dataset {entry.name!r}: {files[0]} is not the file that file_sha1 is of: {found}, not {entry.file_sha1}",
+            logging.WARNING,
+        )
 
 
 def places(entries: Sequence[Entry] | Mapping[int, Entry], rows: datasets.Dataset) -> tuple[str, ...]:
@@ -205,7 +251,7 @@ def _places(entry: Entry, rows: Sequence[int]) -> dict[int, str]:
         return found
     left, first = sorted(set(rows), reverse=True), 0
     for path in data_files(entry):
-        if READERS.get(kind_of(path)) != "json" or is_array(path):
+        if READERS.get(kind_of(path)) != "json" or layout(path) != "lines":
             break  # how many rows it has is not told by its lines
         with open_bytes(path) as file:
             for number, line in enumerate(file, start=1):
@@ -234,6 +280,8 @@ def _reader(files: list[str], entry: Entry) -> str:
     unknown = sorted(kinds - set(READERS))
     if unknown:
         example = next(f for f in files if kind_of(f) == unknown[0])
+        if unknown[0] in ARCHIVES:
+            raise DataError(f"dataset {entry.name!r}: {example} is an archive: unpack it, and name the file or folder")
         raise DataError(f"dataset {entry.name!r}: {example} is none of {', '.join(READERS)}")
     readers = {READERS[kind] for kind in kinds}
     if len(readers) > 1:

@@ -4,7 +4,7 @@ LLaMA-Factory's file, with three differences:
   - where `columns` or `tags` are given, keys that are not listed keep their defaults (there they become nothing, so
     that `columns: {prompt: q}` loses the answers). Only of `prompt` and `query`, one listed means no other, so that
     an entry that works there means the same here;
-  - a file, a folder or a hub id can be named in `dataset:` without an entry;
+  - a file, a folder, an address or a hub id can be named in `dataset:` without an entry;
   - in `formatting: openai`, the defaults of columns and tags are OpenAI's (messages, role, content, user, tool ...).
 """
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from jtune.data.sources.files import UTF16
 from jtune.errors import DataError
 
 log = logging.getLogger("jtune")
@@ -76,6 +77,7 @@ class Entry:
     folder: str | None = None
     revision: str | None = None
     num_samples: int | None = None
+    file_sha1: str | None = None
     columns: Columns = field(default_factory=Columns)
     listed: tuple[str, ...] = ()  # keys of `columns` that the entry names: these columns must exist
     tags: Tags = field(default_factory=Tags)
@@ -119,15 +121,18 @@ def entry_of(
     row: Any = info[name]
     if not isinstance(row, dict):
         raise DataError(f"{about}: expected an object with file_name or hf_hub_url, found {json.dumps(row)[:80]}")
-    _check_keys(row, _KEYS, about)
+    _check_entry_keys(row, about)
     row = {key: value for key, value in row.items() if value is not None or key in _SOURCE_KEYS}
     _check_types(row, about)
-    if "file_sha1" in row:
-        log.info("%s: file_sha1 is not looked at", about)
     source, path = _source(row, about, folder, allow_outside)
     formatting = row.get("formatting", "alpaca")
     if formatting not in FORMATTINGS:
         raise DataError(f"{about}: formatting {formatting!r} is not one of {', '.join(FORMATTINGS)}")
+    if row.get("num_samples", 0) < 0:
+        raise DataError(f"{about}: num_samples is {row['num_samples']}, expected a number of rows")
+    unused = [key for key in _OF_A_HUB if key in row] if source != "hub" else []
+    if unused:
+        log.info("%s: %s: only read with hf_hub_url", about, ", ".join(unused))
     openai = formatting == "openai"
     given = row.get("columns", {})
     return Entry(
@@ -140,7 +145,8 @@ def entry_of(
         split=row.get("split", "train"),
         folder=row.get("folder"),
         revision=row.get("revision"),
-        num_samples=row.get("num_samples"),
+        num_samples=row.get("num_samples") or None,  # as there, 0 means all
+        file_sha1=row.get("file_sha1"),
         columns=_columns(given, about, Columns(messages="messages") if openai else Columns()),
         listed=tuple(key for key, column in given.items() if column),
         tags=_tags(row.get("tags", {}), about, OPENAI_TAGS if openai else Tags()),
@@ -161,6 +167,7 @@ _KEYS = (
     "tags",
     "file_sha1",
 )
+_OF_A_HUB = ("subset", "folder", "revision")
 _TYPES: dict[str, tuple[type, str]] = {
     "ranking": (bool, "true or false"),
     "num_samples": (int, "a number"),
@@ -194,7 +201,9 @@ def _read_info(dataset_dir: str | Mapping[str, Any]) -> tuple[Mapping[str, Any],
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
+        utf16 = path.read_bytes()[:2] in UTF16
+        hint = f": it is UTF-16: iconv -f utf-16 -t utf-8 {path}" if utf16 else f" at byte {error.start}"
+        raise DataError(f"{path}: not UTF-8{hint}") from error
     except ValueError as error:  # a number of thousands of digits
         raise DataError(f"{path}: not JSON: {str(error).split(':')[0]}") from error
     if not isinstance(info, Mapping):
@@ -211,9 +220,13 @@ def _find(name: str, info: Mapping[str, Any], where: str, folder: Path, allow_ou
             if path == folder / name and not _leads_out(name) and not allow_outside:
                 _check_links(path, folder, f"dataset {name!r}")
             return Entry(name, "file", str(path), formatting=None)
+    if _is_remote(name):
+        return Entry(name, "url", name, formatting=None)
     near = difflib.get_close_matches(name, info, n=3)
     if HUB_ID.fullmatch(name) and not near and not Path(name).suffix:
         return Entry(name, "hub", name, formatting=None)
+    beside = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    near = near or difflib.get_close_matches(name, beside, n=3, cutoff=0.8)
     if near:
         hint = f"Did you mean {' or '.join(near)}?"
     elif info:
@@ -332,9 +345,18 @@ def _check_keys(given: Mapping[str, Any], known: Sequence[str], about: str) -> N
             raise DataError(f"{about}: unknown key {key!r}; {hint}")
 
 
+def _check_entry_keys(row: Mapping[str, Any], about: str) -> None:
+    """Refuse a key that is nearly one that is read; name the others, which LLaMA-Factory does not read either."""
+    unknown = [key for key in row if key not in _KEYS]
+    _check_keys({key: None for key in unknown if difflib.get_close_matches(key, _KEYS, cutoff=0.8)}, _KEYS, about)
+    told = [key for key in unknown if not key.startswith("_")]
+    if told:
+        log.info("%s: not read: %s", about, ", ".join(told))
+
+
 def _check_types(row: Mapping[str, Any], about: str) -> None:
     for key, value in row.items():
-        if key in (*_SOURCE_KEYS, "folder"):
+        if key in (*_SOURCE_KEYS, "folder") or key not in _KEYS:
             continue  # `_source` looks at them
         wanted, words = _TYPES.get(key, (str, "text"))
         if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):

@@ -5,7 +5,6 @@ the first block breaks on a later one. Here a text stays as it is written, null 
 or a truth value becomes its literal. A list or an object is kept as JSON behind `NESTED`; `value_of` gives it back.
 """
 
-import codecs
 import csv
 import json
 import logging
@@ -14,63 +13,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
 
 import datasets
-import fsspec
 import pandas
 import pyarrow as pa
 import xxhash
 from datasets.builder import Key
 
+from jtune.data.sources.files import check_utf8, decoded, kind_of, open_bytes
+from jtune.data.sources.json_values import check_row, json_rows, json_values
 from jtune.errors import DataError
 
 log = logging.getLogger("jtune")
 
 NESTED = "\x00json\x00"  # begins a cell that holds a list or an object, as JSON
+CODE = ("files.py", "json_values.py", "rows.py")  # what the rows that are read depend on
 LATE = "(late columns)"  # a column of the names of columns that are not read, as a JSON list where they first come up
 BLOCK = 4 << 20  # characters of a block of rows, about
 BLOCK_ROWS = 10_000
 CELLS = 1000  # rows whose columns are looked at before all are read
-CHUNK = 1 << 20  # characters of a JSON array that are read at once
-SHOWN = 80  # characters of a faulty line
 MOST_NAMES = 8  # columns that are named in a line
 DELIMITERS = {"csv": ",", "tsv": "\t"}
-COMPRESSED: tuple[str, ...] = ("gz", "bz2", "xz", "zst")
-Compression = Literal["gzip", "bz2", "xz", "zstd"] | None
-UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-
-def kind_of(path: str) -> str:
-    """
-    >>> kind_of("a/rows.JSONL.gz"), kind_of("b.csv"), kind_of("LICENSE")
-    ('jsonl', 'csv', '')
-    """
-    stem, extension = os.path.splitext(path.lower())
-    if extension.lstrip(".") in COMPRESSED:
-        extension = os.path.splitext(stem)[1]
-    return extension.lstrip(".")
-
-
-def open_bytes(path: str) -> IO[bytes]:
-    """A file, decompressed, at the first byte after a byte order mark.
-
-    Raises:
-      DataError: it is UTF-16.
-    """
-    opened: Any = fsspec.open(path, "rb", compression="infer")
-    file = opened.open()
-    start = file.read(3)
-    if start[:2] in UTF16:
-        raise DataError(f"{path}: UTF-16, expected UTF-8: iconv -f utf-16 -t utf-8 {path}")
-    file.seek(3 if start == codecs.BOM_UTF8 else 0)
-    return file
-
-
-def is_array(path: str) -> bool:
-    """Whether a JSON file is one array of rows, and not a row a line."""
-    with open_bytes(path) as file:
-        return next((byte for line in file for byte in line.split()), b"")[:1] == b"["
+OTHERS = ";\t|"  # that a header may have instead, as programs in other countries write
 
 
 def column_names(paths: Sequence[str]) -> list[str]:
@@ -103,7 +68,7 @@ def reader(
     Args:
       typed: `datasets` is told the columns before it reads. A stream's position depends on whether it was.
     """
-    code = xxhash.xxh64(Path(__file__).read_bytes()).hexdigest()
+    code = xxhash.xxh64(b"".join((Path(__file__).parent / name).read_bytes() for name in CODE)).hexdigest()
     how: dict[str, Any] = {"columns": tuple(columns), "typed": typed}
     return TextRows(cache_dir=cache_dir, dataset_name="rows", hash=code, data_files=list(paths), **how)
 
@@ -142,25 +107,12 @@ class TextRows(datasets.ArrowBasedBuilder):
 # ---------------------------------------------------------------------- JSON
 
 
-def json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a JSON array or of JSON lines, each with its place.
-
-    Raises:
-      DataError: at the first that is no row, with file and line.
-    """
-    for place, row, _ in _json_values(path):
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: expected an object, one row, found {kind(row)}: {json.dumps(row)[:SHOWN]}")
-        yield place, row
-
-
 def _json_tables(path: str, schema: pa.Schema) -> Iterator[pa.Table]:
     cells: dict[str, list[str | None]] = {name: [] for name in schema.names}
     names, known = [name for name in schema.names if name != LATE], set(schema.names)
     count = size = 0
-    for place, row, text in _json_values(path):
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: expected an object, one row, found {kind(row)}: {text[:SHOWN]}")
+    for place, row, text in json_values(path):
+        check_row(place, row, text)
         literals: dict[str, Any] | None = None
         for name in names:
             value = row.get(name)
@@ -210,108 +162,16 @@ def _table(cells: Mapping[str, Sequence[str | None]], schema: pa.Schema, path: s
     return pa.Table.from_arrays([pa.array(cells[name], pa.string()) for name in schema.names], schema=schema)
 
 
-def _json_values(path: str) -> Iterator[tuple[str, Any, str]]:
-    """Each value with its place and its text."""
-    if is_array(path):
-        yield from _array_values(path)
-        return
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            text = decoded(line, path, number).rstrip("\r\n")
-            try:
-                value = json.loads(text)
-            except (json.JSONDecodeError, RecursionError, ValueError) as error:
-                hint = ""
-                if number == 1 and text.lstrip().startswith("{") and kind_of(path) == "json":
-                    hint = ". Expected an array of rows, [{...}, ...], or a row on each line"
-                raise DataError(f"{path}:{number}: not JSON: {_said(error)}: {text.strip()[:SHOWN]}{hint}") from error
-            yield f"{path}:{number}", value, text
-
-
-def _array_values(path: str) -> Iterator[tuple[str, Any, str]]:
-    """The elements of a JSON array, of which a part is in memory."""
-    decoder, number, line = json.JSONDecoder(), 0, 1
-    with open_bytes(path) as file:
-        decode = codecs.getincrementaldecoder("utf-8")()
-        text, at, wanted, ended = "", 0, CHUNK, False
-
-        def more() -> None:
-            nonlocal text, at, ended, wanted, line
-            piece = file.read(wanted)
-            ended = not piece
-            try:
-                added = decode.decode(piece, final=ended)
-            except UnicodeDecodeError as error:
-                check_utf8(path)
-                raise DataError(f"{path}: not UTF-8: {error}") from error
-            line += text.count("\n", 0, at)
-            text, at = text[at:] + added, 0
-            wanted = max(CHUNK, len(text))  # as much again: an element that is longer is not read many times
-
-        def skip() -> str:
-            """The next character that is no space; "" at the end."""
-            nonlocal at
-            while True:
-                while at < len(text) and text[at] in " \t\r\n":
-                    at += 1
-                if at < len(text) or ended:
-                    return text[at : at + 1]
-                more()
-
-        def fault(error: str, where: int) -> DataError:
-            found = line + text.count("\n", 0, where)
-            shown = text[text.rfind("\n", 0, where) + 1 :].split("\n", 1)[0].strip()[:SHOWN]
-            return DataError(f"{path}:{found}: not JSON: {error}: {shown}")
-
-        skip()
-        at += 1
-        while skip() != "]":
-            if number and text[at : at + 1] != ",":
-                raise fault("Expecting ',' delimiter", at)
-            if number:
-                at += 1
-                skip()
-            while True:
-                try:
-                    value, stop = decoder.raw_decode(text, at)
-                    if stop < len(text) or ended:
-                        break
-                except json.JSONDecodeError as error:
-                    if ended:
-                        raise fault(error.msg, error.pos) from error
-                except (RecursionError, ValueError) as error:
-                    raise fault(_said(error), at) from error
-                more()
-            number += 1
-            yield f"{path} row {number}", value, text[at:stop]
-            at = stop
-        at += 1
-        if skip():
-            raise fault("Extra data", at)
-
-
-def _said(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return error.msg if isinstance(error, json.JSONDecodeError) else str(error).split(":")[0]
-
-
-def kind(value: Any) -> str:
-    kinds = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds.get(type(value), "null" if value is None else type(value).__name__)
-
-
 # ---------------------------------------------------------------------- CSV
 
 
 def _csv_tables(path: str, schema: pa.Schema) -> Iterator[pa.Table]:
     header, start = _header(path), 0
+    separator = _separator(path)
     texts: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""]}
     try:
         with open_bytes(path) as file:
-            blocks = pandas.read_csv(file, sep=DELIMITERS[kind_of(path)], chunksize=BLOCK_ROWS, **texts)
+            blocks = pandas.read_csv(file, sep=separator, chunksize=BLOCK_ROWS, **texts)
             for block in blocks:
                 if not isinstance(block.index, pandas.RangeIndex):
                     raise DataError(f"{path}: rows have more fields than the header, which has {len(header)}")
@@ -348,28 +208,26 @@ def _ragged(path: str, said: str, header: Sequence[str]) -> DataError:
 def _header(path: str) -> list[str]:
     with open_bytes(path) as file:
         first = (decoded(line, path, number) for number, line in enumerate(file, start=1))
-        names = next((row for row in csv.reader(first, delimiter=DELIMITERS[kind_of(path)]) if row), [])
+        names = next((row for row in csv.reader(first, delimiter=_separator(path)) if row), [])
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"{path}:1: column {twice[0]!r} is there {names.count(twice[0])} times: name each once")
     return [name or f"Unnamed: {number}" for number, name in enumerate(names)]
 
 
-# ---------------------------------------------------------------------- UTF-8
-
-
-def decoded(line: bytes, path: str, number: int) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line: {line[:SHOWN]!r}. "
-            f"If it is Latin-1: iconv -f latin1 -t utf8 {path}"
-        ) from error
-
-
-def check_utf8(path: str) -> None:
-    """Raise a DataError, with the line, where a file is not UTF-8."""
+def _separator(path: str) -> str:
+    """What separates the fields: what the file's kind says, or where the header lacks it another one that it has."""
+    usual = DELIMITERS[kind_of(path)]
     with open_bytes(path) as file:
-        for number, line in enumerate(file, start=1):
-            decoded(line, path, number)
+        header = decoded(next((line for line in file if line.strip()), b""), path, 1)
+    found = next((other for other in OTHERS if other in header), None)
+    if usual in header or found is None or next(csv.reader([header], delimiter=found)) == [header]:
+        return usual
+    say_separator(os.path.basename(path), found)
+    return found
+
+
+@cache
+def say_separator(name: str, separator: str) -> None:
+    """Say, once, that a file's fields are not separated as its kind says."""
+    log.info("%s: fields are separated by %r, as its header is", name, separator)

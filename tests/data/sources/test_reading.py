@@ -19,9 +19,10 @@ from jtune.data.formats.align import align, align_row
 from jtune.data.pipeline import Wanted
 from jtune.data.sources import columns
 from jtune.data.sources.columns import resolve_format
+from jtune.data.sources.json_values import CHUNK, json_rows
 from jtune.data.sources.load import Hub, load_table
 from jtune.data.sources.registry import Columns, Entry, entry_of, find_datasets
-from jtune.data.sources.rows import CELLS, CHUNK, json_rows, say_late
+from jtune.data.sources.rows import CELLS, say_late
 from jtune.data.stream import open_stream
 from jtune.errors import DataError
 
@@ -278,7 +279,9 @@ def test_a_folder_may_hold_what_is_no_data(tmp_path, caplog):
         ("a.csv", "instruction,output\na,b\na,b,c\n", ":3: 3 fields, but the header has 2 (instruction, output)"),
         ("a.csv", "instruction,output,output\na,b,c\n", ":1: column 'output' is there 2 times: name each once"),
         ("a.csv", "instruction,output\na,b,c\n", ": rows have more fields than the header, which has 2"),
-        ("a.json", '{\n "data": []\n}', "Expected an array of rows, [{...}, ...], or a row on each line"),
+        ("a.json", '{\n "data": [}', "Expected an array of rows, [{...}, ...], or a row on each line"),
+        ("a.json", '{\n "data": []\n}', "has 0 rows"),
+        ("a.json", '{"text": "a"}\n{"text":', ":2: not JSON: Expecting value"),
         ("a.jsonl", '{"instruction": ' + "[" * 100_000 + "]" * 100_000 + "}", ":1: not JSON: nested too deeply"),
         ("a.json", "[" * 100_000, ":1: not JSON: nested too deeply"),
         ("a.jsonl", '{"instruction": ' + "9" * 9999 + "}", ":1: not JSON: Exceeds the limit"),

@@ -151,7 +151,12 @@ def test_each_evaluation_set_may_have_its_own_loss(template, tmp_path):
         ("a.json", ALPACA, {"column": {}}, ["'column'", "columns"]),
         ("a.json", ALPACA, {"columns": {"promt": "instruction"}}, ["'promt'", "prompt"]),
         ("a.json", ALPACA, {"ranking": True}, ["preferences", "dpo"]),
-        ("a.json", ALPACA, {"columns": {"prompt": "instruction", "response": "output", "images": "images"}}, ["text"]),
+        (
+            "a.json",
+            ALPACA,
+            {"columns": {"prompt": "instruction", "response": "output", "images": "images"}},
+            ["no column 'images'"],
+        ),
         ("a.json", ALPACA, {"file_name": None, "script_url": "make.py"}, ["script"]),
         ("a.xyz", "{}", None, ["a.xyz", "json"]),
     ],
