@@ -144,7 +144,7 @@ def chat(words: Words) -> None:
 def eval(words: Words, tasks: str, include_path: str | None, limit: float | None) -> None:
     """Run benchmarks of the lm-evaluation-harness on the model."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("the lm-evaluation-harness is not installed: pip install 'jtune[eval]'")
+        raise ConfigError("the lm-evaluation-harness is not installed: pip install 'jtune-llm[eval]'")
     config = load(words, "eval")
     from jtune.commands.eval import evaluate
 

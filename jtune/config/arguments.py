@@ -132,7 +132,7 @@ class DataArguments:
     tokenized_path: str | None = arg(None, "a folder for the encoded sets: written if it is empty, otherwise read")
     overwrite_cache: bool = arg(False, "encode again, even if the cache has the rows")
     tokenizer_backend: Literal["huggingface", "gigatoken"] = arg(
-        "huggingface", "the tokenizer library; gigatoken gives the same ids, faster (pip install 'jtune[fast]')"
+        "huggingface", "the tokenizer library; gigatoken gives the same ids, faster (pip install 'jtune-llm[fast]')"
     )
     preprocessing_batch_size: int = arg(1000, "rows per batch of encoding", at_least(1))
     preprocessing_num_workers: int | None = arg(None, "number of processes that encode", at_least(1))

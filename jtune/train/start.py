@@ -10,10 +10,10 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jtune import __version__
 from jtune.config import TrainingArguments
 from jtune.distributed import connect, exchange
 from jtune.errors import CheckpointError, ConfigError
@@ -304,7 +304,7 @@ def mark_finished(output_dir: Path, training: TrainingArguments, run: Run) -> No
 
 
 def _write(output_dir: Path, record: Record) -> None:
-    write_json(output_dir / RECORD, record._replace(jtune=version("jtune"))._asdict())
+    write_json(output_dir / RECORD, record._replace(jtune=__version__)._asdict())
 
 
 def _read_record(output_dir: Path, resumable: list[Path]) -> Record | None:
