@@ -39,6 +39,7 @@ from jtune.stages import stage_of
 from jtune.train import callbacks, preflight, results
 from jtune.train.batch import place_batch
 from jtune.train.cadence import best_metric, make_cadence
+from jtune.train.callbacks import trackers
 from jtune.train.checkpoint import Checkpointer, writing_model
 from jtune.train.checkpoint_folder import check_folder
 from jtune.train.files import full_disk_explained
@@ -110,25 +111,28 @@ def train(config: Config) -> dict[str, Any]:
     start = Start(time.monotonic(), progress.step, progress.tokens)
     subscribers = callbacks.subscribers(training, output_dir, progress.step, plan.max_steps)
     timing.rest("startup")
-    try:
-        with full_disk_explained():  # in here, as other processes are told the explanation
-            schedule = schedule_of(config, plan)
-            state, outcome = run_loop(state, progress, cadence, schedule, hooks, subscribers, improvement, timing)
-            checkpointer.close()
-    except BaseException as error:
-        shutdown.last_work(error, checkpointer.wait)  # a checkpoint may be nearly written
-        raise
-    if outcome == "preempted":
-        raise Preempted(
-            f"stopped by a signal at update {progress.step} and saved: the same command goes on from there\n"
-            f"  {command_to_go_on()}"
-        )
+    with trackers.reporting(config, output_dir, progress.step) as reports:
+        try:
+            with full_disk_explained():  # in here, as other processes are told the explanation
+                schedule = schedule_of(config, plan)
+                state, outcome = run_loop(
+                    state, progress, cadence, schedule, hooks, [*subscribers, *reports], improvement, timing
+                )
+                checkpointer.close()
+        except BaseException as error:
+            shutdown.last_work(error, checkpointer.wait)  # a checkpoint may be nearly written
+            raise
+        if outcome == "preempted":
+            raise Preempted(
+                f"stopped by a signal at update {progress.step} and saved: the same command goes on from there\n"
+                f"  {command_to_go_on()}"
+            )
 
-    # ------------------------------------------------------------------ finish
-    state = best_state(config, program, state, progress)
-    write_results(output, state, progress, start, parameters)
-    written = finish(config, source, rows.splits, measures, whole(program, state))
-    mark_finished(output_dir, training, run)
+        # ------------------------------------------------------------------ finish
+        state = best_state(config, program, state, progress)
+        write_results(output, state, progress, start, parameters)
+        written = finish(config, source, rows.splits, measures, whole(program, state))
+        mark_finished(output_dir, training, run)
     log.info("wrote %s", output_dir)
     return written
 
@@ -142,6 +146,8 @@ def check_before_compute(config: Config, arguments: Mapping[str, Any]) -> None:
     for note in config.notes:
         log.info("note: %s", note)
     check_schedule(training)
+    if training.do_train:
+        trackers.note_missing(config)
     if training.predict_with_generate:
         check_installed()
     check_folder(output_dir)

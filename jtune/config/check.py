@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from jtune.config import optimizers
+from jtune.config import optimizers, trackers
 from jtune.config.arguments import FIELDS
 from jtune.config.foreign import FOREIGN, TRAINING, is_inert, verdict
 from jtune.config.kinds import Mismatch, coerce, describe_kind
@@ -60,6 +60,8 @@ def check(
     if not values.get("streaming") and values.get("buffer_size", default) != default:
         notes.append(f"{given['buffer_size'].origin}: buffer_size is ignored without streaming: true")
     notes += _unused_by_the_loss(values, given)
+    unused = trackers.notes(values, {name: field.default for name, field in FIELDS.items()})
+    notes += [f"{given[name].origin}: {note}" for name, note in unused]
     other = given.get("ref_model")
     if command in TRAINING and values.get("use_asft_loss") and other and not is_inert("ref_model", other.value):
         message = "ref_model: the reference of use_asft_loss is the model at the start: leave ref_model out"
@@ -330,10 +332,7 @@ def _numbers(v: SimpleNamespace) -> Iterator[Rule]:
     sizes = [name for name in vars(v) if name.startswith("mesh_") and getattr(v, name) == -1]
     if len(sizes) > 1:
         yield tuple(sizes), f"{' and '.join(sizes)} are all -1: only one of them can take the remaining devices"
-    for wish in v.report_to:
-        if wish not in ("none", "tensorboard"):
-            message = f"report_to: {wish} is not built: tensorboard, or none (trainer_log.jsonl is always written)"
-            yield ("report_to",), message
+    yield from trackers.faults(v)
     for what in ("logging", "save"):
         if getattr(v, f"{what}_strategy") == "steps" and not getattr(v, f"{what}_steps"):
             yield (f"{what}_steps", f"{what}_strategy"), f"{what}_steps must be above 0; for never: {what}_strategy: no"

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jtune.config import trackers
 from jtune.config.arguments import (
     FIELDS,
     SECTIONS,
@@ -89,7 +90,7 @@ def _filled_in(values: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("packing") is None and rules_of(values.get("stage", "sft")).has_prompts:
         # Stage pt keeps None: it packs by default, with rows a token longer than with packing: true, as LLaMA-Factory.
         values["packing"] = False
-    values["report_to"] = tuple(name for name in values.get("report_to", ()) if name != "none")
+    values["report_to"] = trackers.chosen(values.get("report_to", ()), values.get("use_swanlab", False))
     return values
 
 

@@ -26,7 +26,7 @@ from jtune.train.digest import as_read, data_fingerprint, digests, named_leaves
 log = logging.getLogger("jtune")
 
 # Arguments that may differ from host to host: where it keeps what it has fetched and made, and secrets.
-OF_THE_HOST = ("cache_dir", "compile_cache_dir", "hf_hub_token", "logging_dir")
+OF_THE_HOST = ("cache_dir", "compile_cache_dir", "hf_hub_token", "logging_dir", "swanlab_api_key", "swanlab_logdir")
 SEEN_WITHIN = 10.0  # seconds in which a network file system shows a new file to the others
 
 

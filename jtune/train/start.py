@@ -18,6 +18,7 @@ from jtune.config import TrainingArguments
 from jtune.distributed import connect, exchange
 from jtune.errors import CheckpointError, ConfigError
 from jtune.train import files
+from jtune.train.callbacks.trackers import RUNS
 from jtune.train.checkpoint_folder import Damaged, find_checkpoints, is_ours, read_meta, saved_by_others, saved_by_us
 from jtune.train.identity import Run, changed_arguments, describe_course, differences
 from jtune.train.loop import Progress
@@ -34,6 +35,7 @@ _OF_A_RUN = (
     RECORD,
     "trainer_log.jsonl",
     "trainer_state.json",
+    RUNS,
     "eval_samples.jsonl",
     "generated_predictions.jsonl",
     *(f"{kind}_results.json" for kind in ("all", "train", "eval", "predict")),
