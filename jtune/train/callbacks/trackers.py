@@ -33,6 +33,7 @@ log = logging.getLogger("jtune")
 RUNS = "trackers.json"  # in output_dir: the run's id in each tracker, for a resumed run to go on with
 PATIENCE = 30.0  # seconds that the end of a run waits for all trackers together
 SHORT_PATIENCE = 5.0  # of a run that is stopped or fails: it must be gone before it is killed
+THREAD = "report to "  # what the names of the threads begin with
 ROOM = 1000  # records that wait for a tracker, at most
 START: dict[str, Callable[[Session], Handle]] = {
     "wandb": libraries.start_wandb,
@@ -107,6 +108,13 @@ def read_runs(output_dir: Path) -> dict[str, str]:
     return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
 
 
+def any_at_work() -> bool:
+    """Whether a tracker's thread is not done: at the end of the process it hangs, and its library would hang again in
+    what Python does at exit.
+    """
+    return any(thread.name.startswith(THREAD) for thread in threading.enumerate())
+
+
 class Tracker:
     """A tracker at work in a thread of its own."""
 
@@ -116,7 +124,7 @@ class Tracker:
         self.lost = 0  # records that there was no room for
         self.complained = False
         # A daemon, as the process must be able to end while the library hangs.
-        self.thread = threading.Thread(target=self._work, name=f"report to {name}", daemon=True)
+        self.thread = threading.Thread(target=self._work, name=f"{THREAD}{name}", daemon=True)
         self.thread.start()
 
     def subscribe(self, event: Event) -> None:
