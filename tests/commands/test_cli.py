@@ -16,6 +16,7 @@ from jtune.cli.commands import program
 from jtune.cli.main import main
 from jtune.commands.data import show_data
 from jtune.train.callbacks import trackers
+from jtune.train.callbacks.libraries import Handle
 
 OPTIONS = {
     "train": {"--simulate"},
@@ -81,11 +82,13 @@ def test_help_imports_nothing_slow():
 
 def test_a_tracker_that_hangs_does_not_keep_the_process(monkeypatch, capsys):
     left, on = [], threading.Event()
+    begin = lambda: on.wait() and Handle("", print, print)
     monkeypatch.setattr(os, "_exit", left.append)
-    tracker = trackers.Tracker("json", on.wait, print)  # of a library that is there
+    tracker = trackers.Tracker("json", begin, print)  # of a library that is there
     assert main(["--version"]) == 0
     assert left == [0]
     on.set()
+    trackers.close([tracker], "finished")
     tracker.thread.join()
     assert main(["--version"]) == 0
     assert left == [0]
