@@ -12,7 +12,7 @@ import numpy as np
 from jtune.config import Config
 from jtune.data import template_of
 from jtune.errors import ConfigError
-from jtune.interop import hf
+from jtune.interop import hf, manifest
 from jtune.interop.endings import forget_tokenizer, resolve_endings, write_generation, write_tokenizer
 from jtune.loading import vocabulary
 from jtune.loading.model import adapter_reader
@@ -40,6 +40,8 @@ def export(config: Config) -> Path:
       ConfigError: `export_dir` is the base's own folder.
       DataError: a file is missing or malformed.
     """
+    for note in config.notes:
+        log.info("note: %s", note)
     args = config.model
     base, out = fetch_model(args), Path(args.export_dir or "")
     if out.resolve() == base.resolve():
@@ -62,6 +64,7 @@ def export(config: Config) -> Path:
     with hf.whole_or_absent(out) as unfinished:
         write_tokenizer(unfinished, tokenizer)
         write_generation(unfinished, endings)
+        manifest.write(unfinished, manifest.describe(config, base))
         hf.save_model(
             params, decoder, endings.source, unfinished, max_shard_bytes=args.export_size * 10**9, dtype=dtype
         )

@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from jtune.config import trackers
+from jtune.config import run_folder, trackers
 from jtune.config.arguments import (
     FIELDS,
     SECTIONS,
@@ -61,7 +62,7 @@ def load_config(argv: Sequence[str], command: str = "train") -> Config:
     Args:
       argv: `CASE.yaml key=value ...`, `CASE.json ...`, `--key value ...`, or a file followed by either.
       command: "train", "data", "plan", "inspect", "export", "chat", ... Every command accepts every argument, and
-        requires only its own.
+        requires only its own. "chat", "eval" and "export" also take a folder with a model in the place of a file.
 
     Raises:
       ConfigError: one line for each fault, those of the file first, then those of the command line.
@@ -69,12 +70,16 @@ def load_config(argv: Sequence[str], command: str = "train") -> Config:
     >>> load_config(["model_name_or_path=m", "dataset=a,b", "do_train=true"]).data.dataset
     ('a', 'b')
     """
-    parsed = parse(argv)
+    note = beneath = None
+    if argv and command in run_folder.COMMANDS and Path(argv[0]).is_dir():
+        beneath, note = run_folder.arguments_of(Path(argv[0]), command)
+    parsed = parse(argv, beneath)
     unread = frozenset(fault.name for fault in parsed.faults)
     values, faults, notes = check(parsed.given, parsed.origin, command, unread)
     faults = sorted([*parsed.faults, *faults], key=lambda fault: fault.origin)
     if faults:
         raise ConfigError(_message(faults))
+    notes += [note] if note else []
     values = _filled_in(values)
     sections = {
         name: section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})

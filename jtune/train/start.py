@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from jtune import __version__
 from jtune.config import TrainingArguments
+from jtune.config.run_folder import MANIFEST
 from jtune.distributed import connect, exchange
 from jtune.errors import CheckpointError, ConfigError
 from jtune.train import files
@@ -40,7 +41,8 @@ _OF_A_RUN = (
     "generated_predictions.jsonl",
     *(f"{kind}_results.json" for kind in ("all", "train", "eval", "predict")),
 )
-_OF_A_MODEL = ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json")
+_OF_A_MODEL = ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+               MANIFEST)  # fmt: skip
 # Arguments without which the best evaluation so far cannot be compared with those to come.
 _BEST = ("metric_for_best_model", "greater_is_better", "eval_dataset", "eval_on_each_dataset")
 

@@ -90,7 +90,8 @@ def test_two_adapters_are_merged_and_the_difference_is_told(base, adapters, tmp_
     one, _ = peft.load_adapter(hf.load_params(base, decoder), decoder, str(adapters[0]))
     assert abs(np.asarray(model.apply({"params": one}, ids)) - before).max() > 10 * difference
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "jtune.json"} <= names
+    assert json.loads((tmp_path / "out" / "jtune.json").read_text())["adapters"] == list(map(str, adapters))
     assert {x.dtype.name for x in load_file(tmp_path / "out" / "model.safetensors").values()} == {"bfloat16"}
 
 
