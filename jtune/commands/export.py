@@ -12,7 +12,7 @@ import numpy as np
 from jtune.config import Config
 from jtune.data import template_of
 from jtune.errors import ConfigError
-from jtune.interop import hf, manifest
+from jtune.interop import hf, manifest, serving
 from jtune.interop.endings import forget_tokenizer, resolve_endings, write_generation, write_tokenizer
 from jtune.loading import vocabulary
 from jtune.loading.model import adapter_reader
@@ -64,6 +64,10 @@ def export(config: Config) -> Path:
     with hf.whole_or_absent(out) as unfinished:
         write_tokenizer(unfinished, tokenizer)
         write_generation(unfinished, endings)
+        stops = endings.eos if template is None else dict.fromkeys((*endings.eos, *template.stop_ids))
+        form = None if template is None else template.form
+        text, missing = serving.modelfile(form, tokenizer, tokenizer.convert_ids_to_tokens(list(stops)))
+        (unfinished / serving.MODELFILE).write_text(text, encoding="utf-8")
         manifest.write(unfinished, manifest.describe(config, base))
         hf.save_model(
             params, decoder, endings.source, unfinished, max_shard_bytes=args.export_size * 10**9, dtype=dtype
@@ -79,6 +83,9 @@ def export(config: Config) -> Path:
         np.abs(before).max(),
     )
     log.info("wrote %s parameters in %s to %s", f"{count(params):,}", dtype.name, out)
+    if missing:
+        log.info("%s has no TEMPLATE: %s", out / serving.MODELFILE, missing)
+    log.info("to serve it, type one of these\n  %s", "\n  ".join(serving.next_commands(out)))
     return out
 
 

@@ -23,6 +23,7 @@ from jtune.distributed.command import command_to_go_on
 from jtune.errors import Preempted
 from jtune.evaluation.measures import Measures, finish, log_samples, make_measures
 from jtune.evaluation.text_metrics import check_installed
+from jtune.interop import peft, serving
 from jtune.interop.endings import Endings, resolve_endings
 from jtune.loading.data import data_template, load_data
 from jtune.loading.model import Model, abstract_like, load_model, with_remat
@@ -134,7 +135,17 @@ def train(config: Config) -> dict[str, Any]:
         written = finish(config, source, rows.splits, measures, whole(program, state))
         mark_finished(output_dir, training, run)
     log.info("wrote %s", output_dir)
+    say_how_to_serve(config, output_dir)
     return written
+
+
+def say_how_to_serve(config: Config, output_dir: Path) -> None:
+    """What to type to serve an adapter, or why it must be merged first. A model that is whole needs no words."""
+    if config.finetuning.finetuning_type == "lora" and processes.is_first():
+        given = config.model.adapter_name_or_path
+        before = given if config.finetuning.create_new_adapter else given[:-1]
+        options = json.loads((output_dir / peft.CONFIG).read_bytes())
+        log.info("%s", "\n".join(serving.adapter_lines(output_dir, options, before)))
 
 
 # ---------------------------------------------------------------------- before anything is read

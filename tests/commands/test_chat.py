@@ -193,12 +193,13 @@ def test_of_a_run_that_was_cut_short_it_is_the_newest_checkpoint_and_that_is_sai
 
 
 @pytest.mark.slow
-def test_the_folder_of_a_run_is_enough(parts, tmp_path):
+def test_the_folder_of_a_run_is_enough(parts, tmp_path, capsys):
     """`jtune chat FOLDER` and `jtune export FOLDER` after a run with an adapter, and `jtune chat` of that export."""
     changes = {"mesh_fsdp": -1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 2}
     path = case(tmp_path, *parts, finetuning_type="lora", eval_strategy="no", val_size=0, learning_rate=0.1, **changes)
     assert main(["train", str(path)]) == 0
     out, merged = tmp_path / "out", tmp_path / "merged"
+    assert f"vllm serve {parts[0]} --enable-lora --lora-modules out={out}\n" in capsys.readouterr().out
     assert main(["export", str(out), f"export_dir={merged}"]) == 0
     said, message = [], [{"role": "user", "content": rows()[0]["instruction"]}]
     for folder in (out, merged):
