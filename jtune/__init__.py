@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jtune.tuning import lora, trainable_mask
     from jtune.tuning.show import show, tensor
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the only place that says it; pyproject.toml reads it from here
 __all__ = [
     "Sampling",
     "generate",

@@ -1,6 +1,7 @@
 """The order of the folders, and sizes that keep files readable: the house of docs/architecture.md stays."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,3 +127,16 @@ def test_files_and_functions_can_be_read():
 def test_run_reads_as_a_table_of_contents():
     [train] = [f for f in functions(ast.parse((HOME / "commands" / "train.py").read_text())) if f.name == "train"]
     assert (train.end_lineno or 0) - train.lineno < 85
+
+
+def test_nobody_is_told_to_install_another_project():
+    """`jtune` on PyPI is not this project: the distribution is `jtune-llm`. And where only the folder is on Python's
+    path, there is no distribution to ask for a version.
+    """
+    root = HOME.parent
+    pages = [root / "README.md", root / "pyproject.toml", *(root / "docs").rglob("*.md"), root / ".ci" / "run"]
+    code = [path for folder in ("jtune", "scripts", "configs") for path in (root / folder).rglob("*") if path.is_file()]
+    other = re.compile(r"""install (-\S+ )*['"]?jtune\b(?!-llm)|['"]jtune\[|version\(['"]jtune""")
+    kinds = ("", ".py", ".md", ".sh", ".yaml", ".sbatch", ".toml")
+    texts = {path: path.read_text() for path in pages + code if path.suffix in kinds}
+    assert [f"{path.name}: {match[0]}" for path, text in texts.items() for match in other.finditer(text)] == []

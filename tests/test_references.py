@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = sorted((ROOT / "jtune").rglob("*.py"))
 BASENAMES = {path.name for folder in ("jtune", "tests", "scripts") for path in (ROOT / folder).rglob("*.py")}
-NAME = re.compile(r"(?<![\w./-])jtune(?:\.[A-Za-z_]\w*)+(?![\w/-])")  # a dotted name
+NAME = re.compile(r"(?<![\w./-])jtune(?!\.json)(?:\.[A-Za-z_]\w*)+(?![\w/-])")  # a dotted name
 FILE = re.compile(r"\b((?:jtune|tests|scripts|docs)/[\w./-]*\.(?:py|md|sh|yaml))\b")  # a path from the root
 SIBLING = re.compile(r"(?<![\w./-])(\w+\.py)\b")  # a file without its folder
 

@@ -112,7 +112,7 @@ def inspect(words: Words) -> None:
     inspect_model(config)
 
 
-@case_command()
+@case_command("CASE.yaml|FOLDER [key=value ...]")
 def export(words: Words) -> None:
     """Merge the adapter and write a Hugging Face checkpoint.
 
@@ -123,9 +123,11 @@ def export(words: Words) -> None:
     export(config)
 
 
-@case_command()
+@case_command("CASE.yaml|FOLDER [key=value ...]")
 def chat(words: Words) -> None:
     """Talk with the model, or with what the same YAML has trained.
+
+    In the place of a YAML, the folder of a run or of a model will do.
 
     Questions may also come through a pipe, one a line: then only answers go to stdout.
     """
@@ -137,14 +139,14 @@ def chat(words: Words) -> None:
     chat(config)
 
 
-@case_command()
+@case_command("CASE.yaml|FOLDER [key=value ...]")
 @click.option("--tasks", metavar="NAME,NAME", required=True, help="Names of the harness's tasks.")
 @click.option("--include_path", metavar="DIR", help="A folder with more tasks. These may run code.")
 @click.option("--limit", type=NumberOrShare(), help="Use the first N documents of each task; below 1, a share of them.")
 def eval(words: Words, tasks: str, include_path: str | None, limit: float | None) -> None:
     """Run benchmarks of the lm-evaluation-harness on the model."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("the lm-evaluation-harness is not installed: pip install 'jtune[eval]'")
+        raise ConfigError("the lm-evaluation-harness is not installed: pip install 'jtune-llm[eval]'")
     config = load(words, "eval")
     from jtune.commands.eval import evaluate
 

@@ -30,13 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupt = nullcontext() if words[0] in ("chat", "train") else repeated_interrupt()
     try:
         with stdin, interrupt:
-            return _run(words)
+            status = _run(words)
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
-            return 1  # as in `jtune help all | head`
-        return report_fault(words[0] if words[0] in program.commands else "", error)
+            status = 1  # as in `jtune help all | head`
+        else:
+            status = report_fault(words[0] if words[0] in program.commands else "", error)
     finally:
         _flush()
+    trackers = sys.modules.get("jtune.train.callbacks.trackers")
+    if trackers is not None and trackers.any_at_work():
+        os._exit(status)  # a tracker hangs, and would do so again in what its library has registered for the exit
+    return status
 
 
 def _run(words: list[str]) -> int:

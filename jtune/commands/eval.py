@@ -28,6 +28,8 @@ def evaluate(
     Raises:
       JtuneError: see `run_tasks`.
     """
+    for note in config.notes:
+        log.info("note: %s", note)
     found = run_tasks(config, tasks, include_path=include_path, limit=limit)
     print(make_table(found))
     if "output_dir" in config.origins:

@@ -13,7 +13,7 @@ from jtune.config import Config
 from jtune.data import template_of
 from jtune.errors import ConfigError
 from jtune.files import whole_or_absent
-from jtune.interop import hf
+from jtune.interop import hf, manifest, serving
 from jtune.interop.endings import forget_tokenizer, resolve_endings, write_generation, write_tokenizer
 from jtune.loading import vocabulary
 from jtune.loading.model import adapter_reader
@@ -41,6 +41,8 @@ def export(config: Config) -> Path:
       ConfigError: `export_dir` is the base's own folder.
       DataError: a file is missing or malformed.
     """
+    for note in config.notes:
+        log.info("note: %s", note)
     args = config.model
     base, out = fetch_model(args), Path(args.export_dir or "")
     if out.resolve() == base.resolve():
@@ -63,6 +65,11 @@ def export(config: Config) -> Path:
     with whole_or_absent(out) as unfinished:
         write_tokenizer(unfinished, tokenizer)
         write_generation(unfinished, endings)
+        stops = endings.eos if template is None else dict.fromkeys((*endings.eos, *template.stop_ids))
+        form = None if template is None else template.form
+        text, missing = serving.modelfile(form, tokenizer, tokenizer.convert_ids_to_tokens(list(stops)))
+        (unfinished / serving.MODELFILE).write_text(text, encoding="utf-8")
+        manifest.write(unfinished, manifest.describe(config, base))
         size = args.export_size * 10**9
         hf.save_model(params, decoder, endings.source, unfinished, base=base, max_shard_bytes=size, dtype=dtype)
         del params  # there is room for one model
@@ -76,6 +83,9 @@ def export(config: Config) -> Path:
         np.abs(before).max(),
     )
     log.info("wrote %s parameters in %s to %s", f"{count(params):,}", dtype.name, out)
+    if missing:
+        log.info("%s has no TEMPLATE: %s", out / serving.MODELFILE, missing)
+    log.info("to serve it, type one of these\n  %s", "\n  ".join(serving.next_commands(out)))
     return out
 
 

@@ -23,6 +23,7 @@ from jtune.distributed.command import command_to_go_on
 from jtune.errors import Preempted
 from jtune.evaluation.measures import Measures, finish, log_samples, make_measures
 from jtune.evaluation.text_metrics import check_installed
+from jtune.interop import peft, serving
 from jtune.interop.endings import Endings, resolve_endings
 from jtune.loading.data import data_template, load_data
 from jtune.loading.model import Model, abstract_like, load_model, with_remat
@@ -39,6 +40,7 @@ from jtune.stages import stage_of
 from jtune.train import callbacks, preflight, results
 from jtune.train.batch import place_batch
 from jtune.train.cadence import best_metric, make_cadence
+from jtune.train.callbacks import trackers
 from jtune.train.checkpoint import Checkpointer, writing_model
 from jtune.train.checkpoint_folder import check_folder
 from jtune.train.files import full_disk_explained
@@ -110,27 +112,40 @@ def train(config: Config) -> dict[str, Any]:
     start = Start(time.monotonic(), progress.step, progress.tokens)
     subscribers = callbacks.subscribers(training, output_dir, progress.step, plan.max_steps)
     timing.rest("startup")
-    try:
-        with full_disk_explained():  # in here, as other processes are told the explanation
-            schedule = schedule_of(config, plan)
-            state, outcome = run_loop(state, progress, cadence, schedule, hooks, subscribers, improvement, timing)
-            checkpointer.close()
-    except BaseException as error:
-        shutdown.last_work(error, checkpointer.wait)  # a checkpoint may be nearly written
-        raise
-    if outcome == "preempted":
-        raise Preempted(
-            f"stopped by a signal at update {progress.step} and saved: the same command goes on from there\n"
-            f"  {command_to_go_on()}"
-        )
+    with trackers.reporting(config, output_dir, progress.step) as reports:
+        try:
+            with full_disk_explained():  # in here, as other processes are told the explanation
+                schedule = schedule_of(config, plan)
+                state, outcome = run_loop(
+                    state, progress, cadence, schedule, hooks, [*subscribers, *reports], improvement, timing
+                )
+                checkpointer.close()
+        except BaseException as error:
+            shutdown.last_work(error, checkpointer.wait)  # a checkpoint may be nearly written
+            raise
+        if outcome == "preempted":
+            raise Preempted(
+                f"stopped by a signal at update {progress.step} and saved: the same command goes on from there\n"
+                f"  {command_to_go_on()}"
+            )
 
-    # ------------------------------------------------------------------ finish
-    state = best_state(config, program, state, progress)
-    write_results(output, state, progress, start, parameters)
-    written = finish(config, source, rows.splits, measures, whole(program, state))
-    mark_finished(output_dir, training, run)
+        # ------------------------------------------------------------------ finish
+        state = best_state(config, program, state, progress)
+        write_results(output, state, progress, start, parameters)
+        written = finish(config, source, rows.splits, measures, whole(program, state))
+        mark_finished(output_dir, training, run)
     log.info("wrote %s", output_dir)
+    say_how_to_serve(config, output_dir)
     return written
+
+
+def say_how_to_serve(config: Config, output_dir: Path) -> None:
+    """What to type to serve an adapter, or why it must be merged first. A model that is whole needs no words."""
+    if config.finetuning.finetuning_type == "lora" and processes.is_first():
+        given = config.model.adapter_name_or_path
+        before = given if config.finetuning.create_new_adapter else given[:-1]
+        options = json.loads((output_dir / peft.CONFIG).read_bytes())
+        log.info("%s", "\n".join(serving.adapter_lines(output_dir, options, before)))
 
 
 # ---------------------------------------------------------------------- before anything is read
@@ -142,6 +157,8 @@ def check_before_compute(config: Config, arguments: Mapping[str, Any]) -> None:
     for note in config.notes:
         log.info("note: %s", note)
     check_schedule(training)
+    if training.do_train:
+        trackers.note_missing(config)
     if training.predict_with_generate:
         check_installed()
     check_folder(output_dir)

@@ -138,7 +138,7 @@ class DataArguments:
     tokenized_path: str | None = arg(None, "a folder for the encoded sets: written if it is empty, otherwise read")
     overwrite_cache: bool = arg(False, "encode again, even if the cache has the rows")
     tokenizer_backend: Literal["huggingface", "gigatoken"] = arg(
-        "huggingface", "the tokenizer library; gigatoken gives the same ids, faster (pip install 'jtune[fast]')"
+        "huggingface", "the tokenizer library; gigatoken gives the same ids, faster (pip install 'jtune-llm[fast]')"
     )
     preprocessing_batch_size: int = arg(1000, "rows per batch of encoding", at_least(1))
     preprocessing_num_workers: int | None = arg(None, "number of processes that encode", at_least(1))
@@ -314,8 +314,23 @@ class TrainingArguments:
     bf16: bool = arg(False, "compute in bfloat16; trainable parameters stay float32")
     fp16: bool = arg(False, "compute in float16 with loss scaling")
     use_cpu: bool = arg(False, "do not use an accelerator")
-    report_to: Names = arg((), "none or tensorboard; trainer_log.jsonl is always written")
-    run_name: str | None = arg(None, "name of the run, the title of training_loss.png; default: output_dir")
+    report_to: Names = arg(
+        (), "trackers, a list: tensorboard, wandb, mlflow, swanlab, trackio, all that are installed (all), none"
+    )
+    run_name: str | None = arg(
+        None, "name of the run in trackers and in training_loss.png; default: the tracker makes one up; output_dir"
+    )
+    project: str = arg("huggingface", "project in wandb (default: WANDB_PROJECT) and trackio, experiment in mlflow")
+    trackio_space_id: str | None = arg(None, "trackio: the Space to report to; default: a folder on this machine")
+    use_swanlab: bool = arg(False, "the same as report_to: swanlab")
+    swanlab_project: str = arg("llamafactory", "SwanLab: the project")
+    swanlab_workspace: str | None = arg(None, "SwanLab: the workspace; default: the user's")
+    swanlab_run_name: str | None = arg(None, "SwanLab: name of the run; default: run_name")
+    swanlab_mode: Literal["cloud", "local", "offline", "disabled"] = arg(
+        "cloud", "SwanLab: where the run goes; default: SWANLAB_MODE, or cloud"
+    )
+    swanlab_api_key: str | None = arg(None, "SwanLab: the key; better: the SWANLAB_API_KEY variable", secret=True)
+    swanlab_logdir: str | None = arg(None, "SwanLab: folder of its files; default: swanlog")
     disable_tqdm: bool | None = arg(None, "no progress bar; default: a bar only on a terminal")
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = arg(
         "random",

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from jtune.config import optimizers
+from jtune.config import optimizers, trackers
 from jtune.config.arguments import FIELDS
 from jtune.config.foreign import FOREIGN, TRAINING, is_inert, verdict
 from jtune.config.kinds import Mismatch, coerce, describe_kind
@@ -76,6 +76,8 @@ def check(
     if command == "export" and values.pop("quantization_bit", None):
         message = "quantization_bit is ignored: export merges adapters into the stored model, and writes its dtype"
         notes.append(f"{given['quantization_bit'].origin}: {message}")
+    unused = trackers.notes(values, {name: field.default for name, field in FIELDS.items()})
+    notes += [f"{given[name].origin}: {note}" for name, note in unused]
     other = given.get("ref_model")
     if command in TRAINING and values.get("use_asft_loss") and other and not is_inert("ref_model", other.value):
         message = "ref_model: the reference of use_asft_loss is the model at the start: leave ref_model out"
@@ -342,10 +344,7 @@ def _numbers(v: SimpleNamespace) -> Iterator[Rule]:
     sizes = [name for name in vars(v) if name.startswith("mesh_") and getattr(v, name) == -1]
     if len(sizes) > 1:
         yield tuple(sizes), f"{' and '.join(sizes)} are all -1: only one of them can take the remaining devices"
-    for wish in v.report_to:
-        if wish not in ("none", "tensorboard"):
-            message = f"report_to: {wish} is not built: tensorboard, or none (trainer_log.jsonl is always written)"
-            yield ("report_to",), message
+    yield from trackers.faults(v)
     for what in ("logging", "save"):
         if getattr(v, f"{what}_strategy") == "steps" and not getattr(v, f"{what}_steps"):
             yield (f"{what}_steps", f"{what}_strategy"), f"{what}_steps must be above 0; for never: {what}_strategy: no"

@@ -317,15 +317,10 @@ GROUPS: tuple[Group, ...] = (
     _ignored("jtune always reports tokens per second", include_tokens_per_second=False),
     _ignored("jtune does not report it", skip_memory_metrics=True, tpu_metrics_debug=False),
     _ignored(
-        "it belongs to trackio",
-        project="huggingface", trackio_space_id=None, trackio_bucket_id=None, trackio_static_space_id=None,
+        "jtune reports to a Space of trackio (trackio_space_id) and leaves it as it is",
+        trackio_bucket_id=None, trackio_static_space_id=None,
     ),
-    _refused_in_training("set report_to: tensorboard", use_swanlab=False),
-    _ignored(
-        "it belongs to SwanLab",
-        swanlab_project="llamafactory", swanlab_workspace=None, swanlab_run_name=None, swanlab_mode="cloud",
-        swanlab_api_key=None, swanlab_logdir=None, swanlab_lark_webhook_url=None, swanlab_lark_secret=None,
-    ),
+    _ignored("jtune sends no messages to Lark", swanlab_lark_webhook_url=None, swanlab_lark_secret=None),
     _ignored(
         "profile_steps writes profiles, as in profile_steps: 10-12",
         enable_torch_profiler=False, profile_modules=None,

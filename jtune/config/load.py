@@ -3,8 +3,10 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from jtune.config import run_folder, trackers
 from jtune.config.arguments import (
     FIELDS,
     SECTIONS,
@@ -62,7 +64,7 @@ def load_config(argv: Sequence[str], command: str = "train") -> Config:
     Args:
       argv: `CASE.yaml key=value ...`, `CASE.json ...`, `--key value ...`, or a file followed by either.
       command: "train", "data", "plan", "inspect", "export", "chat", ... Every command accepts every argument, and
-        requires only its own.
+        requires only its own. "chat", "eval" and "export" also take a folder with a model in the place of a file.
 
     Raises:
       ConfigError: one line for each fault, those of the file first, then those of the command line.
@@ -70,13 +72,17 @@ def load_config(argv: Sequence[str], command: str = "train") -> Config:
     >>> load_config(["model_name_or_path=m", "dataset=a,b", "do_train=true"]).data.dataset
     ('a', 'b')
     """
-    parsed = parse(argv)
+    note = beneath = None
+    if argv and command in run_folder.COMMANDS and Path(argv[0]).is_dir():
+        beneath, note = run_folder.arguments_of(Path(argv[0]), command)
+    parsed = parse(argv, beneath)
     given, conflicts, translated = translate(parsed.given)
     unread = frozenset(current(fault.name) for fault in (*parsed.faults, *conflicts))
     values, faults, notes = check(given, parsed.origin, command, unread)
     faults = sorted([*parsed.faults, *conflicts, *faults], key=lambda fault: fault.origin)
     if faults:
         raise ConfigError(_message(faults))
+    notes += [note] if note else []
     values = _filled_in(values)
     sections = {
         name: section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
@@ -96,7 +102,7 @@ def _filled_in(values: Mapping[str, Any]) -> dict[str, Any]:
         values |= {"disable_shuffling": True, "train_sampling_strategy": "sequential"}
     if any(values.get(f"use_{name}") and values.get(f"{name}_layerwise") for name in ("galore", "apollo")):
         values["max_grad_norm"] = 0.0
-    values["report_to"] = tuple(name for name in values.get("report_to", ()) if name != "none")
+    values["report_to"] = trackers.chosen(values.get("report_to", ()), values.get("use_swanlab", False))
     return values
 
 

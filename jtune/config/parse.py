@@ -6,7 +6,7 @@ Values keep their origin, so that every later message can name a line. OmegaConf
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,8 +59,11 @@ class Parsed(NamedTuple):
 COMMAND_LINE = Origin(True, 0, "")
 
 
-def parse(argv: Sequence[str]) -> Parsed:
+def parse(argv: Sequence[str], beneath: Mapping[str, Any] | None = None) -> Parsed:
     """Read the file and the words after it. Only their syntax is checked.
+
+    Args:
+      beneath: arguments in the place of a file: `argv` then begins with the folder that they are of.
 
     Raises:
       ConfigError: the file cannot be read at all. Smaller faults are collected in the result.
@@ -72,7 +75,10 @@ def parse(argv: Sequence[str]) -> Parsed:
         raise ConfigError(f"no arguments are given: {FORMS}")
     if {"-h", "--help"} & set(words):
         raise ConfigError(f"{FORMS}\n`jtune help` lists commands and arguments, `jtune help NAME` explains an argument")
-    if not (words[0].startswith("-") or "=" in words[0]) or Path(words[0]).is_file():
+    if beneath is not None:
+        origin = Origin(False, 0, words.pop(0))
+        config = OmegaConf.create({name: _literal(value) for name, value in beneath.items()})
+    elif not (words[0].startswith("-") or "=" in words[0]) or Path(words[0]).is_file():
         path = words.pop(0)
         origin = Origin(False, 0, path)
         config, lines, faults = _read_file(path)
@@ -102,6 +108,13 @@ def parse(argv: Sequence[str]) -> Parsed:
 
 
 _ESCAPE = r". (To mean the characters themselves, write \${...})"
+
+
+def _literal(value: Any) -> Any:
+    """A value in which OmegaConf reads no references to others."""
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return value.replace("${", r"\${") if isinstance(value, str) else value
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """How near answers are to those expected: BLEU-4 and ROUGE, as LLaMA-Factory measures them.
 
-The libraries are those that it uses (pip install 'jtune[metrics]'), so that the figures are the same: BLEU over
+The libraries are those that it uses (pip install 'jtune-llm[metrics]'), so that the figures are the same: BLEU over
 characters, with Chen and Cherry's third smoothing (NIST's); ROUGE over the words that jieba cuts a text into, blanks
 among them being none, F-measure. All are percentages, rounded to four digits for each answer and then averaged.
 """
@@ -24,7 +24,7 @@ def check_installed() -> None:
     if missing:
         raise ConfigError(
             f"predict_with_generate measures BLEU and ROUGE with {', '.join(missing)}, which is not installed: "
-            "pip install 'jtune[metrics]'"
+            "pip install 'jtune-llm[metrics]'"
         )
 
 

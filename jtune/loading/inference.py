@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jtune import tuning
 from jtune.config import Config, ModelArguments
+from jtune.config.run_folder import trained_folder
 from jtune.data import Template, template_of
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft
@@ -76,12 +77,19 @@ def trained(config: Config) -> ModelArguments:
     args, out = config.model, Path(config.training.output_dir)
     asked = config.training.do_train or "output_dir" in config.origins
     if asked and not args.adapter_name_or_path:
-        if config.finetuning.finetuning_type == "lora" and (out / peft.CONFIG).exists():
-            log.info("the adapter is the one in output_dir, %s", out)
-            return replace(args, adapter_name_or_path=(str(out),), adapter_folder=None)
-        if config.finetuning.finetuning_type != "lora" and (out / "config.json").exists():
-            log.info("the model is the one in output_dir, %s", out)
-            return replace(args, model_name_or_path=str(out))
+        is_lora = config.finetuning.finetuning_type == "lora"
+        what = "adapter" if is_lora else "model"
+        found = trained_folder(out, peft.CONFIG if is_lora else "config.json")
+        if found == out:
+            log.info("the %s is the one in output_dir, %s", what, out)
+        elif found is not None:
+            log.info("the run in output_dir has not finished: the %s is that of %s", what, found)
+        elif not args.train_from_scratch:
+            log.info("there is no %s in output_dir, %s, yet: this is the model before training", what, out)
+        if found is not None and is_lora:
+            return replace(args, adapter_name_or_path=(str(found),), adapter_folder=None)
+        if found is not None:
+            return replace(args, model_name_or_path=str(found))
     if args.train_from_scratch:
         raise ConfigError(
             f"train_from_scratch: {args.model_name_or_path} has no weights, and there is no model in output_dir "

@@ -55,11 +55,11 @@ def compile_here_for(topology: str) -> None:
         if not any(module.name.startswith("xla_cuda") for module in _jax_plugins()):
             raise ConfigError(
                 f"--topology {topology} compiles with XLA's compiler for GPUs, which is not here: "
-                "pip install 'jtune[plan-gpu]' (it needs no GPU and no driver for this)"
+                "pip install 'jtune-llm[plan-gpu]' (it needs no GPU and no driver for this)"
             )
         return
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("--topology compiles with the TPU compiler, which is not here: pip install 'jtune[tpu]'")
+        raise ConfigError("--topology compiles with the TPU compiler, which is not here: pip install 'jtune-llm[tpu]'")
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     # Of what machine it is and who else is in its slice: asked for and complained about, though nothing depends on it.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -22,7 +22,7 @@ import xxhash
 from jax.sharding import Mesh
 
 from jtune import tuning
-from jtune.config import Config, optimizers
+from jtune.config import Config, optimizers, trackers
 from jtune.data import Plan, Splits, order_seed, rows_are_packed
 from jtune.loading.source import Source
 from jtune.models import DecoderConfig
@@ -120,8 +120,9 @@ GROUPS: tuple[Group, ...] = (
     ),
     Group("free", ("predict_with_generate", "per_device_eval_batch_size", "eval_on_start", "eval_samples")),
     Group("free", ("logging_strategy", "logging_steps", "logging_first_step", "logging_dir", "report_to")),
+    Group("free", ("run_name", "use_swanlab", *trackers.OWNERS)),
     Group("free", ("save_strategy", "save_steps", "save_total_limit", "save_only_model")),
-    Group("free", ("run_name", "disable_tqdm", "profile_steps", "compile_cache_dir")),
+    Group("free", ("disable_tqdm", "profile_steps", "compile_cache_dir")),
     Group("free", ("mesh_data", "mesh_fsdp", "mesh_tensor", "mesh_context", "mesh_expert")),
     Group("free", ("do_sample", "temperature", "top_p", "top_k", "num_beams", "max_length", "max_new_tokens")),
     Group("free", ("repetition_penalty", "length_penalty", "skip_special_tokens")),

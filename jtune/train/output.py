@@ -7,7 +7,7 @@ from jtune import tuning
 from jtune.config import Config
 from jtune.data import Plan, StreamPlan
 from jtune.distributed import processes
-from jtune.interop import hf, peft
+from jtune.interop import hf, manifest, peft
 from jtune.interop.endings import Endings, write_generation, write_tokenizer
 from jtune.loading.source import Source
 from jtune.train import results
@@ -105,6 +105,9 @@ class Output(NamedTuple):
 
     def save_model(self, folder: Path, state: TrainState) -> None:
         save_model(folder, tuning.combine(state.trainable, restacked_shapes(self.frozen)), self.files)
+        if processes.is_first():
+            source = self.files.source
+            manifest.write(folder, manifest.describe(self.files.config, source.folder, self.run.identity))
 
     def save_trainer_state(self, folder: Path, progress: Progress) -> None:
         batch_size = self.files.config.training.per_device_train_batch_size

@@ -10,13 +10,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import xxhash
 
+from jtune import __version__
 from jtune.config import Config
 from jtune.data import Splits
 from jtune.distributed import exchange, processes
@@ -26,7 +26,7 @@ from jtune.train.digest import as_read, data_fingerprint, digests, named_leaves
 log = logging.getLogger("jtune")
 
 # Arguments that may differ from host to host: where it keeps what it has fetched and made, and secrets.
-OF_THE_HOST = ("cache_dir", "compile_cache_dir", "hf_hub_token", "logging_dir")
+OF_THE_HOST = ("cache_dir", "compile_cache_dir", "hf_hub_token", "logging_dir", "swanlab_api_key", "swanlab_logdir")
 SEEN_WITHIN = 10.0  # seconds in which a network file system shows a new file to the others
 
 
@@ -44,7 +44,7 @@ def check_processes(config: Config, output_dir: Path) -> None:
     if differences:
         raise ConfigError("the processes were started with different arguments:\n  " + "\n  ".join(differences))
     here = {
-        "jtune": version("jtune"),
+        "jtune": __version__,
         "jax": jax.__version__,
         "python": platform.python_version(),
         "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",

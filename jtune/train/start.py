@@ -10,14 +10,16 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jtune import __version__
 from jtune.config import TrainingArguments
+from jtune.config.run_folder import MANIFEST
 from jtune.distributed import connect, exchange
 from jtune.errors import CheckpointError, ConfigError
 from jtune.train import files
+from jtune.train.callbacks.trackers import RUNS
 from jtune.train.checkpoint_folder import Damaged, find_checkpoints, is_ours, read_meta, saved_by_others, saved_by_us
 from jtune.train.identity import Run, changed_arguments, describe_course, differences
 from jtune.train.loop import Progress
@@ -35,11 +37,13 @@ _OF_A_RUN = (
     RECORD,
     "trainer_log.jsonl",
     "trainer_state.json",
+    RUNS,
     "eval_samples.jsonl",
     "generated_predictions.jsonl",
     *(f"{kind}_results.json" for kind in ("all", "train", "eval", "predict")),
 )
-_OF_A_MODEL = ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json")
+_OF_A_MODEL = ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+               MANIFEST)  # fmt: skip
 # Arguments without which the best evaluation so far cannot be compared with those to come.
 _BEST = ("metric_for_best_model", "greater_is_better", "eval_dataset", "eval_on_each_dataset")
 
@@ -321,7 +325,7 @@ def mark_finished(output_dir: Path, training: TrainingArguments, run: Run) -> No
 
 
 def _write(output_dir: Path, record: Record) -> None:
-    write_json(output_dir / RECORD, record._replace(jtune=version("jtune"))._asdict())
+    write_json(output_dir / RECORD, record._replace(jtune=__version__)._asdict())
 
 
 def _read_record(output_dir: Path, resumable: list[Path]) -> Record | None:

@@ -263,7 +263,7 @@ def heading(noise: str | None, lf: Path | None, args: argparse.Namespace) -> lis
         f"## CPU, {CORES} cores, float32, {time.strftime('%Y-%m-%d')}",
         "",
         f"- machine: {machine.describe()}; pinned to {CORES} cores, OMP_NUM_THREADS={CORES}",
-        f"- versions: {machine.versions(('jtune', 'jax', 'jaxlib', 'flax', 'numpy'))}, commit {commit()}",
+        f"- versions: {machine.versions(('jtune-llm', 'jax', 'jaxlib', 'flax', 'numpy'))}, commit {commit()}",
         f"- beside: {lf_versions(lf) if lf else 'LLaMA-Factory is not installed: only jtune was measured'}",
         f"- model: Llama of {args.model}, hidden {shape['hidden_size']}, {shape['num_hidden_layers']} layers, "
         f"vocabulary {shape['vocab_size']}, random weights; "

@@ -66,11 +66,12 @@ def main() -> int:
         print(f"{rows} rows: {scale[int(rows)]}", flush=True)
         shutil.rmtree(work / "cache", ignore_errors=True)
 
+    names = ("jtune-llm", "datasets", "transformers", "tokenizers", "pyarrow")
     head = [
         f"## Data, {CORES} cores, {time.strftime('%Y-%m-%d')}",
         "",
         f"- machine: {machine.describe()}",
-        f"- versions: {machine.versions(('jtune', 'datasets', 'transformers', 'tokenizers', 'pyarrow'))}, {commit()}",
+        f"- versions: {machine.versions(names)}, {commit()}",
         f"- beside: {lf_versions(lf) if lf else 'LLaMA-Factory is not installed: only jtune was measured'}",
         f"- {args.rows} alpaca rows: {'LLaMA-Factory demo sets, again and again' if reference('data') else 'made up'}; "
         f"cutoff_len {CUTOFF}, packed; both start without a cache, imports not counted; the sides in turn, medians of "

@@ -105,7 +105,7 @@ def report(args: argparse.Namespace, rows: list, noise: str | None) -> str:
         f"## Generation, {date.today()}",
         "",
         f"- machine: {machine.describe()}",
-        f"- versions: {machine.versions(('jtune', 'jax', 'transformers', 'torch'))}, {commit()}",
+        f"- versions: {machine.versions(('jtune-llm', 'jax', 'transformers', 'torch'))}, {commit()}",
         f"- {args.model} of `make.py`, random weights, float32; prompts of 32 to 64 tokens, {args.new} new tokens, "
         f"greedy; sides in turn, medians of {args.runs} runs",
         *([f"- **not sound**: {noise}"] if noise else []),

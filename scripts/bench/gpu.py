@@ -396,7 +396,7 @@ def rows_of(cell: Cell, results: dict[str, Result | str], rows: Path) -> list[st
 
 def heading(args: argparse.Namespace) -> list[str]:
     what = "tiny models on the CPU, float32" if args.dry_run else f"one GPU, bf16: {gpu_name()}"
-    names = ("jtune", "jax", "jaxlib", "torch", "transformers", "peft")
+    names = ("jtune-llm", "jax", "jaxlib", "torch", "transformers", "peft")
     lines = [
         f"## {what}, {time.strftime('%Y-%m-%d')}",
         "",

@@ -157,7 +157,7 @@ def report(layers: int, runs: dict[int, dict], noise: str | None) -> str:
         f"## Loading, {time.strftime('%Y-%m-%d')}",
         "",
         f"- machine: {machine.describe()}",
-        f"- versions: {machine.versions(('jtune', 'jax', 'numpy', 'safetensors'))}, commit {commit()}",
+        f"- versions: {machine.versions(('jtune-llm', 'jax', 'numpy', 'safetensors'))}, commit {commit()}",
         f"- {layers} of the 32 layers of Llama-3.1-8B in bfloat16, random weights, files of 2 GB, not in the page "
         "cache; memory above what the process had before and above the parameters, which are in the same memory",
         *([f"- **not sound**: {noise}"] if noise else []),

@@ -51,7 +51,7 @@ def main() -> int:
         [
             f"## TPU, by compilation, {time.strftime('%Y-%m-%d')}",
             "",
-            f"- versions: {machine.versions(('jtune', 'jax', 'jaxlib', 'libtpu'))}",
+            f"- versions: {machine.versions(('jtune-llm', 'jax', 'jaxlib', 'libtpu'))}",
             "- of one device, in GiB; `kept`: parameters, adapters, optimizer state; `floor`: these and the inputs of "
             "layers; random tokens, all labelled, rows of 4,096, one a chip",
             "",

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from small import case, environment, rows, write_data, write_model
 
+from jtune.cli.main import main
 from jtune.commands import chat
 from jtune.commands.dialogue import Answer, show, talk
 from jtune.config import GeneratingArguments, load_config
@@ -172,6 +174,40 @@ def test_what_the_same_yaml_has_trained_is_taken(parts, tmp_path):
     assert (lora.model_name_or_path, lora.adapter_name_or_path) == (str(parts[0]), (str(out),))
     given = trained(load_config([path, "finetuning_type=lora", "adapter_name_or_path=a"], command="chat"))
     assert given.adapter_name_or_path == ("a",)
+
+
+def test_of_a_run_that_was_cut_short_it_is_the_newest_checkpoint_and_that_is_said(parts, tmp_path, caplog):
+    path = str(case(tmp_path, *parts, finetuning_type="lora"))
+    for step in (3, 12):
+        (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
+    with caplog.at_level(logging.INFO, "jtune"):
+        assert trained(load_config([path], command="chat")).adapter_name_or_path == ()
+        (tmp_path / "out" / "checkpoint-3" / "adapter_config.json").write_text("{}")
+        found = trained(load_config([path], command="chat"))
+    newest = tmp_path / "out" / "checkpoint-3"
+    assert (found.model_name_or_path, found.adapter_name_or_path) == (str(parts[0]), (str(newest),))
+    assert caplog.messages == [
+        f"there is no adapter in output_dir, {tmp_path / 'out'}, yet: this is the model before training",
+        f"the run in output_dir has not finished: the adapter is that of {newest}",
+    ]
+
+
+@pytest.mark.slow
+def test_the_folder_of_a_run_is_enough(parts, tmp_path, capsys):
+    """`jtune chat FOLDER` and `jtune export FOLDER` after a run with an adapter, and `jtune chat` of that export."""
+    changes = {"mesh_fsdp": -1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 2}
+    path = case(tmp_path, *parts, finetuning_type="lora", eval_strategy="no", val_size=0, learning_rate=0.1, **changes)
+    assert main(["train", str(path)]) == 0
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    assert f"vllm serve {parts[0]} --enable-lora --lora-modules out={out}\n" in capsys.readouterr().out
+    assert main(["export", str(out), f"export_dir={merged}"]) == 0
+    said, message = [], [{"role": "user", "content": rows()[0]["instruction"]}]
+    for folder in (out, merged):
+        config = load_config([str(folder), "do_sample=false", "max_new_tokens=8"], command="chat")
+        assert config.data.template == "chatml"
+        said.append("".join(chat.make_ask(config)(message, None, 0).text))
+    assert said[0] == said[1]
+    assert json.loads((merged / "jtune.json").read_text())["adapters"] == [str(out)]
 
 
 def test_a_model_from_random_weights_must_be_trained_first(parts, tmp_path):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -14,6 +15,8 @@ from jtune import errors
 from jtune.cli.commands import program
 from jtune.cli.main import main
 from jtune.commands.data import show_data
+from jtune.train.callbacks import trackers
+from jtune.train.callbacks.libraries import Handle
 
 OPTIONS = {
     "train": {"--simulate"},
@@ -75,6 +78,20 @@ def test_help_imports_nothing_slow():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_a_tracker_that_hangs_does_not_keep_the_process(monkeypatch, capsys):
+    left, on = [], threading.Event()
+    begin = lambda: on.wait() and Handle("", print, print)
+    monkeypatch.setattr(os, "_exit", left.append)
+    tracker = trackers.Tracker("json", begin, print)  # of a library that is there
+    assert main(["--version"]) == 0
+    assert left == [0]
+    on.set()
+    trackers.close([tracker], "finished")
+    tracker.thread.join()
+    assert main(["--version"]) == 0
+    assert left == [0]
 
 
 # ---------------------------------------------------------------------- options

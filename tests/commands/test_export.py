@@ -12,7 +12,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from jtune.cli.main import main
-from jtune.interop import hf, peft
+from jtune.interop import hf, peft, serving
 from jtune.loading.inference import load_model
 from jtune.models.families import decoder_config
 from jtune.tuning import adapter_mask, lora
@@ -90,7 +90,8 @@ def test_two_adapters_are_merged_and_the_difference_is_told(base, adapters, tmp_
     one, _ = peft.load_adapter(hf.load_params(base, decoder), decoder, str(adapters[0]))
     assert abs(np.asarray(model.apply({"params": one}, ids)) - before).max() > 10 * difference
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "jtune.json"} <= names
+    assert json.loads((tmp_path / "out" / "jtune.json").read_text())["adapters"] == list(map(str, adapters))
     assert {x.dtype.name for x in load_file(tmp_path / "out" / "model.safetensors").values()} == {"bfloat16"}
 
 
@@ -135,3 +136,57 @@ def test_the_tokenizer_keeps_its_chat_template(tmp_path):
     (base / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     assert export(tmp_path, base) == 0
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages[0]['content'] }}"
+
+
+def test_the_folder_holds_what_servers_read_and_the_last_lines_say_what_to_type(base, adapters, tmp_path, capsys):
+    """By what vLLM, SGLang and llama.cpp document: files, names and dtypes of tensors, one chat template."""
+    assert export(tmp_path, base, adapters[:1], template="chatml") == 0
+    out = tmp_path / "out"
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "Modelfile"} <= names
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+    written = "chat_template.jinja" in names, "chat_template" in json.loads((out / "tokenizer_config.json").read_text())
+    assert sum(written) == 1
+    tensors = load_file(out / "model.safetensors")
+    assert {x.dtype.name for x in tensors.values()} == {"bfloat16"}
+    assert {re.sub(r"layers\.\d+", "layers.N", name) for name in tensors} == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        *(f"model.layers.N.self_attn.{name}_proj.weight" for name in "qkvo"),
+        *(f"model.layers.N.mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+        *(f"model.layers.N.{name}_layernorm.weight" for name in ("input", "post_attention")),
+    }
+    modelfile = (out / "Modelfile").read_text()
+    assert modelfile.startswith('FROM .\nTEMPLATE """{{ if .System }}<|im_start|>system')
+    assert 'PARAMETER stop "<|im_end|>"' in modelfile
+    said = capsys.readouterr().out
+    assert f"vllm serve {out}\n" in said
+    assert f"ollama create out -f {out / 'Modelfile'}" in said
+
+
+def test_weights_in_several_files_have_an_index_that_names_each_tensor_once(base, tmp_path):
+    decoder, config = decoder_config(hf.read_config(base)), hf.read_config(base)
+    hf.save_model(hf.load_params(base, decoder), decoder, config, tmp_path, max_shard_bytes=20_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 1
+    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    held = {name: file for file in files for name in load_file(tmp_path / file)}
+    assert index["weight_map"] == held
+    assert held.keys() == load_file(base / "model.safetensors").keys()
+
+
+def test_an_adapter_has_the_keys_that_vllm_parses_and_the_rank_that_it_reads(base, adapters):
+    """base_model.model.NAME.lora_A.weight [r, in] and lora_B [out, r], for modules of target_modules only."""
+    options = json.loads((adapters[0] / "adapter_config.json").read_text())
+    assert serving.adapter_faults(options) == []
+    assert (options["r"], options["target_modules"], options["bias"]) == (2, ["q_proj", "up_proj"], "none")
+    assert options["base_model_name_or_path"] == str(base)
+    tensors = load_file(adapters[0] / "adapter_model.safetensors")
+    for name, x in tensors.items():
+        found = re.fullmatch(r"base_model\.model\.model\.layers\.\d+\.\w+\.(\w+)\.lora_(A|B)\.weight", name)
+        assert found is not None, name
+        assert found[1] in options["target_modules"]
+        assert x.shape[0 if found[2] == "A" else 1] == 2

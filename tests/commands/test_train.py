@@ -62,6 +62,10 @@ def test_a_full_run_writes_llamafactorys_files(parts, tmp_path):
     assert {"train_loss", "eval_loss", "epoch"} <= results.keys()
     assert logged[-1]["loss"] < logged[0]["loss"]
     assert sorted(p.name for p in out.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (12, 3, 6, 9)]
+    made = json.loads((out / "jtune.json").read_text())
+    assert made["fingerprints"]["data"] == json.loads((out / "run.json").read_text())["identity"]["data"]
+    assert made["template"] == "chatml"
+    assert json.loads((out / "checkpoint-6" / "jtune.json").read_text()) == made
     # The model that was written is the one that was trained, and it has moved.
     before, after = load_file(parts[0] / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys()

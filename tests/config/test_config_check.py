@@ -85,6 +85,18 @@ def test_arguments_are_noted_or_refused_in_one_line_for_each_reason():
     assert "never runs code" in load_config([*TRAIN, "trust_remote_code=true"]).notes[0]
 
 
+def test_trackers_are_named_once_and_what_no_tracker_reads_is_noted():
+    config = load_config([*TRAIN, "report_to=[wandb,comet_ml,none]", "use_swanlab=true", "trackio_space_id=me/runs"])
+    assert config.training.report_to == ("wandb", "swanlab")
+    assert config.notes == (
+        "command line: report_to: jtune does not report to comet_ml; it does to tensorboard, wandb, mlflow, swanlab, "
+        "trackio",
+        "command line: trackio_space_id is ignored without report_to: trackio",
+    )
+    assert load_config([*TRAIN, "report_to=all", "swanlab_mode=local", "project=p"]).notes == ()
+    assert load_config([*TRAIN, "report_to=none"]).training.report_to == ()
+
+
 @pytest.mark.parametrize(
     ("word", "nearest"),
     [
@@ -102,8 +114,7 @@ def test_arguments_are_noted_or_refused_in_one_line_for_each_reason():
         ("accelerator_config=missing.json", "a mapping, or a JSON file"),
         ("train_dataset=rows.yaml", "model_name_or_path, dataset"),
         ("no_repeat_ngram_size=3", "leave it out"),
-        ("use_swanlab=true", "report_to: tensorboard"),
-        ("report_to=wandb", "tensorboard"),
+        ("report_to=wandbb", "Did you mean wandb?"),
         ("finetuning_type=oft", "lora"),
         ("stage=dpo", "preference training is not built yet; jtune trains stages pt and sft"),
         ("lr_scheduler_type=reduce_lr_on_plateau", "one of linear, cosine"),

@@ -85,7 +85,7 @@ def test_a_missing_library_is_named_before_anything_is_read(parts, tmp_path, mon
     monkeypatch.setattr(text_metrics.importlib.util, "find_spec", without)
     path = case(tmp_path, *parts, **GREEDY, model_name_or_path="/nowhere/at/all")
     assert run(path) == ConfigError.exit_code
-    assert "pip install 'jtune[metrics]'" in capsys.readouterr().err
+    assert "pip install 'jtune-llm[metrics]'" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- what is asked

@@ -300,7 +300,7 @@ def test_topologies_that_are_not_are_refused(name, only_config, capsys, monkeypa
 def test_without_the_tpu_compiler_it_says_what_to_install(only_config, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["plan", f"model_name_or_path={only_config}", "--topology", "v5e:4x4"]) == 2
-    assert "pip install 'jtune[tpu]'" in capsys.readouterr().err
+    assert "pip install 'jtune-llm[tpu]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["h100", "h100:0", "h100:x", "a100:12"])
@@ -313,7 +313,7 @@ def test_numbers_of_gpus_that_are_none_are_refused(name, only_config, capsys, mo
 def test_without_the_gpu_compiler_it_says_what_to_install(only_config, capsys, monkeypatch):
     monkeypatch.setattr("jtune.planning.topology._jax_plugins", list)
     assert main(["plan", f"model_name_or_path={only_config}", "--topology", "h200:1"]) == 2
-    assert "pip install 'jtune[plan-gpu]'" in capsys.readouterr().err
+    assert "pip install 'jtune-llm[plan-gpu]'" in capsys.readouterr().err
 
 
 def test_a_mesh_that_does_not_match_is_refused_before_anything_is_read(only_config, capsys):

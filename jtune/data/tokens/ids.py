@@ -99,7 +99,7 @@ def gigatoken_ids(tokenizer: Any) -> TokenIds | None:
     try:
         import gigatoken
     except ImportError as error:
-        raise ConfigError("tokenizer_backend: gigatoken is not installed: pip install 'jtune[fast]'") from error
+        raise ConfigError("tokenizer_backend: gigatoken is not installed: pip install 'jtune-llm[fast]'") from error
     special = list(tokenizer.get_added_vocab())
     texts = [*PROBES, *special, *(f" a{token} b\n{token}" for token in special)]
     expected = token_ids(tokenizer, texts).lists()
