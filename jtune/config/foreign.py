@@ -93,7 +93,7 @@ GROUPS: tuple[Group, ...] = (
         account_for_loss_in_pipeline_split=None, overlap_p2p_comm=True, variable_seq_lengths=False,
         use_distributed_optimizer=True, distrib_optim_fully_reshardable=False,
         distrib_optim_fully_reshardable_mem_efficient=False, overlap_param_gather=True, overlap_grad_reduce=True,
-        delay_grad_reduce=True, accumulate_allreduce_grads_in_fp32=False, use_packed_sequences=False,
+        delay_grad_reduce=True, accumulate_allreduce_grads_in_fp32=False,
         sequence_packing=False, moe_grouped_gemm=None, moe_token_dispatcher_type=None, moe_shared_expert_overlap=False,
         moe_router_dtype=None, optimizer_cpu_offload=False, optimizer_offload_fraction=0.0,
         mixed_precision="bf16_mixed", export_hf_on_finish=False, save_hf_model=False, ckpt_format="legacy",
@@ -142,10 +142,11 @@ GROUPS: tuple[Group, ...] = (
     _ignored(
         "experts are not kept in host memory: mesh_fsdp and mesh_expert split them over the devices", use_kt=False
     ),
+    _refused_in_training("experts of LoRA beside the model's own are not built: leave it out", kt_use_lora_experts=False),
     _ignored(
         "it belongs to KTransformers",
         kt_weight_path=None, kt_expert_checkpoint_path=None, kt_non_expert_weight_path=None, kt_cpu_activation=None,
-        kt_use_lora_experts=None, kt_lora_expert_num=None, kt_lora_expert_intermediate_size=None,
+        kt_lora_expert_num=None, kt_lora_expert_intermediate_size=None,
         kt_optimize_rule=None, kt_maxlen=4096, kt_use_cuda_graph=True, kt_mode="normal", kt_force_think=False,
         cpu_infer=32, chunk_size=8192, mode="normal", kt_config=None,
     ),
