@@ -142,7 +142,7 @@ GROUPS: tuple[Group, ...] = (
     _ignored(
         "experts are not kept in host memory: mesh_fsdp and mesh_expert split them over the devices", use_kt=False
     ),
-    _refused_in_training("experts of LoRA beside the model's own are not built: leave it out", kt_use_lora_experts=False),
+    _refused_in_training("experts beside the model's own are not built: leave it out", kt_use_lora_experts=False),
     _ignored(
         "it belongs to KTransformers",
         kt_weight_path=None, kt_expert_checkpoint_path=None, kt_non_expert_weight_path=None, kt_cpu_activation=None,
