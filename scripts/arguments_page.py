@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jtune.config.arguments import FIELDS
 from jtune.config.explain import explain
-from jtune.config.foreign import FOREIGN, TRAINING
+from jtune.config.foreign import FOREIGN, TRAINING, UPDATES
 from jtune.config.renamed import NESTED, RENAMED
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +72,9 @@ def answer(name: str) -> tuple[str, str]:
         return "noted", group.why
     if group.commands is None:
         return "refused", group.why
-    commands = "in training" if group.commands == TRAINING else f"by {', '.join(sorted(group.commands - TRAINING))}"
+    commands = (
+        "in training" if group.commands in (TRAINING, UPDATES) else f"by {', '.join(sorted(group.commands - TRAINING))}"
+    )
     also = " and training" if group.commands > TRAINING else ""
     return f"refused {commands}{also}", group.why
 

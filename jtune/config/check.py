@@ -200,10 +200,8 @@ LORA_ONLY = ("adapter_name_or_path", "use_rslora", "use_dora", "pissa_init", "ra
 
 def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
     if v.finetuning_type == "oft":
-        yield (
-            ("finetuning_type",),
-            "finetuning_type: oft is not built: the nearest are lora, and lora with use_dora: true",
-        )
+        message = "finetuning_type: oft is not built: the nearest are lora, and lora with use_dora: true"
+        yield from [] if command == "data" else [(("finetuning_type",), message)]
     elif v.finetuning_type != "lora":
         for name in LORA_ONLY:
             if getattr(v, name):

@@ -2,7 +2,7 @@
 
 Each name has an inert value: the default, which asks for nothing and is always accepted silently. Any other value of an
 `ignored` argument gives a note, any other value of a `refused` one an error. Some groups are refused only by the
-commands of `TRAINING`: `jtune export` and `jtune chat` still accept a training file.
+commands that would use them: `jtune export` and `jtune chat` still accept a training file.
 """
 
 from collections.abc import Mapping, Set
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from jtune.config.kinds import BOOLEANS
 
 TRAINING = frozenset({"train", "data", "plan", "inspect"})
+UPDATES = TRAINING - {"data"}  # what rows become does not depend on how a model is trained
 
 
 class Group(NamedTuple):
@@ -32,6 +33,10 @@ def _refused(why: str, **names: Any) -> Group:
 
 def _refused_in_training(why: str, **names: Any) -> Group:
     return Group(True, why, names, TRAINING)
+
+
+def _refused_in_updates(why: str, **names: Any) -> Group:
+    return Group(True, why, names, UPDATES)
 
 
 def _refused_in(commands: Set[str], why: str, **names: Any) -> Group:
@@ -57,11 +62,11 @@ GROUPS: tuple[Group, ...] = (
         "mesh_tensor, mesh_context and mesh_expert",
         deepspeed=None, fsdp=None, fsdp_config=None, fsdp_min_num_params=0, fsdp_transformer_layer_cls_to_wrap=None,
     ),
-    _refused_in_training(
+    _refused_in_updates(
         "deepspeed chooses the schedule: leave scheduler out of its file, and set lr_scheduler_type",
         **{"deepspeed.scheduler": None},
     ),
-    _refused_in_training(
+    _refused_in_updates(
         "deepspeed chooses another optimizer than AdamW: leave optimizer out of its file, and set optim",
         **{"deepspeed.optimizer": None},
     ),
@@ -93,7 +98,7 @@ GROUPS: tuple[Group, ...] = (
         account_for_loss_in_pipeline_split=None, overlap_p2p_comm=True, variable_seq_lengths=False,
         use_distributed_optimizer=True, distrib_optim_fully_reshardable=False,
         distrib_optim_fully_reshardable_mem_efficient=False, overlap_param_gather=True, overlap_grad_reduce=True,
-        delay_grad_reduce=True, accumulate_allreduce_grads_in_fp32=False, use_packed_sequences=False,
+        delay_grad_reduce=True, accumulate_allreduce_grads_in_fp32=False,
         sequence_packing=False, moe_grouped_gemm=None, moe_token_dispatcher_type=None, moe_shared_expert_overlap=False,
         moe_router_dtype=None, optimizer_cpu_offload=False, optimizer_offload_fraction=0.0,
         mixed_precision="bf16_mixed", export_hf_on_finish=False, save_hf_model=False, ckpt_format="legacy",
@@ -107,7 +112,7 @@ GROUPS: tuple[Group, ...] = (
         accelerator_config=None, parallelism_config=None,
         **{"accelerator_config.gradient_accumulation_kwargs": None},
     ),
-    _refused_in_training(
+    _refused_in_updates(
         "per_device_train_batch_size is what each device gets: leave this out, and divide that by the devices",
         **{"accelerator_config.split_batches": False}, split_batches=None,
     ),
@@ -129,23 +134,24 @@ GROUPS: tuple[Group, ...] = (
         "jtune does not know Megatron's settings: leave it out, and set the arguments that `jtune help all` lists",
         extra_config=None, additional_configs=None,
     ),
-    _refused_in_training(
+    _refused_in_updates(
         "every token reaches its experts: leave it out", moe_expert_capacity_factor=None,
     ),
     _ignored(
         "the router alone chooses experts, and drops no token",
         moe_pad_expert_input_to_capacity=None, moe_token_drop_policy=None, moe_enable_routing_replay=False,
     ),
-    _refused_in_training("only the next token is predicted: leave it out", mtp_num_layers=0),
-    _refused_in_training("it is an argument of Megatron: set optim, as in optim: sgd", optimizer="adam"),
+    _refused_in_updates("only the next token is predicted: leave it out", mtp_num_layers=0),
+    _refused_in_updates("it is an argument of Megatron: set optim, as in optim: sgd", optimizer="adam"),
     _ignored("`jtune export` merges an adapter into its model", save_merged_model=False),
     _ignored(
         "experts are not kept in host memory: mesh_fsdp and mesh_expert split them over the devices", use_kt=False
     ),
+    _refused_in_updates("experts beside the model's own are not built: leave it out", kt_use_lora_experts=False),
     _ignored(
         "it belongs to KTransformers",
         kt_weight_path=None, kt_expert_checkpoint_path=None, kt_non_expert_weight_path=None, kt_cpu_activation=None,
-        kt_use_lora_experts=None, kt_lora_expert_num=None, kt_lora_expert_intermediate_size=None,
+        kt_lora_expert_num=None, kt_lora_expert_intermediate_size=None,
         kt_optimize_rule=None, kt_maxlen=4096, kt_use_cuda_graph=True, kt_mode="normal", kt_force_think=False,
         cpu_infer=32, chunk_size=8192, mode="normal", kt_config=None,
     ),
@@ -174,16 +180,16 @@ GROUPS: tuple[Group, ...] = (
         "jtune never runs code of model repositories; if a model or a tokenizer needs it, an error says so",
         trust_remote_code=False,
     ),
-    _refused_in_training(
+    _refused_in_updates(
         "all rows of a table train: leave it out; resize_vocab with finetuning_type: lora trains tables and adapters",
         freeze_original_embeddings=False,
     ),
-    _refused_in_training(
+    _refused_in_updates(
         "it approximates attention over long rows, which jtune computes exactly without storing all scores: leave it "
         "out; mesh_context splits rows that are too long for one device",
         shift_attn=False,
     ),
-    _refused_in_training(
+    _refused_in_updates(
         "layers that skip tokens make a model that transformers does not load: leave it out; "
         "finetuning_type: freeze needs less compute, and a model with experts computes less per token",
         mixture_of_depths=None,
@@ -246,7 +252,7 @@ GROUPS: tuple[Group, ...] = (
     # ---------------------------------------------------------------- adapters and optimizers
     _ignored("with pissa_init, jtune always writes a plain LoRA adapter", pissa_convert=False),
     _ignored("it belongs to OFT", module_dropout=0.0, oft_rank=0, oft_block_size=32, oft_target="all"),
-    _refused_in_training(
+    _refused_in_updates(
         "training one block of layers at a time is not built: leave it out; finetuning_type: freeze trains some fixed "
         "layers, and use_galore or optim: adafactor train all layers with a small state",
         use_badam=False,
@@ -256,8 +262,8 @@ GROUPS: tuple[Group, ...] = (
         "apollo_target",
         optim_target_modules=None,
     ),
-    _refused_in_training("APOLLO's projection is random, as in its paper: leave it out", apollo_proj="random"),
-    _refused_in_training("APOLLO projects the smaller dimension only: leave it out", apollo_proj_type="std"),
+    _refused_in_updates("APOLLO's projection is random, as in its paper: leave it out", apollo_proj="random"),
+    _refused_in_updates("APOLLO projects the smaller dimension only: leave it out", apollo_proj_type="std"),
     _ignored(
         "the limiter compares norms, so scaling before or after it gives the same update",
         apollo_scale_front=False,

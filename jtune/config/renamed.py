@@ -94,6 +94,7 @@ RENAMED: dict[str, Renamed] = {
     "hyper_parallel_cp_size": Renamed("mesh_context"),
     "sequence_parallel_size": Renamed("mesh_context"),
     "cp_size": Renamed("mesh_context"),
+    "use_packed_sequences": Renamed("packing", _only_true),
     "micro_batch_size": Renamed("per_device_train_batch_size"),
     "moe_aux_loss_coeff": Renamed("moe_aux_loss_coef"),
     "fp8_format": Renamed("bf16", _only_true, why=_FLOAT8),

@@ -7,7 +7,8 @@ from typing import Any
 
 from jtune.config.arguments import FIELDS
 from jtune.config.foreign import is_inert
-from jtune.config.parse import Fault, Given
+from jtune.config.kinds import Mismatch, coerce
+from jtune.config.parse import MAX_BYTES, Fault, Given
 from jtune.config.renamed import IMPLIED, NESTED, RENAMED, SPELLINGS
 
 
@@ -32,7 +33,8 @@ def translate(given: Mapping[str, Given]) -> tuple[dict[str, Given], list[Fault]
         before = ours.get(renamed.name)
         if renamed.times:
             if before is not None and isinstance(new, int) and isinstance(before.value, int):
-                new, before = new * before.value, None
+                new *= before.value
+            before = None
         elif before is not None and not _same(renamed.name, before.value, new):
             other = source.get(renamed.name, renamed.name)
             given_as = "" if other == renamed.name else f" as {other}"
@@ -63,11 +65,13 @@ def _flat(given: Mapping[str, Given]) -> Iterator[tuple[str, Given]]:
 
 
 def _content(value: Any) -> dict[str, Any] | None:
-    """A mapping, as it is, as JSON, or in a JSON file."""
+    """A mapping, as it is, as JSON, or in a JSON file of a usual size."""
     try:
-        if isinstance(value, str):
-            value = json.loads(value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+        if isinstance(value, str) and not value.lstrip().startswith("{"):
+            path = Path(value)
+            value = path.read_text(encoding="utf-8") if path.is_file() and path.stat().st_size <= MAX_BYTES else None
+        value = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, OSError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -90,9 +94,10 @@ def _spelling(name: str, value: Any) -> Any:
 
 
 def _same(name: str, first: Any, second: Any) -> bool:
-    if name in FIELDS and isinstance(FIELDS[name].default, tuple):
-        first, second = (",".join(map(str, x)) if isinstance(x, list | tuple) else x for x in (first, second))
-    return first == second or str(first) == str(second)
+    try:
+        return first == second or coerce(FIELDS[name].type, first) == coerce(FIELDS[name].type, second)
+    except (KeyError, Mismatch):  # not ours, or not of its type, which the check will say
+        return False
 
 
 def _asks_nothing(name: str, value: Any) -> bool:

@@ -8,7 +8,7 @@
 from jtune.data.batching.evaluation import EvalBatch, EvalPlan, eval_batches
 from jtune.data.batching.stream import StreamPlan
 from jtune.data.batching.train import packing_windows
-from jtune.data.batching.updates import Plan, order_seed, plan_updates, rows_are_packed
+from jtune.data.batching.updates import Plan, length_seed, order_seed, plan_updates, rows_are_packed
 from jtune.data.encode.encoded import Encoded, check_id, check_vocabulary
 from jtune.data.pipeline import Splits, load_datasets
 from jtune.data.report import Report
@@ -30,6 +30,7 @@ __all__ = [
     "check_vocabulary",
     "eval_batches",
     "get_template",
+    "length_seed",
     "load_datasets",
     "load_tokenizer",
     "order_seed",

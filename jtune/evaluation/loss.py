@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from jtune.config import Config
 from jtune.config.stages import rules_of
-from jtune.data import Encoded, EvalBatch, EvalPlan, eval_batches, packing_windows, rows_are_packed
+from jtune.data import Encoded, EvalBatch, EvalPlan, eval_batches, length_seed, packing_windows, rows_are_packed
 from jtune.losses.batch import Batch
 from jtune.losses.chunked import chunk_elements, chunk_positions, cut, sum_labelled
 from jtune.losses.token import TokenLoss, token_nll
@@ -140,6 +140,7 @@ def make_loss(
             token_loss=token_loss,
             cutoff_len=config.data.cutoff_len,
             windows=packing_windows(encoded, config.data, stage),
+            length_seed=length_seed(config),
         )
         for name, encoded in sets.items()
     }

@@ -22,8 +22,13 @@ import xxhash
 from jax.sharding import Mesh
 
 from jtune import tuning
+<<<<<<< HEAD
 from jtune.config import Config, optimizers, trackers
 from jtune.data import Plan, Splits, order_seed, rows_are_packed
+=======
+from jtune.config import Config, optimizers
+from jtune.data import Plan, Splits, length_seed, order_seed, rows_are_packed
+>>>>>>> b-args
 from jtune.loading.source import Source
 from jtune.models import DecoderConfig
 from jtune.sharding import batch_shards
@@ -175,7 +180,7 @@ def other_order(config: Config) -> list[Any]:
     """What else the order of rows depends on: for a stream, all that says which row comes when."""
     data = config.data
     if not data.streaming:
-        return ["by length"] if config.training.train_sampling_strategy == "group_by_length" else []
+        return [] if length_seed(config) is None else ["by length"]
     mix = [data.mix_strategy, *data.interleave_probs]
     return ["streaming", list(data.dataset), data.buffer_size, mix, data.max_samples, data.val_size]
 

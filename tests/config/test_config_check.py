@@ -224,6 +224,8 @@ def test_a_training_file_serves_the_other_commands():
     for command in ("export", "chat"):
         assert load_config(words, command=command).model.export_dir == "out"
     assert load_config([*TRAIN, "stage=dpo"], command="data").finetuning.stage == "dpo"
+    for word in ("use_badam=true", "shift_attn=true", "finetuning_type=oft"):
+        load_config([*TRAIN, word], command="data")
     quantized = load_config([*words, "quantization_bit=4"], command="export")
     assert "merges adapters into the stored model" in quantized.notes[0]
     assert quantized.model.quantization_bit is None

@@ -94,6 +94,11 @@ def test_a_mapping_may_be_a_json_file(tmp_path):
     path = tmp_path / "accelerator.json"
     path.write_text(json.dumps({"gradient_accumulation_kwargs": {"num_steps": 8}, "dispatch_batches": None}))
     assert value("gradient_accumulation_steps", f"accelerator_config={path}") == 8
+    path.write_text("[" * 100_000)
+    for unread in (path, "/dev/zero", tmp_path, "{", "{}{}"):
+        with pytest.raises(ConfigError, match="accelerator_config is not supported: it must be a mapping, or a JSON"):
+            load_config([*TRAIN, "--accelerator_config", str(unread)])
+        load_config([*TRAIN, "--deepspeed", str(unread)])
     with pytest.raises(ConfigError, match=r"accelerator_config\.evn_batches is not an argument"):
         load_config([*TRAIN, 'accelerator_config={"evn_batches": true}'])
 
@@ -122,7 +127,9 @@ def test_two_names_of_one_argument_must_agree():
     assert value("mesh_context", "context_parallel_size=2", "mesh_context=2") == 2
     assert value("freeze_trainable_modules", "name_module_trainable=a,b", "freeze_trainable_modules=[a,b]",
                  "finetuning_type=freeze") == ["a", "b"]  # fmt: skip
+    assert value("use_cpu", "no_cuda=true", "use_cpu='yes'") is True
     for words, complaint in (
+        ("pipeline_model_parallel_size=some mesh_tensor=2", "mesh_tensor must be a whole number, not 'some'"),
         ("mesh_tensor=4 tensor_model_parallel_size=2", "tensor_model_parallel_size is another name of mesh_tensor, "
          "which has another value: leave one out"),
         ("cp_size=4 context_parallel_size=2", "has another value as cp_size: leave one out"),

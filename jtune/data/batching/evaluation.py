@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jtune.config.stages import StageRules
+from jtune.data.batching.order import grouped_by_length, permutation
 from jtune.data.batching.pack import Packs, pack
 from jtune.data.batching.shapes import rung
 from jtune.data.batching.train import Examples, capacity_of, check_capacity, fill, filled
@@ -77,6 +78,7 @@ def eval_batches(
     packing: bool = False,
     cutoff_len: int,
     windows: np.ndarray | None = None,
+    length_seed: int | None = None,
 ) -> EvalPlan:
     """Plan an evaluation: all examples, once, packed into rows; `per_device_batch_size` rows on each shard.
 
@@ -87,6 +89,8 @@ def eval_batches(
     Args:
       stage: of texts, the Trainer's batches count by their size; of conversations, those of LLaMA-Factory's
         Seq2SeqTrainer all count the same, also the last one, which may be smaller.
+      length_seed: of an order by length; the Trainer's batches then hold examples of similar length. None: the order
+        of the data set.
 
     Raises:
       DataError: there is no example.
@@ -102,8 +106,12 @@ def eval_batches(
     if packing:
         unit_of[packs.examples] = np.repeat(np.arange(len(packs)), np.diff(packs.starts))
     # The Trainer takes the mean on each device before it takes the mean over devices: their number does not show.
-    group_of = unit_of // per_device_batch_size
     units = len(packs) if packing else len(encoded)
+    rank = np.arange(units)
+    if length_seed is not None:
+        lengths = np.ones(units, np.int32) if packing else np.asarray(encoded.lengths)
+        rank[grouped_by_length(permutation(units, length_seed), lengths, per_device_batch_size)] = np.arange(units)
+    group_of = rank[unit_of] // per_device_batch_size
     sizes = np.bincount(np.arange(units) // per_device_batch_size)
     weights = sizes if stage.rows == "text" else np.ones_like(sizes)
 

@@ -41,12 +41,18 @@ def _plan(
 ) -> BatchPlan:
     training = config.training
     shuffle = not config.finetuning.disable_shuffling
-    by_length = training.train_sampling_strategy == "group_by_length" and not config.data.streaming
     return plan_batches(
         encoded,
         rules_of(config.finetuning.stage),
         Size(training.per_device_train_batch_size, shards, training.gradient_accumulation_steps),
-        Order(order_seed(config), shuffle, training.num_train_epochs, max_steps, drop_last, by_length),
+        Order(
+            order_seed(config),
+            shuffle,
+            training.num_train_epochs,
+            max_steps,
+            drop_last,
+            length_seed(config) is not None,
+        ),
         packing=rows_are_packed(config),
         cutoff_len=config.data.cutoff_len,
         windows=windows,
@@ -56,6 +62,12 @@ def _plan(
 def order_seed(config: Config) -> int:
     """The seed of the order of rows."""
     return config.training.seed if config.training.data_seed is None else config.training.data_seed
+
+
+def length_seed(config: Config) -> int | None:
+    """The seed of an order in which rows of similar length come together; None: of any other order."""
+    by_length = config.training.train_sampling_strategy == "group_by_length" and not config.data.streaming
+    return order_seed(config) if by_length else None
 
 
 def rows_are_packed(config: Config) -> bool:

@@ -8,6 +8,7 @@ from sets import segments
 
 from jtune.config.stages import rules_of
 from jtune.data.batching.evaluation import eval_batches
+from jtune.data.batching.order import grouped_by_length, permutation
 from jtune.data.batching.shapes import Shape, place
 from jtune.data.batching.train import Order, Size, plan_batches
 from jtune.errors import DataError
@@ -257,7 +258,14 @@ def test_an_example_longer_than_the_row_is_an_error():
         plan(Examples([3, 4, 70]), packing=True, cutoff_len=64)
 
 
-EVALS = [{}, {"packing": True}, {"batch_shards": 4}, {"batch_shards": 4, "packing": True}]
+EVALS = [
+    {},
+    {"packing": True},
+    {"batch_shards": 4},
+    {"batch_shards": 4, "packing": True},
+    {"length_seed": 7},
+    {"length_seed": 7, "packing": True},
+]
 
 
 @pytest.mark.parametrize("case", EVALS)
@@ -296,6 +304,9 @@ def test_eval_loss_is_the_trainers_mean_of_batch_means(case, stage):
     units = [[i] for i in range(50)]
     if case.get("packing"):
         units = [list(evaluation.packs[r]) for r in range(len(evaluation.packs))]
+    if seed := case.get("length_seed"):
+        lengths = np.ones(len(units), int) if case.get("packing") else encoded.lengths
+        units = [units[i] for i in grouped_by_length(permutation(len(units), seed), lengths, size)]
     means, weights = [], []
     for start in range(0, len(units), size):
         batch = [i for unit in units[start : start + size] for i in unit]
