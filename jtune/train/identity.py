@@ -22,13 +22,8 @@ import xxhash
 from jax.sharding import Mesh
 
 from jtune import tuning
-<<<<<<< HEAD
 from jtune.config import Config, optimizers, trackers
-from jtune.data import Plan, Splits, order_seed, rows_are_packed
-=======
-from jtune.config import Config, optimizers
 from jtune.data import Plan, Splits, length_seed, order_seed, rows_are_packed
->>>>>>> b-args
 from jtune.loading.source import Source
 from jtune.models import DecoderConfig
 from jtune.sharding import batch_shards
