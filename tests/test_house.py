@@ -140,3 +140,14 @@ def test_nobody_is_told_to_install_another_project():
     kinds = ("", ".py", ".md", ".sh", ".yaml", ".sbatch", ".toml")
     texts = {path: path.read_text() for path in pages + code if path.suffix in kinds}
     assert [f"{path.name}: {match[0]}" for path, text in texts.items() for match in other.finditer(text)] == []
+
+
+def test_what_is_said_to_be_installed_is_an_extra():
+    import tomllib
+
+    from jtune.config.trackers import TRACKERS
+
+    extras = tomllib.loads((HOME.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pages = [HOME.parent / "README.md", *(HOME.parent / "docs").rglob("*.md"), *HOME.rglob("*.py")]
+    named = {name for path in pages for name in re.findall(r"jtune-llm\[([a-z-]+)\]", path.read_text())}
+    assert named | set(TRACKERS) - {"tensorboard"} <= set(extras)

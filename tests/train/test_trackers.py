@@ -195,6 +195,27 @@ def test_a_tracker_that_hangs_costs_no_more_than_patience(where, install, tmp_pa
     on.set()
 
 
+def test_trackers_start_one_after_the_other_but_do_not_wait_for_one_that_hangs(install, tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers, "PATIENCE", 1.0)
+    at_once, most, on = [], [], threading.Event()
+
+    def start(what):
+        if what == "init":
+            at_once.append(what)
+            most.append(len(at_once))
+            time.sleep(0.05)
+            at_once.pop()
+
+    libraries = [install(name, start) for name in ("wandb", "trackio")]
+    report(tmp_path, "report_to=all")
+    assert most == [1, 1]
+    monkeypatch.setattr(trackers, "TURN", 0.1)
+    install("wandb", lambda what: what == "init" and on.wait())
+    report(tmp_path, "report_to=all")
+    assert len(libraries[1].of("finish")) == 2
+    on.set()
+
+
 def test_a_slow_tracker_loses_records_and_says_how_many(install, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(trackers, "ROOM", 3)
     on = threading.Event()

@@ -144,13 +144,15 @@ def _make_all(
         for path, batches in shards:
             _write(path, batches, make, schema, done)
         return
-    counter, told = multiprocessing.Value("q", 0), 0
+    # Workers inherit `make` and the counter, which cannot be pickled; from Python 3.14 on, fork is not the default.
+    forked = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    counter, told = forked.Value("q", 0), 0
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has one thread
     try:
         with (
             warnings.catch_warnings(),
-            ProcessPoolExecutor(workers, initializer=_begin, initargs=(make, schema, counter, os.getpid())) as pool,
+            ProcessPoolExecutor(workers, forked, _begin, (make, schema, counter, os.getpid())) as pool,
         ):
             warnings.filterwarnings("ignore", r"os\.fork", RuntimeWarning)  # jax's, which no worker calls
             waiting = {pool.submit(_work, *shard) for shard in shards}

@@ -53,7 +53,7 @@ def tagged(metrics: Numbers, step: int) -> dict[str, float]:
 
 
 def start_wandb(session: Session) -> Handle:
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]
 
     # wandb would send what is printed, too, and for that take the place of stdout: a part of the run, not beside it.
     settings = None if "WANDB_CONSOLE" in os.environ else wandb.Settings(console="off")
@@ -76,7 +76,7 @@ def start_wandb(session: Session) -> Handle:
 
 def start_mlflow(session: Session) -> Handle:
     """Metrics keep Trainer's names here (`loss`, `eval_loss`), as in Hugging Face's callback."""
-    import mlflow
+    import mlflow  # pyright: ignore[reportMissingImports]
 
     if project := session.if_given("project"):
         mlflow.set_experiment(project)
@@ -99,7 +99,7 @@ def start_mlflow(session: Session) -> Handle:
 
 
 def start_swanlab(session: Session) -> Handle:
-    import swanlab
+    import swanlab  # pyright: ignore[reportMissingImports]
 
     training, mode = session.training, session.if_given("swanlab_mode")
     mode = "online" if mode == "cloud" else mode  # its name in this library
@@ -125,7 +125,7 @@ def start_swanlab(session: Session) -> Handle:
 
 def start_trackio(session: Session) -> Handle:
     """trackio knows a run by its name."""
-    import trackio
+    import trackio  # pyright: ignore[reportMissingImports]
 
     run = trackio.init(
         project=session.training.project,

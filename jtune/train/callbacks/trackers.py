@@ -5,7 +5,6 @@ and goes on. A library that raises is reported in one line; one that hangs loses
 for, and the end of the run waits for it `PATIENCE` seconds.
 """
 
-import importlib
 import importlib.util
 import json
 import logging
@@ -34,6 +33,7 @@ RUNS = "trackers.json"  # in output_dir: the run's id in each tracker, for a res
 PATIENCE = 30.0  # seconds that the end of a run waits for all trackers together
 SHORT_PATIENCE = 5.0  # of a run that is stopped or fails: it must be gone before it is killed
 THREAD = "report to "  # what the names of the threads begin with
+TURN = 15.0  # seconds that a tracker waits for another to start
 ROOM = 1000  # records that wait for a tracker, at most
 START: dict[str, Callable[[Session], Handle]] = {
     "wandb": libraries.start_wandb,
@@ -41,8 +41,9 @@ START: dict[str, Callable[[Session], Handle]] = {
     "swanlab": libraries.start_swanlab,
     "trackio": libraries.start_trackio,
 }
-# Python 3.11 refuses to parse in two threads at once ("AST constructor recursion depth mismatch"), as imports may.
-_importing = threading.Lock()
+# Two threads of Python 3.11 that parse at once fail ("AST constructor recursion depth mismatch"), and libraries parse
+# their own source when they start: one starts after the other, unless one hangs.
+_starting = threading.Lock()
 
 
 def is_installed(name: str) -> bool:
@@ -137,13 +138,15 @@ class Tracker:
             self.records.put((numbers(event.record), event.step))
 
     def _work(self) -> None:
+        alone = _starting.acquire(timeout=TURN)
         try:
-            with _importing:
-                importlib.import_module(self.name)
             handle = self.start()
         except BaseException as error:  # a library may also raise SystemExit
             self._complain("does not start, and the run goes on without it", error)
             return
+        finally:
+            if alone:
+                _starting.release()
         try:
             self.keep(handle.run_id)
         except OSError as error:

@@ -79,6 +79,15 @@ def made(table, make=numbers, **options):
     return make_in_shards(make, table, NUMBERS, sharing, what="Counting", **{"name": "x", **named})
 
 
+def test_workers_are_forked_also_where_python_starts_others_by_default(table, monkeypatch):
+    """As Python 3.14 does: a worker then is a child of a server of its own, and gets what can be pickled only."""
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", None)
+    monkeypatch.setattr(
+        multiprocessing.context._default_context, "_default_context", multiprocessing.get_context("forkserver")
+    )
+    assert made(table, num_proc=2)["n"][:] == list(range(95))
+
+
 @pytest.mark.parametrize("workers", [None, 2])
 def test_all_rows_are_there_in_their_order_and_are_made_once(workers, table):
     assert made(table, num_proc=workers)["n"][:] == list(range(95))
