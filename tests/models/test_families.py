@@ -88,7 +88,11 @@ OPTIONS = [
         30,
     ),
     ("llama4_text", {"attention_chunk_size": None, "attn_temperature_tuning": False, "attention_bias": True}, 30),
-    ("llama4_text", {"layer_types": ["chunked_attention"] * 4, "rope_parameters": LLAMA3}, 100),
+    (
+        "llama4_text",
+        {"layer_types": ["chunked_attention"] * 4, "rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}},
+        100,
+    ),
     ("ministral3", {"rope_parameters": MINISTRAL3 | {"llama_4_scaling_beta": 0.0}, "sliding_window": 8}, 30),
     ("mixtral", {"num_experts_per_tok": 1, "tie_word_embeddings": True}, 30),
     ("olmo", {"clip_qkv": None, "attention_bias": True, "tie_word_embeddings": True}, 30),
