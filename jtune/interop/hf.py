@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -156,6 +157,8 @@ def load_params(
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: here, jax.eval_shape(partial(apply, form=form), abstract))
     stored = open_weights(folder)
+    for pattern, replacement in file_names(config).also_read:
+        stored = {re.sub(pattern, replacement, name): tensor for name, tensor in stored.items()}
     leaves = located(abstract)
     damaged: set[str] = set()
     wanted = [(list(tensors(keys, config, layers)), leaf.shape) for keys, leaf, layers in leaves]

@@ -212,6 +212,15 @@ def test_internlm2_is_llama_with_other_names(checkpoint, tmp_path):
     close(model.apply({"params": params}, ids()), logits_of(make_model("llama"), ids()))
 
 
+@pytest.mark.slow
+def test_kimi_linear_is_read_as_transformers_writes_it_too(checkpoint, tmp_path):
+    make_model("kimi_linear").save_pretrained(tmp_path)
+    folders = tmp_path, checkpoint("kimi_linear")
+    names, published = (load_file(folder / "model.safetensors").keys() for folder in folders)
+    assert names != published
+    jax.tree.map(np.testing.assert_array_equal, *(load_model(str(folder))[1] for folder in folders))
+
+
 @pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC, LLAMA3])
 def test_a_segments_frequencies_are_its_own(rope, tmp_path):
     """What a long sequence is packed with does not stretch a short one."""
