@@ -41,11 +41,13 @@ def others(stored: Mapping[str, Stored], config: DecoderConfig) -> dict[str, Sto
 def _canonical(stored: Iterable[str], config: DecoderConfig) -> dict[str, str]:
     """The name of each tensor as `jtune.models.names` has it."""
     stored = list(stored)
-    place = _place(stored, config)
-    if place is None:
-        return {name: name for name in stored}
-    their = file_names(config)
-    return {name: _moved(name, place, Place(their.prefix, their.words["lm_head"])) for name in stored}
+    place, their = _place(stored, config), file_names(config)
+    names = {name: name for name in stored}
+    if place is not None:
+        names = {name: _moved(name, place, Place(their.prefix, their.words["lm_head"])) for name in stored}
+    for pattern, replacement in their.also_read:
+        names = {name: re.sub(pattern, replacement, ours) for name, ours in names.items()}
+    return names
 
 
 def to_place(names: Iterable[str], config: DecoderConfig, base: Path | None) -> dict[str, str]:

@@ -26,7 +26,6 @@ from jtune.models.norm import Norm
 from jtune.sharding import constrain
 
 CHUNK = 64  # tokens whose corrections are computed together
-PAIRS = 16  # tokens of which each pair has a decay for each channel, at a time
 
 # States sum over a whole row. By default, TPUs round float32 products to bfloat16.
 _dot = partial(jnp.matmul, precision="high")
@@ -205,22 +204,28 @@ def gated_delta_rule(
 def decayed_products(a_XCK: jax.Array, b_XCK: jax.Array, total_XCK: jax.Array) -> jax.Array:
     """`sum_k a[i, k] b[j, k] exp(total[i, k] - total[j, k])` for j <= i, else 0: `[..., C, C]`.
 
-    `total` never grows along C. Only a difference of two totals is small: `exp(-total[j])` alone overflows. So a half
-    of the tokens meets the other half in one product, each decayed to or from the token between them, and halves are
-    cut again, until a block is small enough for a number for each pair and channel.
+    `total` never grows along C. Only a difference of two totals is small: `exp(-total[j])` alone overflows. So the two
+    halves of the tokens meet in one product, each decayed to or from the token between them; then the halves of each
+    half, and so on.
     """
-    C = a_XCK.shape[-2]
-    if C <= PAIRS or C % 2:
-        differences = total_XCK[..., :, None, :] - total_XCK[..., None, :, :]
-        left = jnp.exp(jnp.where(jnp.tri(C, dtype=bool)[..., None], differences, -jnp.inf))
-        return jnp.sum(a_XCK[..., :, None, :] * b_XCK[..., None, :, :] * left, axis=-1)
-    halves = [x.reshape(*x.shape[:-2], 2, C // 2, x.shape[-1]) for x in (a_XCK, b_XCK, total_XCK)]
-    own = decayed_products(*halves)
-    (_, a), (b, _), (first, second) = ((x[..., 0, :, :], x[..., 1, :, :]) for x in halves)
-    between = first[..., -1:, :]
-    across = _dot(a * jnp.exp(second - between), jnp.swapaxes(b * jnp.exp(between - first), -1, -2))
-    above = jnp.concatenate([own[..., 0, :, :], jnp.zeros_like(across)], axis=-1)
-    return jnp.concatenate([above, jnp.concatenate([across, own[..., 1, :, :]], axis=-1)], axis=-2)
+    C, K = a_XCK.shape[-2:]
+    size = 1 << (C - 1).bit_length()
+    fill = lambda x, mode: jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, size - C), (0, 0)), mode=mode)
+    # The blocks of a chunk are one axis: XLA's code for CPUs fails on arrays of eight axes.
+    cut = lambda x: x.reshape(*a_XCK.shape[:-2], -1, 2, size // 2, K)
+    a, b, total = fill(a_XCK, "constant"), fill(b_XCK, "constant"), fill(total_XCK, "edge")
+    blocks = []
+    while size > 1:
+        (_, late), (early, _), (first, second) = ((cut(x)[..., 0, :, :], cut(x)[..., 1, :, :]) for x in (a, b, total))
+        between = first[..., -1:, :]
+        blocks.append(_dot(late * jnp.exp(second - between), jnp.swapaxes(early * jnp.exp(between - first), -1, -2)))
+        size //= 2
+    found = jnp.sum(a * b, axis=-1)[..., None, None]
+    for block in reversed(blocks):
+        halves = found.reshape(*block.shape[:-2], 2, *block.shape[-2:])
+        above = jnp.concatenate([halves[..., 0, :, :], jnp.zeros_like(block)], axis=-1)
+        found = jnp.concatenate([above, jnp.concatenate([block, halves[..., 1, :, :]], axis=-1)], axis=-2)
+    return found.reshape(*a_XCK.shape[:-2], *found.shape[-2:])[..., :C, :C]
 
 
 @jax.custom_vjp

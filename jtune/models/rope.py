@@ -34,7 +34,8 @@ def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
     wavelengths = 2 * np.pi / plain
     # The place of a wave between the long end (0) and the short end (1).
     ratio = rope.original_length / wavelengths
-    kept = np.clip((ratio - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+    between = max(rope.high_freq_factor - rope.low_freq_factor, 1e-9)  # Llama 4 has no waves between
+    kept = np.clip((ratio - rope.low_freq_factor) / between, 0, 1)
     return ((1 - kept) * plain / rope.factor + kept * plain).astype(np.float32)
 
 

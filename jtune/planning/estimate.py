@@ -100,7 +100,7 @@ def rule_floats(rule: Delta) -> int:
     """Float32 of a token that the gated delta rule has at once: of each head queries, keys and values, what is made
     from them, rows of the matrices of a chunk, and its share of the chunk's state."""
     states = rule.key_dim * rule.value_dim // CHUNK
-    decays = 6 * rule.key_dim if rule.channels else 0
+    decays = 16 * rule.key_dim if rule.channels else 0  # of channels: halves of a chunk, decayed for each other
     return rule.value_heads * (8 * rule.key_dim + decays + 6 * rule.value_dim + 6 * CHUNK + states)
 
 

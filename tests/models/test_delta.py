@@ -74,10 +74,9 @@ def one_by_one(q, k, v, log_decay, beta, run, state):
 
 
 @pytest.mark.parametrize("channels", [False, True])
-@pytest.mark.parametrize("chunk", [1, 4, 8, 64])
-def test_chunks_are_the_rule_token_by_token(chunk, channels, monkeypatch):
+@pytest.mark.parametrize("chunk", [1, 7, 8, 64])
+def test_chunks_are_the_rule_token_by_token(chunk, channels):
     """With runs that end within chunks, at their ends, and span several."""
-    monkeypatch.setattr("jtune.models.delta.PAIRS", 4)  # halves of halves
     given = arguments(19, channels=channels)
     run = np.array([[0] * 3 + [1] * 13 + [2] * 3, [1] * 4 + [2] + [3] * 4 + [4] * 10])
     state = np.random.default_rng(1).standard_normal((2, 3, 4, 5), np.float32)

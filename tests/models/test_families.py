@@ -132,7 +132,11 @@ OPTIONS = [
         30,
     ),
     ("llama4_text", {"attention_chunk_size": None, "attn_temperature_tuning": False, "attention_bias": True}, 30),
-    ("llama4_text", {"layer_types": ["chunked_attention"] * 4, "rope_parameters": LLAMA3}, 100),
+    (
+        "llama4_text",
+        {"layer_types": ["chunked_attention"] * 4, "rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}},
+        100,
+    ),
     ("minicpm3", {"q_lora_rank": None, "attention_bias": True, "mlp_bias": True, "rope_parameters": LONGROPE}, 100),
     ("minimax_m2", {"rope_parameters": YARN, "tie_word_embeddings": True}, 100),
     ("ministral3", {"rope_parameters": MINISTRAL3 | {"llama_4_scaling_beta": 0.0}, "sliding_window": 8}, 30),
@@ -315,6 +319,15 @@ def test_what_predicts_tokens_after_the_next_is_left_out(checkpoint, tmp_path):
     save_file(stored | {"model.layers.4.mlp.gate.weight": x}, tmp_path / "model.safetensors")  # no such head
     with pytest.raises(DataError, match=r"model\.layers\.4\.mlp\.gate\.weight has no place"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_kimi_linear_is_read_as_transformers_writes_it_too(checkpoint, tmp_path):
+    make_model("kimi_linear").save_pretrained(tmp_path)
+    folders = tmp_path, checkpoint("kimi_linear")
+    names, published = (load_file(folder / "model.safetensors").keys() for folder in folders)
+    assert names != published
+    jax.tree.map(np.testing.assert_array_equal, *(load_model(str(folder))[1] for folder in folders))
 
 
 @pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC, LLAMA3])

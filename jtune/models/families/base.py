@@ -50,6 +50,7 @@ class Names:
     prefix: str = "model"
     words: Mapping[str, str] = field(default_factory=dict)  # jtune's name of a module -> the family's
     patterns: tuple[tuple[str, str], ...] = ()  # (regular expression, replacement), for the whole name of a tensor
+    also_read: tuple[tuple[str, str], ...] = ()  # (regular expression, replacement), for names that some files have
     stacked_experts: bool = False  # one tensor holds all experts of a layer
     swapped_experts: bool = False  # PEFT takes their tensors, which are [in, out], for [out, in]
     per_head: frozenset[str] = frozenset()  # modules of jtune that the files split into one for each head

@@ -22,6 +22,8 @@ PATTERNS = (
     (r"(\.experts\.\d+)\.down_proj\.", r"\1.w2."),
     (r"(\.experts\.\d+)\.up_proj\.", r"\1.w3."),
 )
+# transformers writes its dense layers, too, under the name of those with experts.
+ALSO_READ = ((r"\.block_sparse_moe\.((gate|up|down)_proj)\.", r".mlp.\1."),)
 WORDS = {"linear_attn": "self_attn"}
 GATED = {name: f"forget_gate.{name}" for name in ("f_a_proj", "f_b_proj")}  # in transformers' model
 
@@ -58,6 +60,6 @@ def _layers(c: Asked) -> tuple[Layer, ...]:
 
 FAMILY = Family(
     read,
-    lambda config: Names(words=WORDS, patterns=PATTERNS),
+    lambda config: Names(words=WORDS, patterns=PATTERNS, also_read=ALSO_READ),
     modules=lambda config: Names(words=WORDS | GATED),
 )
