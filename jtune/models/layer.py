@@ -17,7 +17,7 @@ from jtune.models.attention.cached import attend_cached
 from jtune.models.attention.dispatch import attend
 from jtune.models.attention.reference import alibi_bias
 from jtune.models.cache import LayerCache
-from jtune.models.config import DecoderConfig, Layer
+from jtune.models.config import DecoderConfig, Indexer, Layer
 from jtune.models.delta import GatedDelta
 from jtune.models.kernels import Linear, parameter
 from jtune.models.mlp import MLP
@@ -136,6 +136,9 @@ class Attention(nn.Module):
     def _latent(self, x_BTD: jax.Array, shared: Shared) -> tuple[jax.Array, caches.Entry, None]:
         c, latent = self.config, self.config.latent
         assert latent is not None
+        if latent.indexer is not None:
+            caches.check_length(x_BTD.shape[1], c)
+            IndexerParameters(latent.indexer, c.hidden_size, latent.q_rank or 0, name="indexer")()
         down = lambda n, name: Linear(n, ("embed", None), use_bias=c.qkv_bias, name=name)(x_BTD)
         width, inner = c.num_attention_heads * c.qk_dim, lambda name: Norm("rms", LATENT_EPS, name=name)
         if latent.q_rank is None:
@@ -162,6 +165,23 @@ class Attention(nn.Module):
         k_nope, v = jnp.split(both, [c.latent.nope_dim], axis=-1)
         rope_key = jnp.broadcast_to(entry["rope_key"][:, :, None, :], (*k_nope.shape[:-1], c.latent.rope_dim))
         return jnp.concatenate([k_nope, rope_key], axis=-1), v
+
+
+class IndexerParameters(nn.Module):
+    """The parameters of an indexer, which are read and written, and nothing else (`jtune.models.config.Indexer`)."""
+
+    indexer: Indexer
+    hidden_size: int
+    q_rank: int
+
+    @nn.compact
+    def __call__(self) -> None:
+        heads, width = self.indexer.heads, self.indexer.head_dim
+        only = lambda size: jnp.zeros((0, size))  # no rows
+        Linear(heads * width, (None, None), name="wq_b")(only(self.q_rank))
+        Linear(width, ("embed", None), name="wk")(only(self.hidden_size))
+        Norm("layer", LATENT_EPS, use_bias=True, name="k_norm")(only(width))
+        Linear(heads, ("embed", None), name="weights_proj")(only(self.hidden_size))
 
 
 class DecoderLayer(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import FAMILIES, LLAMA3, PARTIAL, ids, logits_of, make_model, write
 
-from jtune.errors import DataError
+from jtune.errors import ConfigError, DataError
 from jtune.generation import Sampling, decode, generate
 from jtune.interop import hf
 from jtune.loading.inference import load_model
@@ -42,6 +42,7 @@ OPTIONS = [
     ("apertus", {"attention_bias": True, "hidden_act": "relu2", "tie_word_embeddings": True}, 30),
     ("cohere", {"use_qk_norm": True, "attention_bias": True}, 30),
     ("cohere2", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2}, 30),
+    ("cwm", {"mlp_bias": True, "layer_types": ["sliding_attention", "full_attention"] * 2}, 30),
     ("deepseek_v2", {"topk_method": "greedy", "mlp_bias": True, "routed_scaling_factor": 2.0, "n_group": None}, 30),
     ("deepseek_v2", {"q_lora_rank": None, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.6}}, 100),
     (
@@ -50,6 +51,7 @@ OPTIONS = [
         30,
     ),
     ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, "n_shared_experts": 2}, 100),
+    ("deepseek_v32", {"index_topk": 30, "attention_bias": True, "norm_topk_prob": False, "rope_parameters": YARN}, 30),
     ("dots1", {"attention_bias": True, "norm_topk_prob": True, "sliding_window": None, "n_shared_experts": 2}, 30),
     ("ernie4_5", {"use_bias": True, "tie_word_embeddings": True}, 30),
     (
@@ -71,6 +73,7 @@ OPTIONS = [
     ("glm4", {"attention_bias": True, "tie_word_embeddings": True}, 30),
     ("glm4_moe", {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.0, "norm_topk_prob": False}, 30),
     ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "dense"] * 2, "attention_bias": True}, 30),
+    ("glm_moe_dsa", {"mlp_layer_types": ["sparse", "dense"] * 2, "attention_bias": True}, 30),
     ("gpt2", {"n_inner": 40, "tie_word_embeddings": False, "scale_attn_weights": False}, 30),
     ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False, "rope_parameters": PARTIAL}, 30),
     ("gpt_oss", {"rope_parameters": YARN | {"truncate": False}, "swiglu_alpha": 1.2, "num_experts_per_tok": 3}, 100),
@@ -84,6 +87,8 @@ OPTIONS = [
         {"moe_topk": [1] * 4, "rope_parameters": DYNAMIC | {"alpha": 100.0}, "attention_bias": True},
         100,
     ),
+    ("helium", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}, 30),
+    ("hyperclovax", {"use_post_norm": False, "attention_multiplier": 0.2, "attention_bias": True}, 30),
     ("hy_v3", {"mlp_layer_types": ["sparse", "dense"] * 2, "attention_bias": True, "mlp_bias": True}, 30),
     ("internlm3", {"attention_bias": True, "mlp_bias": True, "rope_parameters": DYNAMIC}, 100),
     ("jais2", {"attention_bias": False, "mlp_bias": False, "hidden_act": "gelu"}, 30),
@@ -121,6 +126,7 @@ OPTIONS = [
     ("solar_open", {"attention_bias": True, "norm_topk_prob": False, "rope_parameters": YARN}, 100),
     ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True}, 30),
     ("starcoder2", {"use_bias": False, "sliding_window": 8, "tie_word_embeddings": False}, 30),
+    ("youtu", {"rope_interleave": False, "q_lora_rank": None, "tie_word_embeddings": True}, 30),
     ("vaultgemma", {"attention_bias": True, "layer_types": ["full_attention", "sliding_attention"] * 2}, 30),
 ]
 
@@ -278,6 +284,15 @@ def test_what_predicts_tokens_after_the_next_is_left_out(checkpoint, tmp_path):
     save_file(stored | {"model.layers.4.mlp.gate.weight": x}, tmp_path / "model.safetensors")  # no such head
     with pytest.raises(DataError, match=r"model\.layers\.4\.mlp\.gate\.weight has no place"):
         load_model(str(tmp_path))
+
+
+def test_rows_in_which_a_token_sees_a_choice_are_refused(checkpoint):
+    model, params = load_model(str(checkpoint("deepseek_v32")))
+    model.apply({"params": params}, ids(1, 64))
+    with pytest.raises(ConfigError, match="rows of 65 tokens: above 64"):
+        model.apply({"params": params}, ids(1, 65))
+    with pytest.raises(ConfigError, match="index_topk"):
+        generate(model, params, [[3, 4, 5]], Sampling(max_new_tokens=100))
 
 
 @pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC, LLAMA3])
