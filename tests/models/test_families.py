@@ -96,6 +96,7 @@ OPTIONS = [
     ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}, 30),
     ("llama", {"rope_parameters": LONGROPE}, 100),
     ("llama", {"rope_parameters": LONGROPE}, 30),
+    ("mellum", {"mlp_layer_types": ["sparse", "dense"] * 2, "norm_topk_prob": False, "attention_bias": True}, 30),
     ("minicpm3", {"q_lora_rank": None, "attention_bias": True, "mlp_bias": True, "rope_parameters": LONGROPE}, 100),
     ("minimax_m2", {"rope_parameters": YARN, "tie_word_embeddings": True}, 100),
     ("mixtral", {"num_experts_per_tok": 1, "tie_word_embeddings": True}, 30),
