@@ -216,7 +216,7 @@ def make_model(family: str, seed: int = 0, **changes):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)  # some families draw what others set to zero
-    config = AutoConfig.for_model(family, **{**BASE, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**BASE, **FAMILIES.get(family, {}), **changes})
     # transformers' eager attention adds falcon's alibi twice.
     attention = "sdpa" if family == "falcon" else "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
