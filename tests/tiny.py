@@ -63,6 +63,7 @@ LATENT = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 10,
 }
+INDEXER = {"index_topk": 64, "index_head_dim": 12, "index_n_heads": 2}
 GRANITE_EXPERTS = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
@@ -86,8 +87,10 @@ FAMILIES = {
     "bloom": {"n_layer": 4, "n_head": 4},
     "cohere": {"logit_scale": 0.5, "num_key_value_heads": 2},
     "cohere2": {"head_dim": 16, "sliding_window": 8},
+    "cwm": {"head_dim": 16, "sliding_window": 8},
     "deepseek_v2": LATENT | {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},
     "deepseek_v3": LATENT | {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
+    "deepseek_v32": LATENT | INDEXER | {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
     "dots1": {
         "moe_intermediate_size": 24,
         "n_routed_experts": 8,
@@ -143,6 +146,7 @@ FAMILIES = {
         "use_qk_norm": True,
     },
     "glm4_moe_lite": LATENT | {"n_group": 4, "topk_group": 2},
+    "glm_moe_dsa": LATENT | INDEXER,
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256},
     "gpt_neox": {},
     "gpt_oss": {
@@ -196,8 +200,18 @@ FAMILIES = {
     },
     "ministral": {"sliding_window": 8, "head_dim": 16},
     "ministral3": {"head_dim": 16, "rope_parameters": MINISTRAL3},
+    "mellum": {
+        "head_dim": 16,
+        "sliding_window": 8,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "minimax_m2": {"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 3, "rope_parameters": PARTIAL},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "helium": {"head_dim": 8, "num_key_value_heads": 2},
+    "hyperclovax": {"residual_multiplier": 0.3, "embedding_multiplier": 2.0, "logits_scaling": 0.5},
     "hy_v3": {"head_dim": 16, "moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3},
     "internlm3": {"head_dim": 16},
     "iquestcoder": {"head_dim": 16},
@@ -242,6 +256,7 @@ FAMILIES = {
     "mistral": {"sliding_window": 8},
     "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24},
     "vaultgemma": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24},
+    "youtu": {key: value for key, value in LATENT.items() if "experts" not in key} | {"tie_word_embeddings": False},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 # Those that stand for the others where one of a kind is enough.
@@ -254,7 +269,7 @@ def make_model(family: str, seed: int = 0, **changes):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)  # some families draw what others set to zero
-    config = AutoConfig.for_model(family, **{**BASE, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**BASE, **FAMILIES.get(family, {}), **changes})
     # transformers' eager attention adds falcon's alibi twice.
     attention = "sdpa" if family == "falcon" else "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()

@@ -30,8 +30,8 @@ def adapter_shapes(params: Any, decoder: DecoderConfig, path: str, config: Confi
         there = {path: module_name(path, their, layer=0, expert=0) for path, _ in tuning.kernels(params)}
         targets = [".".join(path) for path, name in there.items() if re.fullmatch(targets, name)]
     targets = ["all"] if targets == "all-linear" else [re.sub(r"^.*\.\d+\.", "", name) for name in targets or ()]
-    for name in options.get("target_parameters") or ():  # a mixture's experts
-        stem, last = name.rpartition(".")[::2]
+    for name in options.get("target_parameters") or ():  # a mixture's experts; weights of modules
+        stem, last = re.sub(r"^.*\.\d+\.", "", name.removesuffix(".weight")).rpartition(".")[::2]
         targets += [f"{stem}.{x}".lstrip(".") for x in {"gate_up_proj": ("gate_proj", "up_proj")}.get(last, (last,))]
     dropout = float(options.get("lora_dropout") or 0.0)
     start = peft.start_of(options, folder / peft.CONFIG)
@@ -53,9 +53,11 @@ def adapter_shapes(params: Any, decoder: DecoderConfig, path: str, config: Confi
 def adapted_layers(path: Path, options: Mapping[str, Any], decoder: DecoderConfig) -> frozenset[int]:
     """The layers in which PEFT adapts the module at `path`."""
     count = range(decoder.num_hidden_layers)
-    if "experts" in path or path[-1] == "gate":
-        numbers = {int(i) for name in options.get("target_parameters") or () for i in re.findall(r"\.(\d+)\.", name)}
-        return frozenset(numbers or count)
+    parameters = options.get("target_parameters") or ()
+    modules = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
+    if "experts" in path:
+        of_experts = [name for name in parameters if not name.endswith(".weight")]
+        return frozenset({int(i) for name in of_experts for i in re.findall(r"\.(\d+)\.", name)} or count)
     name = {i: module_name(path, module_names(decoder), layer=i) for i in count}
     chosen = options.get("layers_to_transform")
     chosen = {chosen} if isinstance(chosen, int) else set(chosen or count)
@@ -66,4 +68,5 @@ def adapted_layers(path: Path, options: Mapping[str, Any], decoder: DecoderConfi
         return name[i] in wanted or (i in chosen and any(name[i].endswith(f".{end}") for end in wanted))
 
     left_out = options.get("exclude_modules") or ()
-    return frozenset(i for i in count if among(options.get("target_modules") or (), i) and not among(left_out, i))
+    wanted = options.get("target_modules") or ()
+    return frozenset(i for i in count if (among(wanted, i) or among(modules, i)) and not among(left_out, i))

@@ -31,6 +31,10 @@ PyTree = Any
 Keys = tuple[str, ...]
 Sized = tuple[int, float]  # rank, alpha
 
+# Modules that PEFT takes for a mixture's experts as transformers 4 had them, wherever they are, if a target names them.
+# Their weights may be targets instead, which PEFT supports for adapters without dropout or DoRA.
+EXPERTS = ("gate_proj", "up_proj", "down_proj")
+
 
 def save_adapter(
     params: PyTree,
@@ -121,13 +125,13 @@ def contents(
                 out[f"{module}.lora_A.weight"], out[f"{module}.lora_B.weight"] = pair.a[place].T, pair.b[place].T
                 if pair.magnitude is not None:
                     out[f"{module}.lora_magnitude_vector"] = pair.magnitude[place]
-            is_router = keys[-2] == "gate" and config.experts is not None
+            by_weight = config.experts is not None and (keys[-2] == "gate" or (keys[-2] in EXPERTS and _is_plain(leaf)))
             names = [_target(keys[:-1], every.keys(), their)]
             if not everywhere(keys[:-1]):
                 names = [module_name(keys[:-1], their, layer=layer) for layer in layers]
             for name in names:
-                key = f"{name}.weight" if is_router else name
-                (parameters if is_router else modules)[key] = rank, alpha(rank, pair.scale)
+                key = f"{name}.weight" if by_weight else name
+                (parameters if by_weight else modules)[key] = rank, alpha(rank, pair.scale)
         elif trains and not is_node(leaf):
             x = np.asarray(leaf, np.float32)
             for part in tensors(keys, config, layers):
@@ -203,6 +207,10 @@ def _check_known(keys: Keys, node: Any) -> None:
             f"{'.'.join(keys[:-1])}: PEFT has no adapter like {type(node).__name__}: merge it "
             "(jtune.lora.merge) and write the model (jtune.interop.hf.save_model)"
         )
+
+
+def _is_plain(node: LoRA) -> bool:
+    return not node.dropout and not isinstance(node, DoRA)
 
 
 def _written(node: LoRA) -> Pair:

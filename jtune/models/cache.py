@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jtune.errors import ConfigError
 from jtune.models.config import DecoderConfig, Layer
 
 Entry = dict[str, jax.Array]  # [R, B, S, ...] each; of a layer without attention [R, B, ...]
@@ -43,9 +44,20 @@ def layer_cache(config: DecoderConfig, layer: Layer, repeats: int, batch: int, s
         slots = min(slots, layer.window)
     empty = lambda *shape: jnp.zeros((repeats, batch, slots, *shape), dtype)
     if config.latent is not None:
+        check_length(slots, config)
         return {"latent": empty(config.latent.kv_rank), "rope_key": empty(config.latent.rope_dim)}
     shape = config.heads_of(layer)
     return {"k": empty(*shape), "v": empty(*shape)}
+
+
+def check_length(tokens: int, config: DecoderConfig) -> None:
+    """Raise a ConfigError for rows in which a model chooses the tokens that a token sees (`Indexer`)."""
+    indexer = None if config.latent is None else config.latent.indexer
+    if indexer is not None and tokens > indexer.top:
+        raise ConfigError(
+            f"rows of {tokens} tokens: above {indexer.top} (index_topk) a token of {config.family} sees a choice of "
+            f"earlier tokens, which jtune does not compute: set cutoff_len, or the length of answers, to {indexer.top}"
+        )
 
 
 def write(entry: Entry, index: Any, new: Entry, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> Entry:

@@ -71,6 +71,19 @@ class Latent:
     rope_dim: int  # of a query or key, the rotated part; one such key serves all heads
     value_dim: int
     q_rank: int | None = None  # None: queries come directly from the hidden state
+    indexer: "Indexer | None" = None
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """What chooses the tokens that a token sees, if there are more than `top` (arXiv:2512.02556, section 2.1).
+
+    jtune computes no choice: rows are at most `top` tokens long, in which a token sees all earlier ones.
+    """
+
+    heads: int
+    head_dim: int
+    top: int
 
 
 @dataclass(frozen=True)

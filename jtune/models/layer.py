@@ -20,7 +20,7 @@ from jtune.models.attention.cached import attend_cached
 from jtune.models.attention.dispatch import attend
 from jtune.models.attention.reference import alibi_bias
 from jtune.models.cache import LayerCache
-from jtune.models.config import DecoderConfig, Layer, QueryScale
+from jtune.models.config import DecoderConfig, Indexer, Layer, QueryScale
 from jtune.models.convolution import ShortConv
 from jtune.models.delta import GatedDelta, delta_config
 from jtune.models.kernels import Linear, parameter
@@ -173,6 +173,9 @@ class Attention(nn.Module):
     def _latent(self, x_BTD: jax.Array, shared: Shared) -> tuple[jax.Array, caches.Entry, None]:
         c, latent = self.config, self.config.latent
         assert latent is not None
+        if latent.indexer is not None:
+            caches.check_length(x_BTD.shape[1], c)
+            IndexerParameters(latent.indexer, c.hidden_size, latent.q_rank or 0, name="indexer")()
         down = lambda n, name: Linear(n, ("embed", None), use_bias=c.qkv_bias, name=name)(x_BTD)
         width, inner = c.num_attention_heads * c.qk_dim, lambda name: Norm("rms", LATENT_EPS, name=name)
         if latent.q_rank is None:
@@ -205,6 +208,23 @@ def grown(q_BTHD: jax.Array, positions_BT: jax.Array, s: QueryScale) -> jax.Arra
     """Queries times their factor (`QueryScale`), which is float32, in the dtype of `q`."""
     factor_BT = 1 + s.beta * jnp.log1p(((positions_BT + s.offset) // s.length).astype(jnp.float32))
     return (q_BTHD * factor_BT[:, :, None, None]).astype(q_BTHD.dtype)
+
+
+class IndexerParameters(nn.Module):
+    """The parameters of an indexer, which are read and written, and nothing else (`jtune.models.config.Indexer`)."""
+
+    indexer: Indexer
+    hidden_size: int
+    q_rank: int
+
+    @nn.compact
+    def __call__(self) -> None:
+        heads, width = self.indexer.heads, self.indexer.head_dim
+        only = lambda size: jnp.zeros((0, size))  # no rows
+        Linear(heads * width, (None, None), name="wq_b")(only(self.q_rank))
+        Linear(width, ("embed", None), name="wk")(only(self.hidden_size))
+        Norm("layer", LATENT_EPS, use_bias=True, name="k_norm")(only(width))
+        Linear(heads, ("embed", None), name="weights_proj")(only(self.hidden_size))
 
 
 class DecoderLayer(nn.Module):

@@ -171,7 +171,7 @@ def _kernels(tree: Any, mask: Any, names: tuple[str, ...] = ()) -> Iterator[tupl
     for name, child in tree.items():
         if name == "kernel":
             yield names, child, mask[name]
-        elif isinstance(child, dict):
+        elif isinstance(child, dict) and name != "indexer":  # whose kernels no product is with
             yield from _kernels(child, mask[name], (*names, name))
 
 

@@ -9,8 +9,8 @@ from jtune.tuning.nodes import adapter_mask
 PyTree = Any
 
 # The bias of a router's choice, which only decides who is among the best; the factor of a layer's output; constants of
-# xIELU.
-BUFFERS = frozenset(["e_score_correction_bias", "layer_scalar", "beta", "eps"])
+# xIELU; what no product is with.
+BUFFERS = frozenset(["e_score_correction_bias", "layer_scalar", "beta", "eps", "indexer"])
 
 
 def partition(params: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
@@ -32,7 +32,7 @@ def full_mask(params: PyTree) -> PyTree:
 
 def learns(path: Any) -> bool:
     """Whether a path of `jax.tree_util` ends in a parameter, not in what transformers keeps as a buffer."""
-    return not (isinstance(path[-1], jax.tree_util.DictKey) and path[-1].key in BUFFERS)
+    return not any(isinstance(key, jax.tree_util.DictKey) and key.key in BUFFERS for key in path)
 
 
 def trainable_mask(params: PyTree) -> PyTree:

@@ -1,6 +1,7 @@
 """Adapters: PEFT's act the same here, and ours act the same in PEFT."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from tiny import CORE, ids, logits_of, make_model
 
 from jtune.errors import DataError
 from jtune.interop.peft import load_adapter, save_adapter
+from jtune.interop.peft_shapes import adapter_shapes
 from jtune.loading.inference import load_model
 from jtune.models.families import file_names
 from jtune.tuning import adapter_mask, lora, trainable_mask
@@ -99,6 +101,21 @@ def test_our_adapter_acts_the_same_in_peft(family, checkpoint, tmp_path):
     ):  # their gate and up are one adapter in the file: the same, but not laid out the same
         jax.tree.map(np.testing.assert_array_equal, again, params)
     np.testing.assert_allclose(logits(model, again), logits(model, params), atol=1e-5)
+
+
+def test_pefts_experts_leave_the_other_mlps_of_a_mixture_their_adapters(checkpoint, tmp_path):
+    """Of layers without experts, and of what all tokens share: PEFT takes modules of these names for experts."""
+    model, base = load_model(str(checkpoint("glm4_moe_lite")))
+    params = lora.add(base, "all", rank=4, names=file_names(model.config))
+    mask, rng = adapter_mask(params), np.random.default_rng(6)
+    moved = lambda x, trains: x + 0.05 * jnp.asarray(rng.standard_normal(x.shape), x.dtype) if trains else x
+    params = jax.tree.map(moved, params, mask)
+    save_adapter(params, mask, model.config, tmp_path, base="base")
+    np.testing.assert_allclose(in_peft(tmp_path, "glm4_moe_lite"), logits(model, params), atol=1e-4)
+    settings = SimpleNamespace(model=SimpleNamespace(hub={}, adapter_folder=None))
+    again, _ = load_adapter(base, model.config, str(tmp_path))
+    shapes, _ = adapter_shapes(base, model.config, str(tmp_path), settings)
+    assert jax.tree.map(np.shape, again) == jax.tree.map(np.shape, shapes)
 
 
 @pytest.mark.parametrize("form", ["dora", "pissa"])

@@ -9,7 +9,9 @@ from jtune.data.templates.table import TABLE
 
 # Where the name of a model's type is not near to that of its template.
 FAMILIES = {
+    "bailing_moe": ("bailing_v2",),
     "deepseek_v2": ("deepseek",),
+    "deepseek_v32": ("deepseek3",),
     "ernie4_5": ("ernie",),
     "ernie4_5_moe": ("ernie",),
     "deepseek_v3": ("deepseek3",),

@@ -187,12 +187,14 @@ def sparse_layers(c: Asked, layers: list[Layer]) -> tuple[Layer, ...]:
     return tuple(replace(layer, sparse=is_sparse(i)) for i, layer in enumerate(layers))
 
 
-def listed_sparse(c: Asked) -> tuple[Layer, ...]:
-    """The layers, as `mlp_layer_types` says which have experts."""
-    for kind in c["mlp_layer_types"]:
+def listed_sparse(c: Asked, layers: tuple[Layer, ...] = ()) -> tuple[Layer, ...]:
+    """Mark the layers with experts, as `mlp_layer_types` says; default: layers that are alike otherwise."""
+    kinds = c["mlp_layer_types"]
+    for kind in kinds:
         if kind not in ("dense", "sparse"):
             raise DataError(f"config.json: mlp_layer_types: {kind!r} is not supported; there are dense, sparse")
-    return tuple(Layer(sparse=kind == "sparse") for kind in c["mlp_layer_types"])
+    layers = layers or (Layer(),) * len(kinds)
+    return tuple(replace(layer, sparse=kind == "sparse") for layer, kind in zip(layers, kinds, strict=True))
 
 
 def rope(parameters: Mapping[str, Any], max_positions: int, head_dim: int, **fields: Any) -> Rope:

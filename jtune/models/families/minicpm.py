@@ -18,8 +18,6 @@ def read(c: Asked) -> Fields:
             "is in the model for rows that are shorter than its dense_len"
         )
     c.get("mup_denominator")  # of the learning rate in its pretraining
-    if c.get("num_experts"):
-        raise DataError(f"config.json: jtune's minicpm does not support num_experts={c['num_experts']} (usual: 0)")
     return {**llama.read(c), **multipliers(c)}
 
 
