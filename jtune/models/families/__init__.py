@@ -7,6 +7,7 @@ by the file of the family, or does not matter for training (`HARMLESS`), or is r
 
 import difflib
 import logging
+import re
 from collections.abc import Mapping
 from importlib import import_module
 from pkgutil import iter_modules
@@ -60,6 +61,9 @@ HARMLESS = frozenset(
     ]
 )
 
+SIZES = re.compile(r"^(num|n)_|_(size|dim|heads|layers)$")  # keys that count something
+MOST, MOST_LAYERS = 10**8, 10_000
+
 # A family is a file of this package, under its model_type.
 FAMILIES: dict[str, Family] = {
     name: import_module(f"{__name__}.{name}").FAMILY for _, name, _ in iter_modules(__path__) if name != "base"
@@ -75,9 +79,13 @@ def decoder_config(source: Mapping[str, Any]) -> DecoderConfig:
     kind, family = _family(source.get("model_type"))
     full, defaults = full_config(source)
     asked = Asked(full)
-    fields = family.read(asked)
+    try:
+        decoder = DecoderConfig(family=kind, **family.read(asked))
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise DataError(f"config.json: its values do not fit together, or are of another kind ({what})") from error
     _refuse_what_is_not_honoured(kind, full, defaults, asked.read)
-    return DecoderConfig(family=kind, **fields)
+    return decoder
 
 
 def full_config(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -90,8 +98,11 @@ def full_config(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
 
     kind, family = _family(source.get("model_type"))
     config_class = CONFIG_MAPPING[family.config_of or kind]
+    _check_sizes(source)
+    # What weights are stored in is read elsewhere; for some values of it ("auto") transformers has none.
+    content = {key: value for key, value in source.items() if key not in ("dtype", "torch_dtype")}
     try:
-        return config_class.from_dict(dict(source)).to_dict(), config_class().to_dict()
+        return config_class.from_dict(content).to_dict(), config_class().to_dict()
     except Exception as error:  # transformers raises its own classes for values of a wrong type
         raise DataError(f"config.json: {str(error).strip()}") from error
 
@@ -107,9 +118,19 @@ def module_names(config: DecoderConfig) -> Names:
     return (family.modules or family.names)(config)
 
 
-def _family(model_type: str | None) -> tuple[str, Family]:
+def _check_sizes(source: Mapping[str, Any]) -> None:
+    """Refuse sizes that no model has, before lists of so many layers are made."""
+    for key, value in source.items():
+        if isinstance(value, int) and SIZES.search(key):
+            most = MOST_LAYERS if "layer" in key else MOST
+            if not 0 <= value <= most:
+                raise DataError(f"config.json: {key} is {str(value)[:40]}, expected 0 to {most}")
+
+
+def _family(model_type: Any) -> tuple[str, Family]:
     if model_type is None:
         raise DataError("config.json: model_type is missing: is this the folder of a Hugging Face model?")
+    model_type = str(model_type)
     if model_type in FAMILIES:
         return model_type, FAMILIES[model_type]
     near = difflib.get_close_matches(model_type, FAMILIES, n=1)
