@@ -1,10 +1,14 @@
-"""Files that appear whole or not at all: they are written under another name, then renamed."""
+"""Files that appear whole or not at all: they are written under another name, then renamed. And JSON of others."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from jtune.errors import DataError
 
 
 @contextmanager
@@ -47,3 +51,29 @@ def whole_or_absent(folder: Path) -> Iterator[Path]:
             new.replace(folder / new.name)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that another program, or a person, has written.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      DataError: it cannot be read, or holds something else; with the line.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: nested too deeply") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{path}: not JSON: {str(error).split(':')[0]}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found

@@ -17,12 +17,14 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from jtune.config.arguments import FIELDS
 from jtune.config.foreign import FOREIGN
 from jtune.config.kinds import BOOLEANS, takes_bool, takes_list, takes_text
+from jtune.config.limits import check_expanded, check_nodes, fault_of
 from jtune.config.renamed import RENAMED, SPELLINGS, current
 from jtune.errors import ConfigError
 from jtune.secrets import is_secret, remember
 
 MAX_BYTES = 1_000_000
-MAX_NODES = 100_000  # with anchors expanded: a few lines of YAML can expand to billions
+# What YAML raises for a value that is not what its tag says, as in `!!int x` and `!!bool x`.
+NO_VALUE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 FORMS = "write CASE.yaml key=value ... or --key value ..."
 
 
@@ -89,7 +91,11 @@ def parse(argv: Sequence[str], beneath: Mapping[str, Any] | None = None) -> Pars
         except OmegaConfBaseException as error:
             faults.append(Fault(COMMAND_LINE, f"{name}: {_first_line(error)}{_ESCAPE}", name))
             continue
+        except (*NO_VALUE, RecursionError):  # `!!bool x`; a number of thousands of digits; lists in lists
+            faults.append(Fault(COMMAND_LINE, f"{name}: {text[:40]}{'...' * (len(text) > 40)} cannot be read", name))
+            continue
         overridden.add(name.split(".")[0])
+    check_expanded(OmegaConf.to_container(config), str(origin))
     given = {}
     for key in config:
         name = str(key)
@@ -103,6 +109,9 @@ def parse(argv: Sequence[str], beneath: Mapping[str, Any] | None = None) -> Pars
             faults.append(Fault(where, f"{name}: {_first_line(error)}{_ESCAPE}", name))
         else:
             remember(name, value)
+            if fault := fault_of(value):
+                faults.append(Fault(where, f"{name}: {fault}", name))
+                continue
             given[name] = Given(value, where)
     return Parsed(given, faults, origin)
 
@@ -131,6 +140,8 @@ def _read_file(path: str) -> tuple[Any, dict[str, int], list[Fault]]:
     if path.endswith(".json"):
         try:
             content = json.loads(text)
+        except RecursionError:
+            raise ConfigError(f"{path}: nested too deeply") from None
         except ValueError as error:
             line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
             raise ConfigError(f"{path}{line}: this is not JSON: {error}") from error
@@ -164,6 +175,8 @@ def _read_file(path: str) -> tuple[Any, dict[str, int], list[Fault]]:
             faults.append(Fault(Origin(False, lines[bad], path), f"{bad}: {_first_line(error)}{_ESCAPE}", bad))
             pairs = [pair for pair in pairs if str(pair[0].value) != bad]
             del lines[bad]
+        except NO_VALUE as error:
+            raise ConfigError(f"{path}: a value is not what its tag (!!...) says: {_first_line(error)}") from error
 
 
 def _read_text(path: Path) -> str:
@@ -193,25 +206,12 @@ def _compose(text: str, path: str) -> yaml.MappingNode:
             raise ConfigError(f"{path}: the file is empty; expected `key: value` lines")
         if not isinstance(root, yaml.MappingNode):
             raise ConfigError(f"{path}:{root.start_mark.line + 1}: expected `key: value` lines at the top")
-        if _expanded_size(root, {}) > MAX_NODES:
-            raise ConfigError(f"{path}: its anchors expand to more than {MAX_NODES} values")
+        check_nodes(root, path)
     except yaml.YAMLError as error:
         raise ConfigError(_not_yaml(error, path)) from error
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply") from None
     return root
-
-
-def _expanded_size(node: yaml.Node, seen: dict[int, float]) -> float:
-    """Number of nodes with every alias expanded; infinite when an alias contains itself."""
-    if id(node) not in seen:
-        seen[id(node)] = float("inf")
-        if isinstance(node, yaml.MappingNode):
-            children = [child for pair in node.value for child in pair]
-        else:
-            children = node.value if isinstance(node, yaml.SequenceNode) else []
-        seen[id(node)] = 1 + sum(_expanded_size(child, seen) for child in children)
-    return seen[id(node)]
 
 
 def _not_yaml(error: yaml.YAMLError, path: str) -> str:

@@ -1,6 +1,5 @@
 """How answers are chosen: by the arguments, as in LLaMA-Factory, and by what else the model's own file says."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 from jtune.config import GeneratingArguments
 from jtune.errors import DataError
 from jtune.generation.sampling import Sampling
+from jtune.interop.endings import read_generation
+from jtune.interop.hf import GENERATION
 
 # What the arguments say, whatever a generation_config.json says of it.
 SHARED = (
@@ -50,16 +51,10 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     Raises:
       DataError: it is not JSON, or says of the choice of tokens what jtune does not do.
     """
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path}: {error}") from error
+    found = read_generation(folder)
     for name, neutral in NEUTRAL.items():
         if found.get(name) not in neutral:
-            raise DataError(f"{path}: {name}: {found[name]} is not supported: take it out of the file")
+            raise DataError(f"{folder / GENERATION}: {name}: {found[name]} is not supported: take it out of the file")
     return found
 
 

@@ -21,6 +21,7 @@ from jtune.data.templates import chat_template
 from jtune.data.templates.chat_format import Pieces
 from jtune.data.templates.jinja import to_jinja
 from jtune.errors import DataError
+from jtune.files import read_object
 from jtune.interop.hf import GENERATION
 from jtune.models.families.wrapped import text_part, with_text
 
@@ -98,16 +99,16 @@ def read_generation(folder: Path) -> dict[str, Any]:
     """The content of a folder's generation_config.json, nothing if there is none.
 
     Raises:
-      DataError: it is no JSON object.
+      DataError: it is no JSON object, or its eos_token_id is neither a number nor a list of numbers.
     """
+    path = folder / GENERATION
     try:
-        found = json.loads((folder / GENERATION).read_text(encoding="utf-8"))
+        found = read_object(path)
     except FileNotFoundError:
         return {}
-    except (ValueError, OSError) as error:
-        raise DataError(f"{folder / GENERATION}: {error}") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{folder / GENERATION}: expected a JSON object, found {type(found).__name__}")
+    eos = found.get("eos_token_id")
+    if eos is not None and _ids(eos) != (eos if isinstance(eos, list) else [eos]):
+        raise DataError(f"{path}: eos_token_id is {str(eos)[:80]!r}, expected a token's number, or a list of them")
     return found
 
 

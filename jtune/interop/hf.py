@@ -15,7 +15,7 @@ import numpy as np
 
 from jtune.distributed import exchange, processes
 from jtune.errors import ConfigError, DataError
-from jtune.files import whole_or_absent
+from jtune.files import read_object, whole_or_absent
 from jtune.interop.layout import open_decoder, others, to_place, turned
 from jtune.interop.weights import (
     BLOCK,
@@ -54,6 +54,7 @@ UNUSED = (
     ".input_scale",
 )
 PIECE_BYTES = 2**28  # of a leaf, read at a time; or one layer of it, where that is more
+STORED = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn")  # what a config.json may say of its weights
 
 
 def fetch(
@@ -99,13 +100,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = read_object(path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file: is {folder} the folder of a Hugging Face model?") from error
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path}: {error}") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path}: expected a JSON object")
     check_quantization(path, config.pop("quantization_config", None) or {})
     return config
 
@@ -135,9 +132,19 @@ def check_quantization(path: Path, options: Mapping[str, Any]) -> None:
 
 
 def stored_dtype(source: Mapping[str, Any]) -> jnp.dtype:
-    """What a config.json says its weights are stored in."""
+    """What a config.json says its weights are stored in; float32 where it does not, or says "auto".
+
+    Raises:
+      DataError: it names no dtype of weights.
+    """
     said = (part.get(key) for part in (source, text_part(source)) for key in ("dtype", "torch_dtype"))
-    return jnp.dtype(next(filter(None, said), "float32"))
+    name = next(filter(None, said), "auto")
+    if name == "auto":
+        return jnp.dtype("float32")
+    kind = str(name).removeprefix("torch.")
+    if kind not in STORED:
+        raise DataError(f"config.json: dtype (torch_dtype) is {name!r}; expected one of {', '.join(STORED)}, auto")
+    return jnp.dtype(kind)
 
 
 def load_params(

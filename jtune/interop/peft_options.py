@@ -3,7 +3,6 @@
 OPTIONS is the one table of them; the reader asks nothing that is not in it.
 """
 
-import json
 import logging
 import math
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jtune.errors import DataError
+from jtune.files import read_object
 
 log = logging.getLogger("jtune")
 
@@ -111,13 +111,9 @@ def read_options(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        options = json.loads(path.read_text())
+        options = read_object(path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file: is {folder} a PEFT adapter?") from error
-    except (ValueError, OSError, RecursionError) as error:
-        raise DataError(f"{path}: {error}") from error
-    if not isinstance(options, dict):
-        raise DataError(f"{path}: expected a JSON object, found {type(options).__name__}")
     if options.get("peft_type") != "LORA":
         raise DataError(f"{path}: peft_type is {options.get('peft_type')!r}; jtune reads LORA")
     options = DEFAULTS | options

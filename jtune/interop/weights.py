@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jtune.errors import DataError, NonFiniteError
+from jtune.files import read_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -83,7 +84,7 @@ def read_index(folder: Path) -> dict[str, str]:
             return {}
         raise DataError(f"{folder}: there is neither {WEIGHTS} nor {INDEX}.{_way_out(folder)}")
     try:
-        index = json.loads(path.read_text())["weight_map"]
+        index = read_object(path)["weight_map"]
         files = set(index.values())
         strange = sorted(file for file in files if Path(file).name != file)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -123,7 +124,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             header = json.loads(file.read(start - 8))
     except FileNotFoundError as error:
         raise DataError(f"{path}: the index names this file, but it is not there") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a complete safetensors file: {error}") from error
     return {
         name: Stored(

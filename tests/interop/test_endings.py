@@ -231,7 +231,7 @@ def test_an_end_that_the_model_has_no_row_for_is_refused_and_other_stop_words_ar
 def test_a_generation_config_that_is_no_object_is_named(content, tmp_path):
     base = make_base(tmp_path / "base")
     (base / "generation_config.json").write_text(content)
-    with pytest.raises(DataError, match=r"generation_config\.json: "):
+    with pytest.raises(DataError, match=r"generation_config\.json:"):
         settled(base, tmp_path, template="chatml")
 
 

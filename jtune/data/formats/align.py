@@ -5,8 +5,8 @@
 `messages` alternates question (user or observation) and answer (assistant or function) and ends with an answer; in
 stage pt the first one is the text. What role and content do not say is kept beside them (see messages.py). A row that
 cannot be learned from keeps its place, with the reason in `fault`: it is counted and left out later, when the sets are
-mixed and split, as LLaMA-Factory does. Only a row that lacks a column is an error at once, and one that holds an image
-or the like: more often than not the whole file is meant otherwise.
+mixed and split, as LLaMA-Factory does. An error at once are a row that holds an image or the like, and a column that
+most rows lack: the whole file is meant otherwise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -76,7 +76,7 @@ def align(
       index: what to write into the column `dataset`.
 
     Raises:
-      DataError: a row has nothing in a column that it must have, or holds an image or the like.
+      DataError: most rows have nothing in a column that they must have, or a row holds an image or the like.
     """
     aligned = make_in_shards(
         partial(_align_rows, table, table.with_format("arrow"), entry=entry, stage=stage, index=index, rows=rows),
@@ -110,17 +110,17 @@ def is_faulty(table: datasets.Dataset) -> np.ndarray:
 
 
 def refuse_rows(aligned: datasets.Dataset, entries: Sequence[Entry] | Mapping[int, Entry]) -> None:
-    """Raise a DataError if a row has nothing in a column that it must have, or holds an image or the like."""
+    """Raise a DataError if most rows have nothing in a column that they need, or one holds an image or the like."""
     faulty = np.flatnonzero(is_faulty(aligned))
     faults = aligned.select(faulty)["fault"][:]
     place = lambda row: places(entries, aligned.select([row]))[0]
     lacking = [row for row, fault in zip(faulty, faults) if fault.startswith(MISSING)]
-    if lacking:
+    if 2 * len(lacking) > len(aligned):
         name = aligned[int(lacking[0])]["fault"].removeprefix(MISSING)
-        others = f" ({len(lacking)} rows have none)" if len(lacking) > 1 else ""
+        others = f" ({len(lacking)} of {len(aligned)} rows have none)" if len(lacking) > 1 else ""
         raise DataError(
-            f"{place(lacking[0])}: nothing in column {name!r}{others}. Fill it in, "
-            "take the row out, or name the right column in dataset_info.json"
+            f"{place(lacking[0])}: nothing in column {name!r}{others}. Fill it in, or name the right column in "
+            "dataset_info.json"
         )
     media = [(row, fault) for row, fault in zip(faulty, faults) if fault.endswith(TEXT_ONLY)]
     if media:

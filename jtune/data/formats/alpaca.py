@@ -8,11 +8,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jtune.config.stages import StageRules
+from jtune.data.formats.chat import SYNONYMS
 from jtune.data.formats.fields import ALIGNED, MISSING, parsed_json, text_message, text_of
 from jtune.data.formats.media import media_columns
 from jtune.data.formats.messages import FaultyRow, Message
+from jtune.data.sources.columns import ANSWERS, QUESTIONS
 from jtune.data.sources.registry import Columns, Entry
 from jtune.data.sources.rows import NESTED
+
+# What an earlier question and its answer are called where each turn of the history is an object.
+ASKED_ANSWERED = ((*QUESTIONS, "user", "human", "input"), (*ANSWERS, "assistant", "gpt", "bot", "model"))
 
 
 def alpaca_messages(row: Mapping[Any, Any], entry: Entry, stage: StageRules) -> tuple[list[Message], str]:
@@ -24,17 +29,12 @@ def alpaca_messages(row: Mapping[Any, Any], entry: Entry, stage: StageRules) -> 
     columns: Columns = entry.columns
     messages = []
     history = row.get(columns.history) if columns.history else None
-    is_turn = lambda turn: isinstance(turn, Sequence) and not isinstance(turn, str) and len(turn) == 2
     if isinstance(history, str) and history.lstrip().startswith("["):  # CSV has no lists
         history = parsed_json(history)
-    if history == "":
-        history = None
-    if history is not None and not (isinstance(history, list) and all(map(is_turn, history))):
-        raise FaultyRow(f"{columns.history} is not a list of [question, answer]")
-    for turn in history or []:
+    for question, answer in _pairs(history, columns.history) if history not in (None, "") else ():
         messages += [
-            text_message("user", turn[0], columns.history),
-            text_message("assistant", turn[1], columns.history),
+            text_message("user", question, columns.history),
+            text_message("assistant", answer, columns.history),
         ]
     asked = [column for column in (columns.prompt, columns.query) if column]
     if all(row.get(column) is None for column in asked):
@@ -49,6 +49,30 @@ def alpaca_messages(row: Mapping[Any, Any], entry: Entry, stage: StageRules) -> 
     if answer is None:
         raise FaultyRow(f"{MISSING}{columns.response}")
     return [*messages, text_message("assistant", answer, columns.response)], ""
+
+
+def _pairs(history: Any, what: str | None) -> list[Sequence[Any]]:
+    """The earlier questions and answers: pairs, objects with the two under their usual names, or messages.
+
+    >>> _pairs([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "history")
+    [('q', 'a')]
+
+    Raises:
+      FaultyRow: it holds something else.
+    """
+    turns = history if isinstance(history, list) else [None]
+    if all(isinstance(turn, Mapping) for turn in turns):
+        cells = [{str(name).lower(): cell for name, cell in turn.items()} for turn in turns]
+        said = [(str(cell.get("role", cell.get("from"))), cell.get("content", cell.get("value"))) for cell in cells]
+        roles = [SYNONYMS.get(role.lower()) for role, _ in said]
+        if roles == ["user", "assistant"] * (len(roles) // 2):
+            return [(said[i][1], said[i + 1][1]) for i in range(0, len(said), 2)]
+        turns = [[next((c[name] for name in names if name in c), None) for names in ASKED_ANSWERED] for c in cells]
+        turns = [None if None in turn else turn for turn in turns]
+    is_pair = lambda turn: isinstance(turn, Sequence) and not isinstance(turn, str) and len(turn) == 2
+    if not all(map(is_pair, turns)):
+        raise FaultyRow(f"{what} is not a list of [question, answer]")
+    return turns
 
 
 def alpaca_table(table: pa.Table, entry: Entry, stage: StageRules) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ ALIGNED = datasets.Features(
 
 TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 NOT_LEARNED = "the answer that is preferred, or not, is one that is not to be learned (weight, train, loss)"
-MISSING = "no "  # begins the fault of a row that lacks a column, or has null in it; the column's name follows
+MISSING = "nothing in column "  # begins the fault of a row that lacks a column, or has null in it; its name follows
 
 
 def add_unused(message: Message, what: str) -> None:

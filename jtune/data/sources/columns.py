@@ -14,17 +14,21 @@ from jtune.errors import DataError
 
 log = logging.getLogger("jtune")
 
-# The usual names; of several columns with such names the first here is taken.
+# The usual names, in any case; of several columns with such names the first here is taken.
 QUESTIONS = ("instruction", "prompt", "question", "query")
+MORE = ("input", "context")  # what is asked about
 ANSWERS = ("output", "response", "completion", "answer")
 DOCUMENTS = ("text", "content")
+SYSTEMS = ("system", "system_prompt")
 CHATS = ("messages", "conversations")
+DIALOGUES = ("conversation", "dialogue", "dialog", "chat")  # chats, too, where they hold messages
 FEEDBACK = ("kto_tag", "label")
 PREFERENCES = ("chosen", "rejected", *FEEDBACK)
-USUAL = (*QUESTIONS, "input", *ANSWERS, *DOCUMENTS, "system", "history", "tools", *CHATS, *PREFERENCES)
+USUAL = (*QUESTIONS, *MORE, *ANSWERS, *DOCUMENTS, *SYSTEMS, "history", "tools", *CHATS, *PREFERENCES)
 MEDIA_COLUMNS = ("images", "videos", "audios")
 # The key of `columns` in dataset_info.json for each.
-KEYS = {name: name for name in USUAL} | {"input": "query", "question": "prompt", "instruction": "prompt"}
+KEYS = {name: name for name in USUAL} | {"question": "prompt", "instruction": "prompt", "system_prompt": "system"}
+KEYS |= dict.fromkeys(MORE, "query")
 KEYS |= dict.fromkeys(ANSWERS, "response") | dict.fromkeys(DOCUMENTS, "prompt") | dict.fromkeys(CHATS, "messages")
 
 
@@ -63,37 +67,48 @@ def resolve_format(
     """
     if entry.formatting is not None:
         return entry
-    has = set(found)
+    actual = {name.lower(): name for name in reversed(found)} | {name: name for name in found}
+    pick = lambda names: next((actual[name] for name in names if name in actual), None)
     media = {name: name for name in MEDIA_COLUMNS}
-    columns = Columns(system="system", tools="tools", **media)
-    if stage.rows == "pair" and {"chosen", "rejected"} <= has:
+    columns = Columns(system=pick(SYSTEMS) or "system", tools="tools", **media)
+    if stage.rows == "pair" and {"chosen", "rejected"} <= actual.keys():
         entry = replace(entry, ranking=True)
-        columns = replace(columns, chosen="chosen", rejected="rejected")
+        columns = replace(columns, chosen=actual["chosen"], rejected=actual["rejected"])
     if stage.rows == "feedback":
-        columns = replace(columns, kto_tag=next((name for name in FEEDBACK if name in has), None))
-    for name in CHATS:
-        if name in has:
-            openai = _has_roles((first or {}).get(name), default=name == "messages")
-            tags, formatting = (OPENAI_TAGS, "openai") if openai else (Tags(), "sharegpt")
-            return replace(entry, formatting=formatting, columns=replace(columns, messages=name), tags=tags)
-    prompt, response = (next((name for name in names if name in has), names[0]) for names in (QUESTIONS, ANSWERS))
-    document = next((name for name in DOCUMENTS if name in has), None)
-    asked = "instruction" if stage.rows == "text" else prompt
-    if document and asked not in has and not entry.ranking:
+        columns = replace(columns, kto_tag=pick(FEEDBACK))
+    chats = [name for name in CHATS if name in actual]
+    chats += [name for name in DIALOGUES if name in actual and _messages((first or {}).get(actual[name]))]
+    if chats:
+        name = actual[chats[0]]
+        openai = _has_roles((first or {}).get(name), default=chats[0] == "messages")
+        tags, formatting = (OPENAI_TAGS, "openai") if openai else (Tags(), "sharegpt")
+        return replace(entry, formatting=formatting, columns=replace(columns, messages=name), tags=tags)
+    prompt, response, document, more = map(pick, (QUESTIONS, ANSWERS, DOCUMENTS, MORE))
+    asked = pick(QUESTIONS[:1]) if stage.rows == "text" else prompt
+    if document and asked is None and not entry.ranking and not (more and response):
         columns = Columns(prompt=document, query=None, response=None, **media)
         return replace(entry, formatting="alpaca", columns=columns)
-    query = "query" if "input" not in has and "query" in has and prompt != "query" else "input"
+    if prompt is None and more is not None:
+        prompt, more = more, None  # `input` and `output` alone
+    elif more is None and "query" in actual and prompt != actual["query"]:
+        more = actual["query"]
     history = None if stage.rows == "text" else "history"  # whose first question would be the text
-    columns = replace(columns, prompt=prompt, query=query, response=response, history=history)
+    columns = replace(
+        columns, prompt=prompt or QUESTIONS[0], query=more, response=response or ANSWERS[0], history=history
+    )
     return replace(entry, formatting="alpaca", columns=columns)
+
+
+def _messages(turns: Any) -> list[Any]:
+    """The cell of a row as messages, [] if it holds none."""
+    turns = value_of(turns)
+    return turns if isinstance(turns, list) and all(isinstance(turn, Mapping) for turn in turns) else []
 
 
 def _has_roles(turns: Any, default: bool) -> bool:
     """Whether messages have OpenAI's names, `role` and `content`, rather than ShareGPT's."""
-    turn = turns[0] if isinstance(turns := value_of(turns), list) and turns else None
-    if not isinstance(turn, Mapping) or ("role" in turn) == ("from" in turn):
-        return default
-    return "role" in turn
+    turn = next(iter(_messages(turns)), {})
+    return default if ("role" in turn) == ("from" in turn) else "role" in turn
 
 
 def say_unused(entry: Entry, found: Sequence[str], stage: StageRules) -> None:

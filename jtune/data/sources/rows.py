@@ -167,11 +167,11 @@ def _table(cells: Mapping[str, Sequence[str | None]], schema: pa.Schema, path: s
 
 def _csv_tables(path: str, schema: pa.Schema) -> Iterator[pa.Table]:
     header, start = _header(path), 0
-    separator = _separator(path)
+    how = _dialect(path)
     texts: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""]}
     try:
         with open_bytes(path) as file:
-            blocks = pandas.read_csv(file, sep=separator, chunksize=BLOCK_ROWS, **texts)
+            blocks = pandas.read_csv(file, chunksize=BLOCK_ROWS, **how, **texts)
             for block in blocks:
                 if not isinstance(block.index, pandas.RangeIndex):
                     raise DataError(f"{path}: rows have more fields than the header, which has {len(header)}")
@@ -208,23 +208,24 @@ def _ragged(path: str, said: str, header: Sequence[str]) -> DataError:
 def _header(path: str) -> list[str]:
     with open_bytes(path) as file:
         first = (decoded(line, path, number) for number, line in enumerate(file, start=1))
-        names = next((row for row in csv.reader(first, delimiter=_separator(path)) if row), [])
+        names = next((row for row in csv.reader(first, **_dialect(path)) if row), [])
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"{path}:1: column {twice[0]!r} is there {names.count(twice[0])} times: name each once")
     return [name or f"Unnamed: {number}" for number, name in enumerate(names)]
 
 
-def _separator(path: str) -> str:
-    """What separates the fields: what the file's kind says, or where the header lacks it another one that it has."""
-    usual = DELIMITERS[kind_of(path)]
+def _dialect(path: str) -> dict[str, Any]:
+    """How the header says that the file is written: what separates the fields, and whether spaces follow it."""
+    separator = DELIMITERS[kind_of(path)]
     with open_bytes(path) as file:
-        header = decoded(next((line for line in file if line.strip()), b""), path, 1)
+        header = decoded(next((line for line in file if line.strip()), b""), path, 1).strip("\r\n")
     found = next((other for other in OTHERS if other in header), None)
-    if usual in header or found is None or next(csv.reader([header], delimiter=found)) == [header]:
-        return usual
-    say_separator(os.path.basename(path), found)
-    return found
+    if separator not in header and found is not None and len(next(csv.reader([header], delimiter=found))) > 1:
+        say_separator(os.path.basename(path), found)
+        separator = found
+    spaced = any(name.startswith(" ") for name in next(csv.reader([header], delimiter=separator), []))
+    return {"delimiter": separator, "skipinitialspace": spaced}
 
 
 @cache

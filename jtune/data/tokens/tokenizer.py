@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from jtune.errors import ConfigError, DataError
+from jtune.files import read_object
 
 log = logging.getLogger("jtune")
 
@@ -157,6 +158,13 @@ def _code(path: str, hub: dict[str, Any], of_config: bool) -> list[str]:
 def _unreadable(path: str, error: Exception) -> str:
     folder = Path(path)
     if folder.is_dir():
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"):
+            try:
+                read_object(folder / name)
+            except FileNotFoundError:
+                continue
+            except DataError as fault:
+                return str(fault)
         files = {f.name for f in folder.iterdir()}
         if not files & {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"}:
             return f"{path} holds no tokenizer (no tokenizer.json): copy the tokenizer files of the model there"

@@ -7,6 +7,7 @@ by the file of the family, or does not matter for training (`HARMLESS`), or is r
 
 import difflib
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
@@ -16,7 +17,7 @@ from typing import Any
 from jtune.errors import DataError
 from jtune.models.config import DecoderConfig
 from jtune.models.families.base import Asked, Family, Names
-from jtune.models.families.wrapped import WRAPPERS, placed, text_config
+from jtune.models.families.wrapped import WRAPPERS, placed, text_config, text_part
 
 log = logging.getLogger("jtune")
 
@@ -66,6 +67,9 @@ HARMLESS = frozenset(
     ]
 )
 
+SIZES = re.compile(r"^(num|n)_|_(size|dim|heads|layers)$")  # keys that count something
+MOST, MOST_LAYERS = 10**8, 10_000
+
 # A family is a file of this package, under its model_type.
 FAMILIES: dict[str, Family] = {
     name: import_module(f"{__name__}.{name}").FAMILY
@@ -90,14 +94,19 @@ def decoder_config(source: Mapping[str, Any]) -> DecoderConfig:
     Raises:
       DataError: an unknown family, or an option that the decoder does not honour, by name.
     """
-    if (wrapper := source.get("model_type")) in WRAPPERS:
+    if (wrapper := source.get("model_type")) in (*WRAPPERS,):
+        _check_sizes(text_part(source))
         return replace(decoder_config(text_config(source)), wrapper=wrapper)
     kind, family = _family(source)
     full, defaults = full_config(source)
     asked = Asked(full)
-    fields = family.read(asked)
+    try:
+        decoder = DecoderConfig(family=kind, **family.read(asked))
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise DataError(f"config.json: its values do not fit together, or are of another kind ({what})") from error
     _refuse_what_is_not_honoured(kind, full, defaults, asked.read)
-    return DecoderConfig(family=kind, **fields)
+    return decoder
 
 
 def full_config(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -110,8 +119,11 @@ def full_config(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
 
     kind, family = _family(source)
     config_class = CONFIG_MAPPING[kind if kind in CONFIG_MAPPING else family.config_of]
+    _check_sizes(source)
+    # What weights are stored in is read elsewhere; for some values of it ("auto") transformers has none.
+    content = {key: value for key, value in source.items() if key not in ("dtype", "torch_dtype")}
     try:
-        given = config_class.from_dict({**family.defaults, **source})
+        given = config_class.from_dict({**family.defaults, **content})
         return given.to_dict(), config_class.from_dict(dict(family.defaults)).to_dict()
     except Exception as error:  # transformers raises its own classes for values of a wrong type
         raise DataError(f"config.json: {str(error).strip()}") from error
@@ -130,10 +142,20 @@ def module_names(config: DecoderConfig) -> Names:
     return names if config.wrapper is None else placed(names, WRAPPERS[config.wrapper])
 
 
+def _check_sizes(source: Mapping[str, Any]) -> None:
+    """Refuse sizes that no model has, before lists of so many layers are made."""
+    for key, value in source.items():
+        if isinstance(value, int) and SIZES.search(key):
+            most = MOST_LAYERS if "layer" in key else MOST
+            if not 0 <= value <= most:
+                raise DataError(f"config.json: {key} is {str(value)[:40]}, expected 0 to {most}")
+
+
 def _family(source: Mapping[str, Any]) -> tuple[str, Family]:
     model_type = source.get("model_type")
     if model_type is None:
         raise DataError("config.json: model_type is missing: is this the folder of a Hugging Face model?")
+    model_type = str(model_type)
     if model_type in FAMILIES:
         return model_type, FAMILIES[model_type]
     known = sorted({*FAMILIES, *WRAPPERS})

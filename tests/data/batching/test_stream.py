@@ -133,12 +133,12 @@ def test_rows_left_out_are_counted_over_a_pass_and_come_back_with_a_position(tem
 
 def test_a_column_that_is_empty_stops_the_first_window_and_is_counted_later(template, tmp_path):
     lacking = {"instruction": "q", "input": "", "output": None}
-    folder = write(tmp_path, a=[row("a", 0), lacking, *(row("a", n) for n in range(18))])
+    folder = write(tmp_path, a=[row("a", 0), *[lacking] * 6, *(row("a", n) for n in range(18))])
     with pytest.raises(DataError, match=r"a\.jsonl:2: nothing in column 'output'"):
         next(windows(stream(folder, template, dataset=("a",), buffer_size=10)))
     folder = write(tmp_path, a=[*(row("a", n) for n in range(18)), lacking])
     _, second = islice(windows(stream(folder, template, dataset=("a",), buffer_size=10)), 2)
-    assert str(second.report.dropped[0]) == "1 no output (a.jsonl row 19)"
+    assert str(second.report.dropped[0]) == "1 nothing in column output (a.jsonl row 19)"
 
 
 def test_a_fault_in_a_file_is_named_with_its_line_when_it_is_reached(template, tmp_path):
@@ -173,7 +173,10 @@ def test_a_check_reads_all_windows_and_names_every_row(template, tmp_path, capsy
     words += ["stage=sft", "streaming=true", "max_steps=1", "buffer_size=8", "val_size=2"]
     assert check_rows(load_config([*words, "max_dropped=17"], command="data")) == 3
     *named, last = capsys.readouterr().out.splitlines()
-    assert named == [f"a.jsonl row {n}: no output" for n in range(21, 38)] + ["b.jsonl row 2: no output"]
+    assert named == [
+        *(f"a.jsonl row {n}: nothing in column output" for n in range(21, 38)),
+        "b.jsonl row 2: nothing in column output",
+    ]
     assert last == "train: 18 of 40 rows are left out, and max_dropped is 17"
     assert check_rows(load_config([*words, "max_dropped=18"], command="data")) == 0
 

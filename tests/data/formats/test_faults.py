@@ -96,9 +96,9 @@ def test_a_column_that_is_not_there(template, tmp_path):
         f"dataset 'a' ({path}), row 1: no column 'instruction' for the prompt. Its columns are question, output. In "
         'dataset_info.json, say which one it is: "columns": {"prompt": "question"}'
     )
-    lines(tmp_path, "a.jsonl", GOOD, b'{"instruction": "Say 1."}')
+    lines(tmp_path, "a.jsonl", GOOD, *[b'{"instruction": "Say 1."}'] * 2)
     assert said(template, tmp_path) == (
-        "a.jsonl:2: nothing in column 'output'. Fill it in, take the row out, or name the right column in "
+        "a.jsonl:2: nothing in column 'output' (2 of 3 rows have none). Fill it in, or name the right column in "
         "dataset_info.json"
     )
     lines(tmp_path, "a.jsonl", GOOD)  # a column that may be missing is missed by nobody

@@ -66,6 +66,11 @@ def test_a_csv_file_may_be_separated_as_its_header_is(separator, read, caplog):
     assert f"a.csv: fields are separated by {separator!r}, as its header is" in caplog.messages
 
 
+def test_spaces_after_the_separators_of_a_header_are_none_of_the_text(read):
+    assert read("a.csv", 'instruction, output\nq, "a, b"\n') == [{"instruction": "q", "output": "a, b"}]
+    assert read("b.csv", "instruction,output\nq, a\n") == [{"instruction": "q", "output": " a"}]
+
+
 def test_a_header_with_commas_or_in_quotes_is_separated_by_commas(read):
     assert read("a.csv", "instruction,output;x\nq,a;b\n") == [{"instruction": "q", "output;x": "a;b"}]
     assert read("b.csv", '"instruction"\n"q;b"\n') == [{"instruction": "q;b"}]

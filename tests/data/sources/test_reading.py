@@ -167,6 +167,13 @@ def test_a_file_named_directly_gives_all_its_usual_columns(tmp_path):
         (["instruction", "output", "label"], "sft", "alpaca", {"prompt": "instruction", "kto_tag": None}),
         (["text", "question", "answer"], "pt", "alpaca", {"prompt": "text"}),
         (["content"], "pt", "alpaca", {"prompt": "content", "response": None}),
+        (["input", "output"], "sft", "alpaca", {"prompt": "input", "query": None}),
+        (["Instruction", "Input", "Output"], "sft", "alpaca", {"prompt": "Instruction", "query": "Input"}),
+        (["instruction", "context", "response"], "sft", "alpaca", {"query": "context", "response": "response"}),
+        (["query", "response"], "sft", "alpaca", {"prompt": "query", "query": None}),
+        (["instruction", "query", "response"], "sft", "alpaca", {"prompt": "instruction", "query": "query"}),
+        (["system_prompt", "question", "response"], "sft", "alpaca", {"system": "system_prompt"}),
+        (["dialogue", "question", "answer"], "sft", "alpaca", {"prompt": "question"}),  # a text
         (["instruction", "chosen", "rejected"], "dpo", "alpaca", {"chosen": "chosen", "rejected": "rejected"}),
         (
             ["messages", "system", "tools", "label"],
@@ -180,6 +187,50 @@ def test_usual_names_are_known(names, stage, formatting, columns):
     found = resolve_format(Entry("a", "file", "a.json", formatting=None), names, rules_of(stage))
     assert found.formatting == formatting
     assert {key: getattr(found.columns, key) for key in columns} == columns
+
+
+@pytest.mark.parametrize("name", ["conversation", "dialogue", "Messages", "chat"])
+def test_a_column_of_messages_may_have_other_names(name, tmp_path):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert answers(read(write(tmp_path / "a.jsonl", [{"id": "1", name: chat}]))) == ["a"]
+
+
+HISTORIES = [
+    [["q", "a"]],
+    [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+    [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+    [{"instruction": "q", "output": "a"}],
+    [{"human": "q", "assistant": "a"}],
+    '[["q", "a"]]',
+]
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_history_is_pairs_objects_or_messages(history, suffix, tmp_path):
+    found = read(write(tmp_path / f"a.{suffix}", [{"instruction": "p", "output": "b", "history": history}] * 2))
+    assert [m["content"] for m in found["messages"][0]] == ["q", "a", "p", "b"]
+
+
+@pytest.mark.parametrize("history", [["q", "a"], "none", [{"role": "user", "content": "q"}], [{"x": 1}], {"a": "b"}])
+def test_a_history_that_is_none_of_these_is_the_fault_of_its_row(history, tmp_path):
+    rows = [{"instruction": "p", "output": "b", "history": held} for held in (None, history)]
+    assert read(write(tmp_path / "a.jsonl", rows))["fault"][:] == ["", "history is not a list of [question, answer]"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "pt"])
+def test_a_row_without_its_text_is_counted_and_left_out(stage, template, tmp_path):
+    name = "output" if stage == "sft" else "instruction"
+    rows = [{"instruction": "?", "output": "a"}] * 3 + [{"instruction": "?", "output": "a"} | {name: None}]
+    path = write(tmp_path / "a.jsonl", rows)
+    for streaming in (False, True):
+        arguments = DataArguments(dataset=(str(path),), dataset_dir=str(tmp_path), template="chatml", cutoff_len=8,
+                                  packing=False, streaming=streaming)  # fmt: skip
+        hub = Hub(str(tmp_path / "cache"))
+        report = load_datasets(arguments, rules_of(stage), 0, template, Wanted(True, False), hub=hub).report.sets[0]
+        assert [str(dropped) for dropped in report.dropped] == [
+            f"1 nothing in column {name} (a.jsonl{' row ' if streaming else ':'}4)"
+        ]
 
 
 def test_columns_that_are_not_used_are_named_once(template, tmp_path, caplog):
@@ -332,8 +383,7 @@ def test_dataset_info_may_have_a_byte_order_mark_and_file_sha1(tmp_path):
 def test_rows_without_an_answer_can_be_predicted_but_not_learned(template, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"instruction": "?"}, {"instruction": "??", "output": "a"}])
     assert answers(read(path, stage="predict")) == ["", "a"]
-    with pytest.raises(DataError, match="nothing in column 'output'"):
-        read(path)
+    assert read(path)["fault"][:] == ["nothing in column output", ""]
     turns = {"messages": [{"role": "user", "content": "?"}]}
     openai = resolve_format(Entry("a", "file", "a", formatting=None), ["messages"])
     assert align_row(turns, openai, replace(rules_of("sft"), rows="prompt")).messages[-1] == {

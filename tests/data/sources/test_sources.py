@@ -146,7 +146,12 @@ def test_each_evaluation_set_may_have_its_own_loss(template, tmp_path):
         ("a.jsonl", ALPACA, {"file_name": "b.jsonl"}, ["no file", "a.jsonl"]),
         ("a.json", [], None, ["0 rows"]),
         ("a.json", [{"question": "a", "output": "b"}], None, ["no column 'instruction'", "question, output"]),
-        ("a.json", [*ALPACA, {"instruction": "a"}], None, ["a.json row 21", "'output'"]),
+        (
+            "a.json",
+            [{"instruction": "a"}, *ALPACA[:1], *[{"instruction": "a", "output": None}] * 2],
+            None,
+            ["a.json row 1: nothing in column 'output' (3 of 4 rows have none)"],
+        ),
         ("a.json", ALPACA, {"formatting": "alpacca"}, ["'alpacca'", "alpaca, sharegpt"]),
         ("a.json", ALPACA, {"column": {}}, ["'column'", "columns"]),
         ("a.json", ALPACA, {"columns": {"promt": "instruction"}}, ["'promt'", "prompt"]),
