@@ -94,7 +94,7 @@ def decoder_config(source: Mapping[str, Any]) -> DecoderConfig:
     Raises:
       DataError: an unknown family, or an option that the decoder does not honour, by name.
     """
-    if (wrapper := source.get("model_type")) in (*WRAPPERS,):
+    if (wrapper := str(source.get("model_type"))) in WRAPPERS:
         _check_sizes(text_part(source))
         return replace(decoder_config(text_config(source)), wrapper=wrapper)
     kind, family = _family(source)

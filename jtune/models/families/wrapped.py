@@ -68,7 +68,8 @@ def text_config(source: Mapping[str, Any]) -> dict[str, Any]:
     if source["model_type"] not in CONFIG_MAPPING:  # its class comes with the model, and is not run
         return dict(text_part(source))
     try:
-        whole = CONFIG_MAPPING[source["model_type"]].from_dict(dict(source))
+        content = {key: value for key, value in source.items() if key not in ("dtype", "torch_dtype")}
+        whole = CONFIG_MAPPING[source["model_type"]].from_dict(content)
         text = whole.get_text_config().to_dict()
     except Exception as error:  # transformers raises its own classes for values of a wrong type
         raise DataError(f"config.json: {str(error).strip()}") from error
@@ -91,7 +92,7 @@ def with_text(source: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 
 def _key(source: Mapping[str, Any]) -> str | None:
     """Where a config.json describes the text stack; None: at the top."""
-    wraps = source.get("model_type") in WRAPPERS
+    wraps = str(source.get("model_type")) in WRAPPERS
     return next((key for key in ("text_config", "llm_config") if wraps and isinstance(source.get(key), dict)), None)
 
 
