@@ -12,6 +12,7 @@ import pytest
 
 from jtune.config import load_config
 from jtune.errors import Preempted
+from jtune.train import callbacks
 from jtune.train.callbacks import trackers
 from jtune.train.events import Event, tell
 
@@ -251,6 +252,14 @@ def test_what_is_not_installed_is_one_line_that_says_how_to_install_it(install, 
     ]
     config = load_config([*ARGUMENTS, "report_to=[wandb,trackio]"])
     assert trackers.chosen(config) == ["trackio"]
+
+
+@pytest.mark.parametrize(("report_to", "written"), [("all", 1), ("[tensorboard,wandb]", 1), ("wandb", 0)])
+def test_tensorboard_is_among_them(report_to, written, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(callbacks, "tensorboard", made.append)
+    callbacks.subscribers(load_config([*ARGUMENTS, f"report_to={report_to}"]).training, tmp_path, 0, 10)
+    assert made == [tmp_path / "runs"] * written
 
 
 def test_a_folder_of_wandbs_own_files_is_no_library(tmp_path, monkeypatch):

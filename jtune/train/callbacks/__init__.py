@@ -25,7 +25,7 @@ def subscribers(training: TrainingArguments, output_dir: Path, start: int, max_s
     if training.profile_steps is not None:
         first, last = map(int, training.profile_steps.split("-"))
         found.append(profile(output_dir / "profile", first, last, start))
-    if "tensorboard" in training.report_to:
+    if {"tensorboard", "all"} & set(training.report_to):
         found.append(tensorboard(Path(training.logging_dir or output_dir / "runs")))
     if sys.stdout.isatty() and not training.disable_tqdm:
         found.append(progress_bar(start, max_steps))
