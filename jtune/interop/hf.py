@@ -16,7 +16,7 @@ import numpy as np
 from jtune.distributed import exchange, processes
 from jtune.errors import ConfigError, DataError
 from jtune.files import read_object, whole_or_absent
-from jtune.interop.layout import open_decoder, others, to_place, turned
+from jtune.interop.layout import copied, open_decoder, to_place, turned
 from jtune.interop.weights import (
     BLOCK,
     DTYPES,
@@ -26,7 +26,6 @@ from jtune.interop.weights import (
     grouped,
     is_finite,
     map_files,
-    open_weights,
     read_part,
     same,
     scale_fault,
@@ -391,7 +390,7 @@ def save_model(
     shapes, found = _layout(params, config, None if base is None else open_decoder(base, config))
     beside: dict[str, Stored] = {}
     if base is not None:
-        beside, names = others(open_weights(base), config), to_place(shapes, config, base)
+        beside, names = copied(base, config), to_place(shapes, config, base)
         shapes = {names[name]: shape for name, shape in shapes.items()}
     pieces = (jax.tree.map(lambda x, i=part.index: arrays.whole(x, i), leaf) for leaf, part in found)
     if not processes.is_first():
@@ -408,9 +407,11 @@ def save_model(
                 shutil.copyfile(base / name, partial_folder / name)
 
 
-def check_writable(params: Mapping[str, Any], config: DecoderConfig) -> None:
-    """Raise a ConfigError, with the module's name, for what has no place in a checkpoint; nothing is computed."""
+def check_writable(params: Mapping[str, Any], config: DecoderConfig, base: Path | None) -> None:
+    """Raise a ConfigError, with its name, for what cannot be written; nothing is computed. `base`: see `save_model`."""
     _layout(params, config)
+    if base is not None:
+        copied(base, config)
 
 
 def _layout(

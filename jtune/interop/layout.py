@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from jtune.interop.weights import DTYPES, Stored, open_weights
+from jtune.errors import ConfigError
+from jtune.interop.weights import DTYPES, FLOAT8, Stored, open_weights
 from jtune.models import DecoderConfig
 from jtune.models.families import file_names
 from jtune.models.families.wrapped import PLACES, WRAPPERS, Place, place_in
@@ -36,6 +37,24 @@ def others(stored: Mapping[str, Stored], config: DecoderConfig) -> dict[str, Sto
     inside = () if place is None else (f"{place.prefix}.", f"{place.head}.")
     is_other = lambda name: name in heads or (place is not None and not name.startswith(inside))
     return {name: x for name, x in stored.items() if is_other(name)}
+
+
+def copied(base: Path, config: DecoderConfig) -> dict[str, Stored]:
+    """Those of `others` that go to what is written, byte for byte. Heads in float8 do not: nothing else is in it there.
+
+    Raises:
+      ConfigError: towers are stored in float8.
+    """
+    stored = open_weights(base)
+    beside, heads = others(stored, config), further_heads(stored, config.num_hidden_layers)
+    if any(beside[name].dtype == FLOAT8 for name in heads & beside.keys()):
+        beside = {name: x for name, x in beside.items() if name not in heads}
+    if packed := next((name for name, x in beside.items() if x.dtype == FLOAT8), None):
+        raise ConfigError(
+            f"{base}: {packed} is float8, and is not of the text model: jtune writes other weights without float8, and "
+            "cannot write these beside them. Train an adapter (finetuning_type: lora), or take a release in bfloat16"
+        )
+    return beside
 
 
 def _canonical(stored: Iterable[str], config: DecoderConfig) -> dict[str, str]:

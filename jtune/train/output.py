@@ -63,7 +63,12 @@ def check_writable(params: Any, files: ModelFiles) -> None:
     if files.config.finetuning.finetuning_type == "lora":
         peft.check_writable(params, files.mask, files.source.decoder, resized=files.source.resized)
     else:
-        hf.check_writable(params, files.source.decoder)
+        hf.check_writable(params, files.source.decoder, base_of(files))
+
+
+def base_of(files: ModelFiles) -> Path | None:
+    """The folder whose other tensors go with what is trained; None: nothing but its config.json is used."""
+    return None if files.config.model.train_from_scratch else files.source.folder
 
 
 def save_model(folder: Path, params: Any, files: ModelFiles) -> None:
@@ -83,8 +88,8 @@ def save_model(folder: Path, params: Any, files: ModelFiles) -> None:
             resized=files.source.resized,
         )
     else:
-        size, base = model.export_size * 10**9, None if model.train_from_scratch else files.source.folder
-        hf.save_model(params, decoder, files.endings.source, folder, base=base, max_shard_bytes=size)
+        size = model.export_size * 10**9
+        hf.save_model(params, decoder, files.endings.source, folder, base=base_of(files), max_shard_bytes=size)
         if processes.is_first():
             write_generation(folder, files.endings)
     if processes.is_first():

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import ids, logits_of, make_model
 from wrapped import WRAPPED, make_wrapped, read_back
 
-from jtune.errors import DataError
+from jtune.errors import ConfigError, DataError
 from jtune.interop import hf
 from jtune.interop.peft import load_adapter, save_adapter
 from jtune.loading.inference import load_model
@@ -153,6 +153,18 @@ def test_experts_in_one_tensor_are_read_where_the_family_has_one_each(checkpoint
     jax.tree.map(np.testing.assert_array_equal, ours[1], same[1])
     hf.save_model(ours[1], ours[0].config, hf.read_config(folder), tmp_path / "again", base=tmp_path)
     assert load_file(tmp_path / "again" / "model.safetensors")["mtp.fc.weight"].shape == (2, 2)
+
+
+def test_towers_in_float8_are_not_written_beside_other_weights(checkpoint, tmp_path):
+    folder = checkpoint("gemma3")
+    tensors = load_file(folder / "model.safetensors")
+    tower = "vision_tower.encoder.layers.0.mlp.fc1.weight"
+    tensors[tower] = tensors[tower].astype(jnp.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    model, params = load_model(str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"{tower} is float8"):
+        hf.check_writable(params, model.config, tmp_path)
 
 
 def test_a_tensor_without_a_place_is_still_an_error(checkpoint, tmp_path):
