@@ -114,9 +114,9 @@ def over_rows(
     # constraints each way, because XLA can do each of them with one all-to-all.
     split_rows = lambda x: constrain(x, mesh, "batch", "sequence", "heads", *(None,) * (x.ndim - 3))
     whole_rows = lambda x: constrain(x, mesh, "batch", None, "whole_row_heads", *(None,) * (x.ndim - 3))
-    inputs = (whole_rows(split_rows(x)) for x in (q, k, wide(v_BTHV), log_decay, beta_BTH))
-    out_BTHV, state = gated_delta_rule(*inputs, run_BT, state, chunk=min(CHUNK, T))
-    return split_rows(whole_rows(out_BTHV)).astype(q_BTHK.dtype), state
+    q, k, v, log_decay, beta = (whole_rows(split_rows(x)) for x in (q, k, wide(v_BTHV), log_decay, beta_BTH))
+    out_BTHV, last = gated_delta_rule(q, k, v, log_decay, beta, run_BT, state, chunk=min(CHUNK, T))
+    return split_rows(whole_rows(out_BTHV)).astype(q_BTHK.dtype), last
 
 
 def gated_delta_rule(

@@ -51,9 +51,9 @@ class KimiDelta(nn.Module):
         bias_M = parameter(self, "dt_bias", _small_steps, (H * K,), (None,)).astype(jnp.float32)
         step_BTHK = jax.nn.softplus(through_a_short_vector("f", H * K) + bias_M).reshape(B, T, H, K)
         beta_BTH = jax.nn.sigmoid(Linear(H, ("embed", None), name="b_proj")(x_BTD).astype(jnp.float32))
-        out_BTHV, state = over_rows(
-            *mixed, -rate_H * step_BTHK, beta_BTH, segment_ids_BT, cached.get("state"), self.mesh
-        )
+        q, k, v = mixed
+        decay_BTHK, before = -rate_H * step_BTHK, cached.get("state")
+        out_BTHV, state = over_rows(q, k, v, decay_BTHK, beta_BTH, segment_ids_BT, before, self.mesh)
         gate_BTHV = jax.nn.sigmoid(through_a_short_vector("g", H * V)).reshape(B, T, H, V)
         normed = (Norm("rms", c.norm_eps, name="o_norm")(out_BTHV) * gate_BTHV).astype(x_BTD.dtype)
         y_BTD = Linear(c.hidden_size, ("heads", "embed"), name="o_proj")(normed.reshape(B, T, -1))
