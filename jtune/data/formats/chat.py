@@ -50,7 +50,8 @@ def _turns(row: Mapping[Any, Any], entry: Entry) -> Any:
     turns = row.get(entry.columns.messages)
     if isinstance(turns, str) and turns.lstrip().startswith("["):  # CSV has no lists
         turns = parsed_json(turns)
-    if isinstance(turns, Mapping):  # a struct of lists, as older versions of `datasets` kept lists of structs
+    # A struct of lists, as older versions of `datasets` kept lists of structs.
+    if isinstance(turns, Mapping) and all(isinstance(values, list) for values in turns.values()):
         return [dict(zip(turns, values)) for values in zip(*turns.values())]
     return turns
 

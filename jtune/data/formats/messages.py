@@ -85,14 +85,15 @@ def split_parts(content: Any, what: str | None) -> tuple[Any, str]:
     return "".join(texts), "\n".join(thoughts)
 
 
-def part_kind(part: Mapping[Any, Any]) -> Any:
+def part_kind(part: Mapping[Any, Any]) -> str:
     """The type of a part of a content; of one that does not say it, the key that it has.
 
     >>> part_kind({"type": "input_text", "text": "a"}), part_kind({"text": "a"}), part_kind({"image": "a.png"})
     ('input_text', 'text', 'image')
     """
     kinds = (*TEXT_PARTS, *THOUGHT_PARTS, *MEDIA_PARTS)
-    return part.get("type") or next((key for key in kinds if part.get(key) is not None), None)
+    kind = part.get("type") or next((key for key in kinds if part.get(key) is not None), None)
+    return kind if isinstance(kind, str) else repr(kind)
 
 
 def read_call(call: Any) -> dict[str, Any]:
@@ -198,7 +199,7 @@ def observation_of(turns: Sequence[Mapping[Any, Any]], tags: Tags) -> Message:
         content = turn.get(tags.content_tag)
         if isinstance(content, list | Mapping):
             parts = content if isinstance(content, list) else [content]
-            kinds = [part.get("type") if isinstance(part, Mapping) else None for part in parts]
+            kinds = [str(part.get("type")) if isinstance(part, Mapping) else None for part in parts]
             if parts and all(kind in TEXT_PARTS for kind in kinds):
                 content, _ = split_parts(content, what)
             elif media := next((kind for kind in kinds if kind in MEDIA_PARTS), None):

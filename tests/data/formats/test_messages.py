@@ -101,6 +101,7 @@ def test_arguments_are_written_as_an_object_whatever_form_they_come_in(arguments
         (say(None, tool_calls=[{"function": {"arguments": {}}}]), "a function call has no name"),
         (say(None), "a message without content"),
         (say([{"type": "refusal", "refusal": "x"}]), "a message holds a part of type 'refusal', which is not text"),
+        (say([{"type": {"a": 1}}]), """a message holds a part of type "{'a': 1}", which is not text"""),
         (say("A", weight=0.5), "weight 0.5 of a message is neither 0 nor 1: a message is learned or it is not"),
     ],
 )

@@ -65,3 +65,9 @@ def test_an_unknown_role_names_the_nearest(role, nearest):
     with pytest.raises(FaultyRow) as error:
         aligned(OPENAI, turn("user", "q"), turn(role, "a"))
     assert str(error.value) == f"unknown role {role!r}{nearest} (known are user, assistant, tool, function, system)"
+
+
+def test_messages_that_are_none_are_a_fault_of_the_row():
+    for held in ({"role": "user", "content": 2.5}, {"role": ["user"], "content": 1}, ["q", "a"], "q", 7):
+        with pytest.raises(FaultyRow, match="messages is not a list of messages"):
+            align_row({"messages": held}, OPENAI)
