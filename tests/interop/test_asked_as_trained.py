@@ -37,9 +37,9 @@ def call(*arguments, **message):
     return {"role": "assistant", "content": "", "tool_calls": calls, **message}
 
 
-ONE = call({"city": "Rome", "b": [1, {"c": "é", "B": None}], "e": True})
+ONE = call({"city": "Rome", "b": [1, {"b": "é", "C": None}], "e": True})
 TWO = call({"city": "Rome"}, {})
-THINK = {"reasoning_content": "hm"}
+THINK = {"reasoning_content": "\nhm\n"}
 PLAIN = {
     "plain": [ASK, TELL],
     "two turns": [ASK, TELL, {"role": "user", "content": "And \\ {{ 2 }}?\n"}, TELL],
@@ -81,7 +81,7 @@ def chats(name):
             for what, messages in (
                 ("no thoughts", PLAIN["system"]),
                 ("thoughts", [ASK, TELL | THINK, ASK, TELL | THINK]),
-                ("thoughts in the text", [ASK, inline, ASK, inline]),
+                ("thoughts in the text", [ASK, inline, ASK, inline | {"reasoning_content": "so"}]),
                 ("a call", CALLS["thoughts and a call"]),
             ):
                 tools = TOOLS if what == "a call" else None

@@ -29,6 +29,12 @@ OTHER = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% e
 MADE = []  # the folder of a model, which is copied
 PHI = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
 CHAT = chat_template.PROBE[:3]
+FUNCTIONS = [{"name": tool["function"]["name"], "arguments": {"city": "Rome"}} for tool in TOOLS]
+CALLED = [  # parallel calls
+    CHAT[0],
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": x} for x in FUNCTIONS]},
+    *({"role": "tool", "content": text} for text in ("dry", "wet")),
+]
 
 
 def make_base(folder, *, eos="<|endoftext|>", template=None, generation=None, special=(), **config):
@@ -65,11 +71,11 @@ def ends(folder):
     return load_tokenizer(str(folder)).eos_token_id, of("config.json"), of("generation_config.json")
 
 
-def rendered(folder, messages=CHAT):
+def rendered(folder, messages=CHAT, tools=None):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)["input_ids"]
 
 
 def settled(base, tmp_path, **options):
@@ -101,6 +107,7 @@ def test_every_folder_of_a_run_says_where_answers_end_and_how_to_ask(kind, base,
     trained = get_template("chatml", load_tokenizer(str(base)))
     for folder in folders:
         assert rendered(folder) == trained.prompt(CHAT)
+        assert rendered(folder, CALLED, TOOLS) == trained.prompt(CALLED, None, json.dumps(TOOLS))
         assert isinstance(load_tokenizer(str(folder)).chat_template, str)
         assert load_tokenizer(str(folder)).eos_token == "<|im_end|>"
         if (folder / "config.json").exists():

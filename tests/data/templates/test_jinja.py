@@ -91,7 +91,12 @@ def test_tools_and_calls_are_rendered_as_they_are_trained_on(name, words):
         messages = messages[:4]  # it has no parallel calls
     openai = [{"role": "system", "content": TOOLS["system"]}, *map(openai_form, messages)]
     two = [{"name": f"f{i}", "description": "It's", "parameters": schema} for i, schema in enumerate(WEATHER)]
-    for tools in (json.loads(TOOLS["tools"]), two):
+    forms = [
+        {"type": "function", **two[0]},
+        {"function": two[1]},
+        {"type": "function", "function": two[0], "strict": True},
+    ]
+    for tools in (json.loads(TOOLS["tools"]), two, forms):
         expected = template.encode(messages, TOOLS["system"], json.dumps(tools, ensure_ascii=False))
         found = tokenizer.apply_chat_template(openai, chat_template=text, tools=tools, tokenize=False)
         assert found == "".join(tokenizer.decode(part) for turn in expected for part in turn)
