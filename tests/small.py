@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax
 import yaml
 
+from jtune.data.templates.chat_format import ChatFormat, Token
 from jtune.interop import hf
 from jtune.models import init_params
 from jtune.models.families import decoder_config
@@ -42,6 +44,15 @@ def write_model(folder: Path, **changes) -> Path:
     decoder = decoder_config(config)
     hf.save_model(jax.jit(lambda: init_params(decoder, jax.random.key(0)))(), decoder, config, folder)
     return folder
+
+
+def add_words(tokenizer, form: ChatFormat) -> None:
+    """Make the words in brackets of a chat format special tokens of the tokenizer."""
+    slots = (form.user, form.assistant, form.system, form.observation or (), form.function or (), form.prefix)
+    special = {slot.name for part in slots for slot in part if isinstance(slot, Token)}
+    for text in (*(slot for part in slots for slot in part if isinstance(slot, str)), *form.thought):
+        special |= set(re.findall(r"<[^<>\s]+>|\[[^\[\]\s]+\]", text))
+    tokenizer.add_special_tokens({"extra_special_tokens": sorted(special)})
 
 
 def write_data(folder: Path, **sets) -> Path:

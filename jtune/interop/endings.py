@@ -7,7 +7,8 @@ The tokens that end an answer are said in three files, and each is the only one 
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +17,12 @@ from jtune.config.stages import rules_of
 from jtune.data import Template
 from jtune.data.encode.pretraining import document_end
 from jtune.data.encode.turns import rendering
-from jtune.data.formats.messages import FaultyRow
 from jtune.data.templates import chat_template
-from jtune.data.templates.chat_format import Pieces
 from jtune.data.templates.jinja import to_jinja
 from jtune.errors import DataError
 from jtune.files import read_object
 from jtune.interop.hf import GENERATION
+from jtune.interop.probes import Probe, differs, other_ids, probes
 from jtune.models.families.wrapped import text_part, with_text
 
 log = logging.getLogger("jtune")
@@ -30,6 +30,11 @@ log = logging.getLogger("jtune")
 JINJA, MORE_JINJA = "chat_template.jinja", "additional_chat_templates"
 LEGACY = ("special_tokens_map.json", "added_tokens.json")  # of older tokenizers; today tokenizer.json says it all
 GLUE = ("", "prepend", "always", "first")
+OTHER_WAY = {
+    "plain": "asks in another way",
+    "tools": "writes tools in another way",
+    "thinking": "writes thoughts in another way",
+}
 
 
 class Endings(NamedTuple):
@@ -45,8 +50,8 @@ def resolve_endings(
 ) -> Endings:
     """What is written, and in `tokenizer` the chat template that is written with it.
 
-    A template by name is written as Jinja, unless the tokenizer's own chat template asks in the same way: that one
-    knows more, of tools. Stage pt has no use for a chat template, and leaves it.
+    A template by name is written as Jinja, unless the tokenizer's own chat template asks in the same way, also of tools
+    and with thoughts. Stage pt has no use for a chat template, and leaves it.
 
     Args:
       template: that the model is trained with; None: of an export that names none.
@@ -158,26 +163,52 @@ def _to_write(config: Config, template: Template) -> Any:
     tokenizer = template.tokenizer
     own = tokenizer.chat_template if chat_template.exists(tokenizer) else None
     how = rendering(template, rules_of(config.finetuning.stage).rows, config.data.mask_history)
-    probes = list(_probes(template, how))
-    assert template.form is not None
-    texts = [to_jinja(template.form, tokenizer, **how, glue=glue) for glue in GLUE]
-    exact = [text for text in texts if not any(_other_ids(template, text, probe) for probe in probes)]
+    asked = list(probes(template, how))
+    make = partial(to_jinja, template.form, tokenizer, **how)
+
+    def faults(glue: str) -> tuple[int, int]:
+        wrong = [probe.kind for probe in asked if other_ids(template, make(glue=glue), probe)]
+        return wrong.count("plain"), len(wrong)
+
+    exact = next((glue for glue in GLUE if faults(glue) == (0, 0)), None)
     if own is not None:
-        default = own if isinstance(own, str) else own["default"]
-        prompts = [probe for probe in probes if probe.asks]
-        answers = [probe for probe in probes if not probe.asks and probe.turns == 1]
-        differs = any(_disagreement(template, default, probe) for probe in prompts)
-        differs |= any(_disagreement(template, default, probe, ends=False) for probe in answers)
-        if not differs and not (exact and any(_other_ids(template, default, probe) for probe in prompts)):
-            _warn_of_ids(template, default, prompts)
+        other = _other_way(template, own, asked, exact=exact is not None)
+        if other is None:
+            _warn_of_ids(template, own, [probe for probe in asked if probe.asks])
             return own
-    text = (exact or texts)[0]
-    why = "the model has no chat template" if own is None else "the model's own chat template asks in another way"
+    glue = min(GLUE, key=faults) if exact is None else exact
+    why = "the model has no chat template" if own is None else f"the model's own chat template {OTHER_WAY[other]}"
     others = sorted(set(_named(tokenizer)) - {"default"})
     gone = f"; its others are left out ({', '.join(others)})" if others else ""
     log.info("%s is written for template %s: %s%s", JINJA, template.name, why, gone)
-    _warn_of_ids(template, text, probes)
+    text = make(glue=glue)
+    if any(differs(template, text, probe) for probe in asked if probe.kind == "tools"):
+        log.warning("template %s: %s refuses tools: it could not write them as they are learned", template.name, JINJA)
+        text, asked = make(glue=glue, tools=False), [probe for probe in asked if probe.kind != "tools"]
+    _warn_of_ids(template, text, asked)
     return text
+
+
+def _other_way(template: Template, own: Any, asked: Sequence[Probe], *, exact: bool) -> str | None:
+    """The kind of the first conversation that the tokenizer's own chat template asks of in another way than `template`.
+
+    Args:
+      exact: whether one made of the format gives the ids of all of them; then the tokenizer's own has to, too.
+    """
+    for probe in asked:
+        text = _chosen(own, probe)
+        if probe.asks and (differs(template, text, probe) or (exact and other_ids(template, text, probe))):
+            return probe.kind
+        if (probe.kind, probe.turns) == ("plain", 1) and differs(template, text, probe, ends=False):
+            return probe.kind
+    return None
+
+
+def _chosen(text: Any, probe: Probe) -> str:
+    """Of several chat templates the one that transformers takes."""
+    if isinstance(text, str):
+        return text
+    return text["tool_use"] if probe.kind == "tools" and "tool_use" in text else text["default"]
 
 
 def _named(tokenizer: Any) -> list[str]:
@@ -185,65 +216,9 @@ def _named(tokenizer: Any) -> list[str]:
     return list(tokenizer.chat_template) if isinstance(tokenizer.chat_template, Mapping) else []
 
 
-class Probe(NamedTuple):
-    """A conversation that shows whether a chat template asks as a template does."""
-
-    what: str
-    turns: int
-    chat: list[dict[str, str]]
-    asks: bool
-    expected: Pieces
-
-
-def _probes(template: Template, how: Mapping[str, bool]) -> Iterator[Probe]:
-    for system in (None, "Be brief."):
-        opening = [{"role": "system", "content": system}] if system else []
-        for turns in (1, 2):
-            messages = chat_template.PROBE[: 2 * turns]
-            what = f"{turns} turn{'s' if turns > 1 else ''}{', with a system message' if system else ''}"
-            asked = template.ask(messages[:-1], system, None)
-            yield Probe(f"the prompt of {what}", turns, [*opening, *messages[:-1]], True, asked)
-            whole = template.render(messages, system, None, **how)
-            pieces = [piece for turn in whole for part in turn for piece in part]
-            yield Probe(f"a conversation of {what}", turns, [*opening, *messages], False, pieces)
-
-
-def _rendered(tokenizer: Any, text: str, probe: Probe) -> str | None:
-    """What the Jinja text makes of the conversation; None where it refuses it."""
-    try:
-        return chat_template.rendered(tokenizer, probe.chat, text, open_answer=probe.asks)
-    except FaultyRow:
-        return None
-
-
-def _disagreement(template: Template, text: str, probe: Probe, *, ends: bool = True) -> bool:
-    """Whether neither the rendered text nor its ids are those of `template`.
-
-    Args:
-      ends: False: white space at the end of the text does not count.
-    """
-    found = _rendered(template.tokenizer, text, probe)
-    expected = chat_template.spoken(template.tokenizer, probe.expected)
-    if found is None:
-        return True
-    same = found == expected if ends else found.rstrip() == expected.rstrip()
-    return not same and _other_ids(template, text, probe) is not None
-
-
-def _other_ids(template: Template, text: str, probe: Probe) -> tuple[Sequence[int], Sequence[int]] | None:
-    """From where they differ on: the ids of the rendered text, as others tokenise it, and those of `template`."""
-    found = _rendered(template.tokenizer, text, probe)
-    ids = [] if found is None else template.token_ids([found]).lists()[0]
-    expected = template.tokenise([probe.expected]).lists()[0]
-    if ids == expected:
-        return None
-    at = next((i for i, (a, b) in enumerate(zip(ids, expected)) if a != b), min(len(ids), len(expected)))
-    return ids[at:], expected[at:]
-
-
-def _warn_of_ids(template: Template, text: str, probes: Sequence[Probe]) -> None:
-    for probe in probes:
-        if (other := _other_ids(template, text, probe)) is not None:
+def _warn_of_ids(template: Template, text: Any, asked: Sequence[Probe]) -> None:
+    for probe in asked:
+        if (other := other_ids(template, _chosen(text, probe), probe)) is not None:
             found, expected = (template.tokenizer.convert_ids_to_tokens(list(ids[:3])) for ids in other)
             log.warning(
                 "template %s: programs that render %s tokenise the whole text, training tokenises its parts. In %s "

@@ -13,9 +13,11 @@ from jtune.cli.main import main
 from jtune.commands import chat
 from jtune.config import load_config
 from jtune.data import get_template, load_tokenizer, template_of
-from jtune.data.templates import chat_template
+from jtune.data.templates import chat_template, jinja_tools
+from jtune.data.templates.jinja import to_jinja
 from jtune.errors import DataError
 from jtune.interop import endings, hf
+from jtune.interop.probes import TOOLS
 from jtune.loading import vocabulary
 from jtune.models.families import decoder_config
 
@@ -27,6 +29,12 @@ OTHER = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% e
 MADE = []  # the folder of a model, which is copied
 PHI = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
 CHAT = chat_template.PROBE[:3]
+FUNCTIONS = [{"name": tool["function"]["name"], "arguments": {"city": "Rome"}} for tool in TOOLS]
+CALLED = [  # parallel calls
+    CHAT[0],
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": x} for x in FUNCTIONS]},
+    *({"role": "tool", "content": text} for text in ("dry", "wet")),
+]
 
 
 def make_base(folder, *, eos="<|endoftext|>", template=None, generation=None, special=(), **config):
@@ -63,11 +71,11 @@ def ends(folder):
     return load_tokenizer(str(folder)).eos_token_id, of("config.json"), of("generation_config.json")
 
 
-def rendered(folder, messages=CHAT):
+def rendered(folder, messages=CHAT, tools=None):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)["input_ids"]
 
 
 def settled(base, tmp_path, **options):
@@ -99,6 +107,7 @@ def test_every_folder_of_a_run_says_where_answers_end_and_how_to_ask(kind, base,
     trained = get_template("chatml", load_tokenizer(str(base)))
     for folder in folders:
         assert rendered(folder) == trained.prompt(CHAT)
+        assert rendered(folder, CALLED, TOOLS) == trained.prompt(CALLED, None, json.dumps(TOOLS))
         assert isinstance(load_tokenizer(str(folder)).chat_template, str)
         assert load_tokenizer(str(folder)).eos_token == "<|im_end|>"
         if (folder / "config.json").exists():
@@ -239,13 +248,35 @@ def test_a_generation_config_that_is_no_object_is_named(content, tmp_path):
 
 
 def test_a_chat_template_of_the_model_that_asks_in_the_same_way_stays(tmp_path, caplog):
-    base = make_base(tmp_path / "base", template={"default": OWN, "tool_use": "{{ tools }}"})
-    _, tokenizer = settled(base, tmp_path, template="chatml")
-    assert tokenizer.chat_template == {"default": OWN, "tool_use": "{{ tools }}"}
+    base = make_base(tmp_path / "base")
+    tokenizer = load_tokenizer(str(base))
+    own = {"default": OWN, "tool_use": to_jinja(get_template("chatml", tokenizer).form, tokenizer)}
+    tokenizer.chat_template = own
+    tokenizer.save_pretrained(base)
     folder = export(base, tmp_path, template="chatml")
-    assert (folder / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
-    assert load_tokenizer(str(folder)).chat_template == tokenizer.chat_template
+    assert (folder / "additional_chat_templates" / "tool_use.jinja").read_text() == own["tool_use"]
+    assert load_tokenizer(str(folder)).chat_template == own
     assert "is written for template" not in caplog.text
+
+
+def test_a_chat_template_of_the_model_that_writes_tools_in_another_way_is_replaced(tmp_path, caplog):
+    base = make_base(tmp_path / "base", template={"default": OWN, "tool_use": "{{ tools }}"})
+    with caplog.at_level("INFO", logger="jtune"):
+        _, tokenizer = settled(base, tmp_path, template="chatml")
+    assert "the model's own chat template writes tools in another way; its others are left out" in caplog.text
+    assert "> Tool Name: weather" in tokenizer.apply_chat_template(CHAT, tools=TOOLS[:1], tokenize=False)
+
+
+def test_tools_that_cannot_be_written_as_they_are_learned_are_refused(tmp_path, caplog, monkeypatch):
+    base = make_base(tmp_path / "base")
+    monkeypatch.setitem(jinja_tools.CALLS, "default", ("{{- name -}}", "", "", ""))
+    _, tokenizer = settled(base, tmp_path, template="chatml")
+    assert "template chatml: chat_template.jinja refuses tools" in caplog.text
+    assert "tokenise" not in caplog.text
+    prompt = tokenizer.apply_chat_template(CHAT, return_dict=False, add_generation_prompt=True)
+    assert prompt == get_template("chatml", tokenizer).prompt(CHAT)
+    with pytest.raises(Exception, match="renders no tools: they were learned in another way"):
+        tokenizer.apply_chat_template(CHAT, tools=TOOLS, tokenize=False)
 
 
 def test_another_chat_template_is_replaced_with_all_its_variants_and_that_is_said(tmp_path, capsys):

@@ -199,17 +199,23 @@ def _calls(form: ChatFormat, text: str, before: str) -> Pieces:
     )
     if not before:
         return with_content(form.assistant if form.function is None else form.function, around + written)
-    ahead, opening, closing, behind = _around_content(form.assistant)
-    marker = ""
-    if form.function is not None:
-        _, marker, closing, behind = _around_content(form.function)
-        marker = marker if marker.strip() else ""  # as [TOOL_CALLS], which stands behind the text
+    slots, marker = call_slots(form)
     is_text = not before.endswith(form.thought[1]) and not marker
     between = tool_formats.between(form.tool_format, written) if is_text else ""
-    return [*ahead, f"{opening}{before}{between}{marker}{around}{written}{closing}", *behind]
+    return with_content(slots, f"{before}{between}{marker}{around}{written}")
 
 
-def _around_content(slots: Slots) -> tuple[Slots, str, str, Slots]:
+def call_slots(form: ChatFormat) -> tuple[Slots, str]:
+    """What stands around an answer that is text and calls, and what stands between these, as [TOOL_CALLS]."""
+    if form.function is None:
+        return form.assistant, ""
+    ahead, opening, _, _ = around_content(form.assistant)
+    _, marker, closing, behind = around_content(form.function)
+    return (*ahead, f"{opening}{CONTENT}{closing}", *behind), marker if marker.strip() else ""
+
+
+def around_content(slots: Slots) -> tuple[Slots, str, str, Slots]:
+    """The slots before that of the message, the text before and behind it in its slot, and the slots behind that."""
     at = next(i for i, slot in enumerate(slots) if isinstance(slot, str) and CONTENT in slot)
     opening, closing = str(slots[at]).split(CONTENT, 1)
     return slots[:at], opening, closing, slots[at + 1 :]

@@ -2,8 +2,7 @@
 
 It renders what `chat_format.render` writes of a whole conversation, and what `chat_format.ask` writes where
 `add_generation_prompt` is set. Messages are in OpenAI's form: roles system (first, once), user, assistant (also with
-`tool_calls`) and tool; results of parallel calls follow each other. Tools and calls are rendered in all formats but
-gemma4's, where they raise.
+`tool_calls` and `reasoning_content`) and tool; results of parallel calls follow each other.
 
 Slots are tokenised one by one in training, while the rendered text is tokenised whole: `glue` puts back the space that
 some tokenisers add in front of each text (see `to_jinja`), and `interop.endings` compares the ids.
@@ -13,8 +12,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from jtune.data.templates.chat_format import CONTENT, ChatFormat, Slots, Special, Token
+from jtune.data.formats.messages import THOUGHTS
+from jtune.data.templates.chat_format import CONTENT, ChatFormat, Slots, Special, Token, around_content, call_slots
 from jtune.data.templates.jinja_tools import indented, quote, tool_macros
+from jtune.data.templates.tools import BETWEEN
 
 PARALLEL = "\n</tool_response>\n<tool_response>\n"  # between the results of parallel calls, as rows are aligned
 
@@ -26,6 +27,7 @@ def to_jinja(
     discard_history: bool = False,
     last_only: bool = False,
     glue: str = "",
+    tools: bool = True,
 ) -> str:
     """The Jinja text of `form`, for the special tokens of `tokenizer`.
 
@@ -35,6 +37,7 @@ def to_jinja(
       glue: where a space is put, for tokenisers that put one in front of each text. "prepend": where a text follows a
         text; "always": there, but not before a space; "first": where a text that begins with none follows anything, for
         those that do it at the beginning only. "": nowhere.
+      tools: False: tools and calls raise, where they would not be rendered as they were learned.
     """
     words = {Special.BOS: tokenizer.bos_token or "", Special.EOS: tokenizer.eos_token or ""}
     marks = tuple(str(token) for token in tokenizer.get_added_vocab())
@@ -43,7 +46,7 @@ def to_jinja(
     lines = [
         "{%- set state = namespace(asked=false, glue='') -%}",
         *(_thoughts(form) if form.thinking else ()),
-        *tool_macros(form.tool_format),
+        *tool_macros(form.tool_format if tools else None),
         "{%- set turns = messages[1:] if messages and messages[0]['role'] == 'system' else messages -%}",
         "{%- set system = messages[0]['content'] if messages and messages[0]['role'] == 'system' else '' -%}",
         f"{{%- set system = system or {quote(form.default_system)} -%}}",
@@ -54,9 +57,8 @@ def to_jinja(
     ]
     if not form.system_in_user:
         lines += ["{%- if system -%}", *indented(emit(form.system, "system")), "{%- endif -%}"]
-    observation = form.user if form.observation is None else form.observation
-    function = form.assistant if form.function is None else form.function
-    head, tail = _halves(observation)
+    ahead, opening, closing, behind = around_content(form.user if form.observation is None else form.observation)
+    head, tail = (*ahead, opening), (closing, *behind)
     lines += [
         "{%- for message in turns -%}",
         "    {%- set role = message['role'] -%}",
@@ -81,13 +83,9 @@ def to_jinja(
         *indented(emit(tail, inside=True), 3),
         "        {%- endif -%}",
         "    {%- elif role == 'assistant' -%}",
+        *indented(_beside(form), 2),
         *indented(_thinking(form, emit, discard_history, last_only) if form.thinking else [], 2),
-        "        {%- if message['tool_calls'] is defined and message['tool_calls'] -%}",
-        "            {%- set text = text + written(message['tool_calls']) -%}",
-        *indented(emit(function, "text"), 3),
-        "        {%- else -%}",
-        *indented(emit(form.assistant, "text"), 3),
-        "        {%- endif -%}",
+        *indented(_answer(form, emit), 2),
         "    {%- else -%}",
         "        {{- raise_exception('unknown role ' + role + ' (system, first; user, assistant, tool)') -}}",
         "    {%- endif -%}",
@@ -151,11 +149,25 @@ def _with_content(slots: Slots, variable: str) -> str:
     return " + ".join(parts) or "''"
 
 
-def _halves(slots: Slots) -> tuple[Slots, Slots]:
-    """What stands before the message and what behind it."""
-    at = next(i for i, slot in enumerate(slots) if isinstance(slot, str) and CONTENT in slot)
-    before, _, behind = str(slots[at]).partition(CONTENT)
-    return (*slots[:at], before), (behind, *slots[at + 1 :])
+def _answer(form: ChatFormat, emit: Callable[..., list[str]]) -> list[str]:
+    """An answer, of `text` or of calls or of both, as `chat_format` writes it."""
+    slots, marker = call_slots(form)
+    between = quote(BETWEEN.get(form.tool_format, "\n"))
+    is_text = f"text.endswith({quote(form.thought[1])})"
+    joined = quote(marker) if marker else f"('' if {is_text} or calls[:1] == '\\n' else {between})"
+    return [
+        "{%- if message['tool_calls'] is defined and message['tool_calls'] -%}",
+        "    {%- set calls = written(message['tool_calls']) -%}",
+        "    {%- if text -%}",
+        f"        {{%- set text = text + {joined} + calls -%}}",
+        *indented(emit(slots, "text"), 2),
+        "    {%- else -%}",
+        *indented(emit(form.assistant if form.function is None else form.function, "calls"), 2),
+        "    {%- endif -%}",
+        "{%- else -%}",
+        *indented(emit(form.assistant, "text")),
+        "{%- endif -%}",
+    ]
 
 
 # ---------------------------------------------------------------------- thoughts
@@ -163,6 +175,19 @@ def _halves(slots: Slots) -> tuple[Slots, Slots]:
 
 def _empty_thought(form: ChatFormat) -> str:
     return form.empty_thought or "".join(form.thought)
+
+
+def _beside(form: ChatFormat) -> list[str]:
+    """Thoughts that came apart from the text, before it; unless it holds them, too."""
+    opening, closing = map(quote, form.thought)
+    apart = " or ".join(f"message['{key}']" for key in THOUGHTS)
+    return [
+        f"{{%- set apart = {apart} -%}}",
+        r"{%- set apart = apart.strip('\n') if apart is string else '' -%}",
+        "{%- if apart and not ('<think>' in text and apart.strip() in text) -%}",
+        f"    {{%- set text = {opening} + apart + {closing} + text -%}}",
+        "{%- endif -%}",
+    ]
 
 
 def _thoughts(form: ChatFormat) -> list[str]:
@@ -192,9 +217,6 @@ def _thinking(form: ChatFormat, emit: Callable[..., list[str]], discard_history:
     truth = lambda value: "true" if value else "false"
     discard = f"({truth(not form.preserve_thinking)} if add_generation_prompt else {truth(discard_history)})"
     return [
-        "{%- if message['reasoning_content'] is defined and message['reasoning_content'] is string -%}",
-        f"    {{%- set text = {quote(opening)} + message['reasoning_content'] + {quote(closing)} + text -%}}",
-        "{%- endif -%}",
         "{%- set earlier = add_generation_prompt or not loop.last -%}",
         f"{{%- set discard = {discard} -%}}",
         f"{{%- set given = add_generation_prompt or {truth(last_only)} -%}}",

@@ -67,12 +67,17 @@ _LFM2 = (
     "{{- key + '=' + ('\"' + value + '\"' if value is string else value | tojson) -}}{%- endfor -%}{{- ')' -}}"
 )
 _ACTION = r"{{- 'Action: ' + name + '\nAction Input: ' -}}" + _ARGUMENTS
+_GEMMA4 = (  # `items` stands in what describes the tools
+    "{{- '<|tool_call>call:' + name + '{' + (arguments if arguments is string else items(arguments))"
+    " + '}<tool_call|>' -}}"
+)
 _GLM4 = (
     "{%- if not loop.first -%}{{- raise_exception('this template has no parallel calls') -}}{%- endif -%}"
     r"{{- name + '\n' -}}" + _ARGUMENTS
 )
 CALLS: dict[str, tuple[str, str, str, str]] = {  # a call, and the text before, between and behind calls
     "default": (_ACTION, "", "\n", ""),
+    "gemma4": (_GEMMA4, "", "", ""),
     "glm4": (_GLM4, "", "", ""),
     "glm4_moe": (_glm4_moe(""), "", "\n", ""),
     "glm4_moe_whole": (_glm4_moe(r"\n</tool_call>"), "", "\n", ""),
@@ -101,15 +106,15 @@ CALLS: dict[str, tuple[str, str, str, str]] = {  # a call, and the text before, 
 }
 
 
-def tool_macros(tool_format: str) -> list[str]:
-    """`describe(tools)`, what the system message says of them, and `written(tool_calls)`."""
-    described = _described(tool_format)
-    if tool_format not in CALLS or described is None:
-        refusal = f"{{{{- raise_exception('tools in the format {tool_format} are not rendered here') -}}}}"
+def tool_macros(tool_format: str | None) -> list[str]:
+    """`describe(tools)`, what the system message says of them, and `written(tool_calls)`; None: both raise."""
+    if tool_format is None:
+        refusal = "{{- raise_exception('this chat template renders no tools: they were learned in another way') -}}"
         return [
             f"{{%- macro {name} -%}}{refusal}{{%- endmacro -%}}" for name in ("describe(tools)", "written(tool_calls)")
         ]
     call, before, between, behind = CALLS[tool_format]
+    described = _described(tool_format)
     if tool_format == "llama3":
         first, last = ("{{- '" + bracket + "' if tool_calls | length > 1 else '' -}}" for bracket in "[]")
     else:
@@ -121,7 +126,7 @@ def tool_macros(tool_format: str) -> list[str]:
         "    {%- for tool_call in tool_calls -%}",
         "        {%- set function = tool_call['function'] if 'function' in tool_call else tool_call -%}",
         "        {%- set name = function['name'] -%}",
-        "        {%- set arguments = function['arguments'] -%}",
+        "        {%- set arguments = function['arguments'] or {} -%}",
         f"        {{{{- '' if loop.first else {quote(between)} -}}}}",
         f"        {call}",
         "    {%- endfor -%}",
@@ -130,13 +135,21 @@ def tool_macros(tool_format: str) -> list[str]:
     ]
 
 
-_BARE = "tool['function'] if tool['type'] == 'function' else tool"
+_BARE = (  # as tools.py's `bare`, and `_WRAPPED` as its `wrapped`
+    "(tool['function'] if 'function' in tool else dict(tool.items() | rejectattr(0, 'equalto', 'type'))"
+    " if tool['type'] == 'function' else tool)"
+)
+_WRAPPED = (
+    "(tool if 'function' in tool and tool['type'] == 'function' else {'type': 'function', 'function': " + _BARE + "})"
+)
 _WORDS = (  # of one tool, in the format default
     "{%- set tool = " + _BARE + " -%}",
     r"{{- '> Tool Name: ' + tool['name'] + '\nTool Description: ' + (tool['description'] or '') + '\nTool Args:\n' -}}",
-    "{%- set required = tool['parameters']['required'] or [] -%}",
-    "{%- for name, about in tool['parameters']['properties'].items() -%}",
-    "    {{- '  - ' + name + ' (' ~ (about['type'] or '') + (', required' if name in required else '') + '): ' -}}",
+    "{%- set parameters = tool['parameters'] or {} -%}",
+    "{%- for name, about in (parameters['properties'] or {}).items() -%}",
+    "    {%- set about = about or {} -%}",
+    "    {%- set required = ', required' if name in (parameters['required'] or []) else '' -%}",
+    "    {{- '  - ' + name + ' (' ~ (about['type'] or '') ~ required + '): ' -}}",
     "    {{- about['description'] or '' -}}",
     "    {%- if about['enum'] is defined and about['enum'] -%}",
     "        {{- ', should be one of [' + (about['enum'] | join(', ')) + ']' -}}",
@@ -150,13 +163,74 @@ _WORDS = (  # of one tool, in the format default
 )
 
 
-def _described(tool_format: str) -> list[str] | None:
-    """`describe(tools)` for a format; None for one that is not rendered here.
+_GEMMA4_VALUES = (  # a value in the arguments of a call, and the words in their marks
+    """{%- macro quoted(text) -%}{{- '<|"|>' ~ text ~ '<|"|>' -}}{%- endmacro -%}""",
+    "{%- macro items(values) -%}",
+    "    {%- for key in values.keys() | sort(case_sensitive=true) -%}",
+    "        {{- ('' if loop.first else ',') + key + ':' + value_of(values[key]) -}}",
+    "    {%- endfor -%}",
+    "{%- endmacro -%}",
+    "{%- macro value_of(value) -%}",
+    "    {%- if value is string -%}",
+    "        {{- quoted(value) -}}",
+    "    {%- elif value is mapping -%}",
+    "        {{- '{' + items(value) + '}' -}}",
+    "    {%- elif value is iterable -%}",
+    "        {{- '[' -}}",
+    "        {%- for part in value -%}{{- ('' if loop.first else ',') + value_of(part) -}}{%- endfor -%}",
+    "        {{- ']' -}}",
+    "    {%- else -%}",
+    "        {{- value | tojson -}}",
+    "    {%- endif -%}",
+    "{%- endmacro -%}",
+    "{%- macro about(schema) -%}",
+    "    {{- 'description:' + quoted(schema['description']) if schema['description'] else '' -}}",
+    "    {{- ',' if schema['description'] and schema['type'] else '' -}}",
+    "    {{- 'type:' + quoted(schema['type'] | string | upper) if schema['type'] else '' -}}",
+    "{%- endmacro -%}",
+)
+_GEMMA4_TOOL = (
+    f"{{%- set tool = {_BARE} -%}}",
+    "{{- 'declaration:' + tool['name'] + '{description:' + quoted(tool['description'] or '') -}}",
+    "{%- set parameters = tool['parameters'] -%}",
+    "{%- if parameters -%}",
+    "    {%- set properties, required = parameters['properties'], parameters['required'] -%}",
+    "    {{- ',parameters:{' -}}",
+    "    {%- if properties -%}",
+    "        {{- 'properties:{' -}}",
+    "        {%- for name, schema in properties.items() -%}",
+    "            {{- ('' if loop.first else ',') + name + ':{' + about(schema) + '}' -}}",
+    "        {%- endfor -%}",
+    "        {{- '}' -}}",
+    "    {%- endif -%}",
+    "    {%- if required -%}",
+    "        {{- (',' if properties else '') + 'required:[' -}}",
+    "        {%- for name in required -%}{{- ('' if loop.first else ',') + quoted(name) -}}{%- endfor -%}",
+    "        {{- ']' -}}",
+    "    {%- endif -%}",
+    "    {%- if parameters['type'] -%}",
+    "        {{- (',' if properties or required else '') + 'type:' + quoted(parameters['type'] | string | upper) -}}",
+    "    {%- endif -%}",
+    "    {{- '}' -}}",
+    "{%- endif -%}",
+    "{%- set response = tool['response'] -%}",
+    "{%- if response -%}",
+    "    {%- set kind = 'OBJECT' if response['type'] | string | upper == 'OBJECT' else none -%}",
+    "    {{- ',response:{' + about({'description': response['description'], 'type': kind}) + '}' -}}",
+    "{%- endif -%}",
+    "{{- '}' -}}",
+)
+
+
+def _described(tool_format: str) -> list[str]:
+    """`describe(tools)` for a format.
 
     For formats that write each tool as JSON, the words around are found where two tools stand in what they say.
     """
     if tool_format == "phi4_mini":
         return ["{%- macro describe(tools) -%}{{- '<|tool|>' + (tools | tojson) + '<|/tool|>' -}}{%- endmacro -%}"]
+    if tool_format == "gemma4":
+        return [*_GEMMA4_VALUES, *_macro("", _GEMMA4_TOOL, "\n", "")]
     if tool_format in ("default", "glm4"):
         return _described_in_words(tool_format)
     tools = [
@@ -164,7 +238,7 @@ def _described(tool_format: str) -> list[str] | None:
         for name in _NAMES
     ]
     said = tool_formats.describe_tools(tool_format, json.dumps(tools), _DAY)
-    ways = [(tools, "tool if tool['type'] == 'function' else {'type': 'function', 'function': tool}")]
+    ways = [(tools, _WRAPPED)]
     ways.append(([tool["function"] for tool in tools], _BARE))
     if tool_format.startswith("seed_oss"):
         ways = [(tools, "tool")]  # as they are given
@@ -176,8 +250,8 @@ def _described(tool_format: str) -> list[str] | None:
             if not found or not also:
                 continue
             spaces = f"(indent={indent})" if indent else ""
-            return _macro(before, [f"{{{{- ({expression}) | tojson{spaces} -}}}}"], between, behind)
-    return None
+            return _macro(before, [f"{{{{- {expression} | tojson{spaces} -}}}}"], between, behind)
+    raise NotImplementedError(f"no Jinja for the tools of {tool_format}")
 
 
 def _described_in_words(tool_format: str) -> list[str]:
@@ -209,7 +283,7 @@ def _macro(before: str, tool: Sequence[str], between: str, behind: str) -> list[
         "    {{- " + before.replace(day, "' + strftime_now('%d %b %Y') + '") + " -}}",
         "    {%- for tool in tools -%}",
         f"        {{{{- '' if loop.first else {between} -}}}}",
-        *([f"        {{%- set names.all = names.all + [({_BARE})['name']] -%}}"] if listed else []),
+        *([f"        {{%- set names.all = names.all + [{_BARE}['name']] -%}}"] if listed else []),
         *indented(tool, 2),
         "    {%- endfor -%}",
         "    {{- " + behind.replace(names, "' + (names.all | join(', ')) + '") + " -}}",

@@ -119,7 +119,8 @@ class Template:
         Raises:
           DataError: the messages are no conversation that ends with a question, or tools or calls are not JSON.
         """
-        messages = as_messages(messages)
+        unanswered = {"role": "assistant", "content": ""}  # tool results belong to the question that it answers
+        messages = as_messages([*messages, unanswered])[:-1]
         if len(messages) % 2 == 0:
             raise DataError(f"{len(messages)} messages: question and answer must alternate, and the last is a question")
         return self.tokenise([self.ask(messages, system, tools)]).lists()[0]
