@@ -4,7 +4,7 @@ from jtune.models.config import Layer
 from jtune.models.families.base import Asked, Family, Fields, Names, biases, common, experts, windows
 
 PATTERNS = (
-    (r"\.mlp\.gate\.", ".mlp.router."),
+    (r"\.mlp\.gate\b", ".mlp.router"),
     (r"\.experts\.(\w+)\.weight$", r".experts.\1"),
     (r"\.experts\.(\w+)\.bias$", r".experts.\1_bias"),
 )
