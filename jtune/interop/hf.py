@@ -402,9 +402,9 @@ def save_model(
         write_weights(partial_folder, shapes, dtype, stored, max_shard_bytes, copied=beside)
         text = json.dumps(config_json | {"dtype": dtype.name}, indent=2) + "\n"
         (partial_folder / "config.json").write_text(text)
-        for name in PROCESSORS if base is not None else ():
-            if (base / name).exists():
-                shutil.copyfile(base / name, partial_folder / name)
+        if base is not None:
+            for path in (base / name for name in PROCESSORS if (base / name).exists()):
+                shutil.copyfile(path, partial_folder / path.name)
 
 
 def check_writable(params: Mapping[str, Any], config: DecoderConfig, base: Path | None) -> None:

@@ -267,7 +267,7 @@ def write_weights(
     Raises:
       NonFiniteError: a tensor holds NaN or infinity, by name.
     """
-    copied = copied or {}
+    copied = dict(copied or {})
     kind = next(theirs for theirs, ours in DTYPES.items() if ours == dtype)
     entries = {name: Stored(Path(), 0, shape, kind) for name, shape in shapes.items()} | copied
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}

@@ -399,7 +399,8 @@ def _init_layers(config: DecoderConfig, key: jax.Array):
     x, one = jnp.zeros((1, 1, config.hidden_size)), jnp.ones((1, 1), jnp.int32)
     turns = tuple(cos_sin(rope, config.rope_dim, one * 0, one) for rope in config.ropes)
     storing = [layer for layer in config.layers if layer.keys_values == "stored"]
-    kept = {layer.window is not None: (jnp.zeros((1, 1, *config.heads_of(layer))),) * 2 for layer in storing}
+    zeros = lambda layer: jnp.zeros((1, 1, *config.heads_of(layer)))
+    kept = {layer.window is not None: (zeros(layer), zeros(layer)) for layer in storing}
     shared = Shared(turns, one * 0, one, kept)
     keys = jax.random.split(key, config.num_hidden_layers)
 

@@ -71,17 +71,17 @@ class MoE(nn.Module):
           routed_BTD: the input of the router; default: that of the experts.
         """
         c, e = self.config, expert_config(self.config)
-        routed_BTD = x_BTD if routed_BTD is None else routed_BTD
+        routed = x_BTD if routed_BTD is None else routed_BTD
         of_expert_E = None
         if e.beside:
             scale_D = parameter(self, "router_scale", nn.initializers.ones, (c.hidden_size,), (None,))
-            normed = Norm("rms", c.norm_eps, use_scale=False)(routed_BTD)
-            routed_BTD = normed * (scale_D * c.hidden_size**-0.5).astype(normed.dtype)
+            normed = Norm("rms", c.norm_eps, use_scale=False)(routed)
+            routed = normed * (scale_D * c.hidden_size**-0.5).astype(normed.dtype)
             of_expert_E = parameter(self, "per_expert_scale", nn.initializers.ones, (e.count,), (None,))
         router = Linear(e.count, ("embed", None), use_bias=e.router_bias, name="gate")
         # Small differences of scores decide, so sigmoid routers compute them in float32.
         precise = e.scoring == "sigmoid" or e.router_float32
-        router_BTE = router(routed_BTD.astype(jnp.float32) if precise else routed_BTD)
+        router_BTE = router(routed.astype(jnp.float32) if precise else routed)
         if e.correction_bias:
             shape = (1, e.count) if e.correction_row else (e.count,)
             axes = (None,) * len(shape)

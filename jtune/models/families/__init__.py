@@ -118,7 +118,7 @@ def full_config(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # slow to import
 
     kind, family = _family(source)
-    config_class = CONFIG_MAPPING[kind if kind in CONFIG_MAPPING else family.config_of]
+    config_class = CONFIG_MAPPING[kind if kind in CONFIG_MAPPING else str(family.config_of)]
     _check_sizes(source)
     # What weights are stored in is read elsewhere; for some values of it ("auto") transformers has none.
     content = {key: value for key, value in source.items() if key not in ("dtype", "torch_dtype")}
