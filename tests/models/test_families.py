@@ -132,7 +132,7 @@ OPTIONS = [
 ]
 
 
-BUFFERS = ("e_score_correction_bias", "mlp.expert_bias", "act_fn.beta", "act_fn.eps")
+BUFFERS = ("e_score_correction_bias", "expert_bias", "act_fn.beta", "act_fn.eps")
 
 # Whose options are those of others: they are tested when there is time.
 LIKE_OTHERS = {"afmoe", "cwm", "dots1", "exaone_moe", "flex_olmo", "glm4_moe_lite", "glm_moe_dsa", "granitemoeshared"}
