@@ -181,6 +181,16 @@ OPTIONS = [
 
 BUFFERS = ("e_score_correction_bias", "expert_bias", "layer_scalar", "act_fn.beta", "act_fn.eps")
 
+# Whose options are those of others: they are tested when there is time.
+LIKE_OTHERS = {"afmoe", "cwm", "dots1", "exaone_moe", "flex_olmo", "glm4_moe_lite", "glm_moe_dsa", "granitemoeshared"}
+LIKE_OTHERS |= {"helium", "hy_v3", "internlm3", "jais2", "mellum", "minimax_m2", "nemotron", "olmoe", "solar_open"}
+LIKE_OTHERS |= {"vaultgemma", "youtu"}
+
+
+def timed(option):
+    return pytest.param(*option, marks=pytest.mark.slow) if option[0] in LIKE_OTHERS else option
+
+
 # Whose caches differ in kind; the others are answered for when there is time.
 CACHES = ("llama", "mistral", "gemma3_text", "deepseek_v3", "gpt_oss", "bloom")
 
@@ -259,7 +269,7 @@ def test_answers_are_those_of_transformers(family, checkpoint, monkeypatch):
         assert answer == whole[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize(("family", "options", "seq"), OPTIONS)
+@pytest.mark.parametrize(("family", "options", "seq"), [timed(option) for option in OPTIONS])
 def test_unusual_settings(family, options, seq, tmp_path):
     model, params = load_model(str(write(tmp_path, family, **options)))
     tokens = ids(2, seq)

@@ -1,6 +1,7 @@
 """FLOPs of a token: against counts by hand, and against published accounting of real models."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 
 from jtune import tuning
 from jtune.models import DecoderConfig, abstract_params
-from jtune.models.config import Delta, Experts, Layer, ShortConv
+from jtune.models.config import Delta, Experts, Indexer, Latent, Layer, ShortConv
 from jtune.models.families import decoder_config
 from jtune.planning.chips import peak_flops
 from jtune.planning.flops import flops_per_token, mean_attended, recomputed_per_token
@@ -114,6 +115,16 @@ def test_of_a_mixture_only_the_experts_of_a_token_count():
     nothing = jax.tree.map(lambda _: False, params)
     layer = Q + K + V + O + 2 * (GATE + UP + DOWN) + 8 * 4
     assert flops_per_token(config, params, nothing, lengths=[4]) == 3 * (2 * layer + ATTENTION) + 2 * HEAD
+
+
+def test_an_indexer_that_chooses_nothing_costs_nothing_and_does_not_train():
+    latent = Latent(4, 4, 4, 4, 4)
+    config = replace(TINY, num_key_value_heads=4, latent=replace(latent, indexer=Indexer(2, 8, 64)))
+    params, mask = tuned(config, "full")
+    without = replace(config, latent=latent)
+    cost = flops_per_token(without, *tuned(without, "full"), lengths=[4])
+    assert flops_per_token(config, params, mask, lengths=[4]) == cost
+    assert not any(jax.tree.leaves(mask["layers"]["self_attn"]["indexer"]))
 
 
 def test_a_delta_layer_costs_the_same_in_rows_of_any_length():
