@@ -95,7 +95,8 @@ def parse(argv: Sequence[str], beneath: Mapping[str, Any] | None = None) -> Pars
             faults.append(Fault(COMMAND_LINE, f"{name}: {text[:40]}{'...' * (len(text) > 40)} cannot be read", name))
             continue
         overridden.add(name.split(".")[0])
-    check_expanded(OmegaConf.to_container(config), str(origin))
+    plain: Any = OmegaConf.to_container(config)
+    check_expanded(plain, str(origin))
     given = {}
     for key in config:
         name = str(key)

@@ -51,7 +51,7 @@ def alpaca_messages(row: Mapping[Any, Any], entry: Entry, stage: StageRules) -> 
     return [*messages, text_message("assistant", answer, columns.response)], ""
 
 
-def _pairs(history: Any, what: str | None) -> list[Sequence[Any]]:
+def _pairs(history: Any, what: str | None) -> list[Any]:
     """The earlier questions and answers: pairs, objects with the two under their usual names, or messages.
 
     >>> _pairs([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "history")
@@ -60,7 +60,7 @@ def _pairs(history: Any, what: str | None) -> list[Sequence[Any]]:
     Raises:
       FaultyRow: it holds something else.
     """
-    turns = history if isinstance(history, list) else [None]
+    turns: list[Any] = history if isinstance(history, list) else [None]
     if all(isinstance(turn, Mapping) for turn in turns):
         cells = [{str(name).lower(): cell for name, cell in turn.items()} for turn in turns]
         said = [(str(cell.get("role", cell.get("from"))), cell.get("content", cell.get("value"))) for cell in cells]
