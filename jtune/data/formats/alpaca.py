@@ -61,14 +61,15 @@ def _pairs(history: Any, what: str | None) -> list[Any]:
       FaultyRow: it holds something else.
     """
     turns: list[Any] = history if isinstance(history, list) else [None]
-    if all(isinstance(turn, Mapping) for turn in turns):
-        cells = [{str(name).lower(): cell for name, cell in turn.items()} for turn in turns]
+    messages = [turn for turn in turns if isinstance(turn, Mapping)]
+    if len(messages) == len(turns):
+        cells = [{str(name).lower(): cell for name, cell in message.items()} for message in messages]
         said = [(str(cell.get("role", cell.get("from"))), cell.get("content", cell.get("value"))) for cell in cells]
         roles = [SYNONYMS.get(role.lower()) for role, _ in said]
         if roles == ["user", "assistant"] * (len(roles) // 2):
             return [(said[i][1], said[i + 1][1]) for i in range(0, len(said), 2)]
-        turns = [[next((c[name] for name in names if name in c), None) for names in ASKED_ANSWERED] for c in cells]
-        turns = [None if None in turn else turn for turn in turns]
+        pairs = [[next((c[name] for name in names if name in c), None) for names in ASKED_ANSWERED] for c in cells]
+        turns = [None if None in pair else pair for pair in pairs]
     is_pair = lambda turn: isinstance(turn, Sequence) and not isinstance(turn, str) and len(turn) == 2
     if not all(map(is_pair, turns)):
         raise FaultyRow(f"{what} is not a list of [question, answer]")
