@@ -16,7 +16,7 @@ from jtune.interop import endings
 from jtune.quickstart.make_model import make_tokenizer
 
 # The last word of what opens an answer, or the first of a message, is one token with what is beside it.
-MERGED = {"breeze", "ernie_nothink", "index"}
+MERGED = {"belle", "breeze", "ernie_nothink", "xverse"}
 PARAMETERS = [
     {"type": "object", "properties": {"city": {"type": "string", "enum": ["Rome", "Oslo"]}}, "required": ["city"]},
     {"type": "object", "properties": {"days": {"type": "array", "items": {"type": "integer"}, "description": "é"}}},
