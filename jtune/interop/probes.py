@@ -47,7 +47,7 @@ class Probe(NamedTuple):
     kind: str
     what: str
     turns: int
-    chat: list[dict[str, Any]]
+    chat: Sequence[Mapping[str, Any]]
     asks: bool
     expected: Pieces
     options: dict[str, Any]
