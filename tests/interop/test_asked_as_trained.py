@@ -16,7 +16,7 @@ from jtune.interop import endings
 from jtune.quickstart.make_model import make_tokenizer
 
 # The last word of what opens an answer, or the first of a message, is one token with what is beside it.
-MERGED = {"breeze", "ernie_nothink", "index"}
+MERGED = {"belle", "breeze", "ernie_nothink", "xverse"}
 PARAMETERS = [
     {"type": "object", "properties": {"city": {"type": "string", "enum": ["Rome", "Oslo"]}}, "required": ["city"]},
     {"type": "object", "properties": {"days": {"type": "array", "items": {"type": "integer"}, "description": "é"}}},
@@ -88,10 +88,18 @@ def chats(name):
                 yield f"{what}, enable_thinking={thinks}", messages, tools, {"enable_thinking": thinks}
 
 
-@pytest.mark.parametrize("name", sorted({form: name for name, form in TABLE.items()}.values()))
+def names():
+    """Each format once; those that differ from another only in words are slow."""
+    kinds = {}
+    for form, name in {form: name for name, form in TABLE.items()}.items():
+        kind = (form.tool_format, form.thinking, form.system_in_user, form.function is None, name in MERGED and name)
+        yield pytest.param(name, marks=() if kinds.setdefault(kind, name) == name else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", names())
 def test_a_folder_gives_the_ids_that_are_trained_on(name, words, config, tmp_path):
-    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<pad>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(words), **names)
+    special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<pad>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(words), **special)
     add_words(tokenizer, TABLE[name])
     template = get_template(name, tokenizer)
     found = endings.resolve_endings(config, template, tokenizer, {"vocab_size": len(tokenizer)}, tmp_path)

@@ -209,13 +209,12 @@ def call_slots(form: ChatFormat) -> tuple[Slots, str]:
     """What stands around an answer that is text and calls, and what stands between these, as [TOOL_CALLS]."""
     if form.function is None:
         return form.assistant, ""
-    ahead, opening, _, _ = around_content(form.assistant)
-    _, marker, closing, behind = around_content(form.function)
+    ahead, opening, _, _ = _around_content(form.assistant)
+    _, marker, closing, behind = _around_content(form.function)
     return (*ahead, f"{opening}{CONTENT}{closing}", *behind), marker if marker.strip() else ""
 
 
-def around_content(slots: Slots) -> tuple[Slots, str, str, Slots]:
-    """The slots before that of the message, the text before and behind it in its slot, and the slots behind that."""
+def _around_content(slots: Slots) -> tuple[Slots, str, str, Slots]:
     at = next(i for i, slot in enumerate(slots) if isinstance(slot, str) and CONTENT in slot)
     opening, closing = str(slots[at]).split(CONTENT, 1)
     return slots[:at], opening, closing, slots[at + 1 :]

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from jtune.data.formats.messages import THOUGHTS
-from jtune.data.templates.chat_format import CONTENT, ChatFormat, Slots, Special, Token, around_content, call_slots
+from jtune.data.templates.chat_format import CONTENT, ChatFormat, Slots, Special, Token, call_slots
 from jtune.data.templates.jinja_tools import indented, quote, tool_macros
 from jtune.data.templates.tools import BETWEEN
 
@@ -41,10 +41,12 @@ def to_jinja(
     """
     words = {Special.BOS: tokenizer.bos_token or "", Special.EOS: tokenizer.eos_token or ""}
     marks = tuple(str(token) for token in tokenizer.get_added_vocab())
-    emit = partial(_emit, words, marks, glue)
+    answers = (form.thought[0], form.tool_call[0])
+    openings = tuple(mark for mark in marks if any(word.startswith(mark) for word in answers))
+    emit = partial(_emit, words, marks, openings, glue)
     system = _with_content(form.system, "system")
     lines = [
-        "{%- set state = namespace(asked=false, glue='') -%}",
+        "{%- set state = namespace(asked=false, glue='', results='') -%}",
         *(_thoughts(form) if form.thinking else ()),
         *tool_macros(form.tool_format if tools else None),
         "{%- set turns = messages[1:] if messages and messages[0]['role'] == 'system' else messages -%}",
@@ -57,8 +59,6 @@ def to_jinja(
     ]
     if not form.system_in_user:
         lines += ["{%- if system -%}", *indented(emit(form.system, "system")), "{%- endif -%}"]
-    ahead, opening, closing, behind = around_content(form.user if form.observation is None else form.observation)
-    head, tail = (*ahead, opening), (closing, *behind)
     lines += [
         "{%- for message in turns -%}",
         "    {%- set role = message['role'] -%}",
@@ -73,14 +73,10 @@ def to_jinja(
     lines += [
         *indented(emit(form.user, "text"), 2),
         "    {%- elif role == 'tool' -%}",
-        "        {%- if again -%}",
-        f"            {{{{- {quote(PARALLEL)} -}}}}",
-        "        {%- else -%}",
-        *indented(emit(head), 3),
-        "        {%- endif -%}",
-        "        {{- text -}}",
+        f"        {{%- set state.results = state.results + {quote(PARALLEL)} + text if again else text -%}}",
         "        {%- if loop.last or loop.nextitem['role'] != 'tool' -%}",
-        *indented(emit(tail, inside=True), 3),
+        "            {%- set text = state.results -%}",
+        *indented(emit(form.user if form.observation is None else form.observation, "text"), 3),
         "        {%- endif -%}",
         "    {%- elif role == 'assistant' -%}",
         *indented(_beside(form), 2),
@@ -104,27 +100,26 @@ def to_jinja(
 def _emit(
     words: Mapping[Special, str],
     marks: tuple[str, ...],
+    openings: tuple[str, ...],
     glue: str,
     slots: Slots,
     variable: str = "",
-    *,
-    inside: bool = False,
 ) -> list[str]:
     """Slots as Jinja lines, which keep in `state.glue` what a text that follows begins with.
 
     Args:
       marks: the tokenizer's special tokens.
+      openings: those that an answer may begin with.
       variable: what stands for the message.
-      inside: the first slot goes on with a text that has begun.
     """
     lines = []
-    for i, slot in enumerate(slots):
+    for slot in slots:
         text = slot if isinstance(slot, str) else slot.name if isinstance(slot, Token) else words[slot]
         if not text:
             continue
         filled = bool(variable) and isinstance(slot, str)
-        if glue and isinstance(slot, str) and not text.startswith(marks) and not (inside and i == 0):
-            lines += _glued(glue, text, variable if filled else "")
+        if glue and isinstance(slot, str) and not text.startswith(marks):
+            lines += _glued(glue, text, variable if filled else "", openings)
         lines.append(f"{{{{- {_with_content((text,), variable) if filled else quote(text)} -}}}}")
         if glue:
             special = not isinstance(slot, str) or text.endswith(marks)
@@ -133,11 +128,13 @@ def _emit(
     return lines
 
 
-def _glued(glue: str, text: str, variable: str) -> list[str]:
+def _glued(glue: str, text: str, variable: str, openings: tuple[str, ...]) -> list[str]:
     """What comes before a text that is tokenised on its own."""
-    if glue != "prepend" and variable and text.startswith(CONTENT):
-        return [f"{{{{- '' if {variable}[:1] == ' ' else state.glue -}}}}"]
-    return [] if glue != "prepend" and text.startswith(" ") else ["{{- state.glue -}}"]
+    spaces = () if glue == "prepend" else (" ",)
+    if not (variable and text.startswith(CONTENT)):
+        return [] if text.startswith(spaces) else ["{{- state.glue -}}"]
+    begins = " or ".join(f"{variable}[:{len(word)}] == {quote(word)}" for word in (*spaces, *openings))
+    return [f"{{{{- '' if {begins or 'false'} else state.glue -}}}}"]
 
 
 def _with_content(slots: Slots, variable: str) -> str:

@@ -31,6 +31,7 @@ from jtune.data.templates.forms import (
     QWEN_HELPFUL,
     VICUNA,
 )
+from jtune.data.templates.older import OLDER
 
 TABLE = {
     "aeva": replace(
@@ -444,4 +445,5 @@ TABLE = {
         default_system="You are a helpful assistant.",
         stop_words=("<|end_of_text|>",),
     ),
+    **OLDER,
 }

@@ -19,6 +19,7 @@ from jtune.data.templates.jinja_tools import CALLS
 from jtune.data.templates.table import TABLE
 from jtune.data.templates.tools import FORMATS
 from jtune.errors import DataError
+from jtune.interop.probes import other_ids, probes
 from jtune.quickstart.make_model import make_tokenizer
 
 TOOLS = json.loads(Path(__file__).with_name("llamafactory_templates.json").read_text())["conversations"]["tools"]
@@ -177,7 +178,9 @@ def test_what_is_no_conversation_is_refused(messages, words):
 
 
 @pytest.mark.parametrize("glue", ["first", "always", "prepend"])
-@pytest.mark.parametrize("name", ["llama2", "mistral", "gemma", "vicuna", "zephyr", "alpaca", "default", "chatglm3"])
+@pytest.mark.parametrize(
+    "name", ["llama2", "mistral", "gemma", "vicuna", "zephyr", "alpaca", "default", "chatglm3", "empty", "mimo"]
+)
 def test_a_space_that_the_tokenizer_puts_before_each_text_is_rendered(name, glue):
     whole = Tokenizer(models.BPE(unk_token="<unk>"))
     if glue == "prepend":
@@ -192,6 +195,8 @@ def test_a_space_that_the_tokenizer_puts_before_each_text_is_rendered(name, glue
     template = get_template(name, tokenizer)
     for messages in (*CHATS[:1], *CHATS[2:3], chat(" Hi", " Hello", " x", " y")):
         check(template, to_jinja(template.form, tokenizer, glue=glue), messages)
+    for probe in probes(template, {}):  # with tools and thoughts, too
+        assert other_ids(template, to_jinja(template.form, tokenizer, glue=glue), probe) is None, probe.what
     if name == "vicuna":
         with pytest.raises(AssertionError):
             check(template, to_jinja(template.form, tokenizer), CHATS[0])

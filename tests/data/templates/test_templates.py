@@ -1,18 +1,23 @@
-"""Chats are written as LLaMA-Factory 0.9.5 writes them: llamafactory_templates.json holds what it made of three."""
+"""Chats are written as LLaMA-Factory 0.9.5 writes them: llamafactory_templates.json holds what it made of three.
+
+Templates that it has no more are written as 0.9.3 writes them: older_templates.json.
+"""
 
 import json
 from datetime import date
 from pathlib import Path
 
 import pytest
-from small import rows
+from small import add_words, rows
 from tokenizers.pre_tokenizers import ByteLevel
 
 from jtune.data import get_template
+from jtune.data.templates.table import TABLE
 from jtune.errors import ConfigError
 from jtune.quickstart.make_model import make_tokenizer
 
 RECORDED = json.loads(Path(__file__).with_name("llamafactory_templates.json").read_text())
+OLDER = json.loads(Path(__file__).with_name("older_templates.json").read_text())
 DAY = date(2026, 11, 24)  # on which they were recorded
 
 
@@ -34,10 +39,12 @@ def messages(pairs):
     return [{"role": role, "content": content} for role, content in pairs]
 
 
-@pytest.mark.parametrize("name", RECORDED["templates"])
+@pytest.mark.parametrize("name", TABLE)
 def test_chats_are_written_as_llamafactory_writes_them(name, tokenizer):
+    if name in OLDER:
+        add_words(tokenizer, TABLE[name])
     template = get_template(name, tokenizer, date=DAY)
-    for kind, expected in RECORDED["templates"][name].items():
+    for kind, expected in (RECORDED["templates"] | OLDER)[name].items():
         chat = RECORDED["conversations"][kind]
         turns = template.encode(messages(chat["messages"]), chat["system"] or None, chat["tools"] or None)
         assert [[tokenizer.decode(prompt), tokenizer.decode(answer)] for prompt, answer in turns] == expected, kind
