@@ -181,14 +181,14 @@ OPTIONS = [
 
 BUFFERS = ("e_score_correction_bias", "expert_bias", "layer_scalar", "act_fn.beta", "act_fn.eps")
 
-# Whose options are those of others: they are tested when there is time.
+# Whose layers and options are those of others: they are tested when there is time.
 LIKE_OTHERS = {"afmoe", "cwm", "dots1", "exaone_moe", "flex_olmo", "glm4_moe_lite", "glm_moe_dsa", "granitemoeshared"}
 LIKE_OTHERS |= {"helium", "hy_v3", "internlm3", "jais2", "mellum", "minimax_m2", "nemotron", "olmoe", "solar_open"}
 LIKE_OTHERS |= {"vaultgemma", "youtu"}
 
 
 def timed(option):
-    return pytest.param(*option, marks=pytest.mark.slow) if option[0] in LIKE_OTHERS else option
+    return pytest.param(*option, marks=pytest.mark.slow if option[0] in LIKE_OTHERS else ())
 
 
 # Whose caches differ in kind; the others are answered for when there is time.
@@ -220,7 +220,7 @@ def test_every_family_is_tested():
     assert set(FAMILIES) | untold == set(SUPPORTED)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [timed((family,)) for family in FAMILIES])
 def test_a_family_is_what_transformers_has(family, checkpoint, tmp_path, monkeypatch):
     folder = checkpoint(family)
     model, params = load_model(str(folder))

@@ -84,7 +84,7 @@ def test_layers_in_several_stacks_are_the_same_layers(family, cut, checkpoint):
     close(model.apply({"params": cut_layers(params, cut)}, ids()), np.asarray(whole), atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma4_text", "mixtral"])
+@pytest.mark.parametrize("family", ["gemma2", pytest.param("gemma4_text", marks=pytest.mark.slow), "mixtral"])
 def test_gradients_do_not_depend_on_what_is_computed_again(family, checkpoint, monkeypatch):
     monkeypatch.setattr(decoder_module, "THIN", 8)  # these models are narrow
     model, params = load_model(str(checkpoint(family)))

@@ -54,7 +54,13 @@ def test_every_wrapper_is_tested():
     assert set(WRAPPED) | ELSEWHERE == set(WRAPPERS)
 
 
-@pytest.mark.parametrize("kind", WRAPPED)
+# One of each place and kind of text model; the others are tested when there is time.
+QUICK = ("gemma3", "gemma4", "llama4", "mistral3", "qwen2_vl", "qwen3_5_moe", "qwen3_vl_moe", "smolvlm")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in WRAPPED]
+)
 def test_its_text_stack_is_what_transformers_has(kind, checkpoint, tmp_path):
     folder = checkpoint(kind)
     model, params = load_model(str(folder))

@@ -208,7 +208,7 @@ def alone(family, method, packed):
         slow("latent", "full", True, 1, {"fsdp": 2, "expert": 2, "tensor": 2}),
         ("sinks", "full", True, 1, {"fsdp": 2, "expert": 2, "context": 2}),
         slow("gemma4", "full", True, 1, {"fsdp": 2, "expert": 2, "context": 2}),
-        ("gemma4", "lora", True, 2, {"fsdp": 2, "tensor": 2, "context": 2}),
+        slow("gemma4", "lora", True, 2, {"fsdp": 2, "tensor": 2, "context": 2}),
         slow("llama4", "full", True, 1, {"fsdp": 2, "expert": 2, "context": 2}),
         slow("llama4", "lora", True, 1, {"fsdp": 1, "expert": 2, "context": 2, "tensor": 2}),
         ("lfm2", "full", True, 1, {"fsdp": 2, "context": 2, "tensor": 2}),

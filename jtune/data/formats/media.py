@@ -16,6 +16,7 @@ ONE_EACH = tuple(WORDS)
 def media_columns(names: Iterable[str], entry: Entry) -> list[str]:
     """The columns that may hold something else than text.
 
+    >>> from jtune.data.sources.registry import Columns
     >>> media_columns(["q", "image", "pics"], Entry("a", "file", "a.json", columns=Columns(images="pics")))
     ['image', 'pics']
     """
