@@ -26,6 +26,7 @@ from jtune.config import Config, optimizers, trackers
 from jtune.data import Plan, Splits, length_seed, order_seed, rows_are_packed
 from jtune.loading.source import Source
 from jtune.models import DecoderConfig
+from jtune.models.config import Layer
 from jtune.sharding import batch_shards
 from jtune.train.digest import data_fingerprint, frozen_fingerprint, tree_fingerprint
 from jtune.train.program import Program
@@ -186,7 +187,7 @@ def model_of(decoder: DecoderConfig) -> dict[str, Any]:
 
     def add(name: str, value: Any) -> None:
         if name == "layers":
-            value = xxhash.xxh3_64_hexdigest(repr(value).encode())
+            value = xxhash.xxh3_64_hexdigest(repr(tuple(map(_of_layer, value))).encode())
         if isinstance(value, dict):
             for key, inner in value.items():
                 add(f"{name}.{key}" if name else key, inner)
@@ -197,6 +198,13 @@ def model_of(decoder: DecoderConfig) -> dict[str, Any]:
 
     add("", dataclasses.asdict(decoder))
     return flat
+
+
+def _of_layer(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer's options, without those that it does not have: checkpoints of code that knew of fewer are resumed."""
+    usual = dataclasses.asdict(Layer())
+    always = ("window", "rope", "sparse", "linear")
+    return {key: value for key, value in layer.items() if key in always or value != usual[key]}
 
 
 def adapters_of(params: Any) -> Any:

@@ -6,10 +6,12 @@ import os
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from safetensors.numpy import load_file
 from small import case, curve, state, write_data, write_model
 
@@ -19,6 +21,8 @@ from jtune.cli.main import main
 from jtune.config import load_config
 from jtune.config.arguments import FIELDS
 from jtune.errors import CheckpointError, ConfigError
+from jtune.models import DecoderConfig
+from jtune.models.config import Layer
 from jtune.secrets import redact, remember, words_to_show
 from jtune.train import results, resume_json
 from jtune.train.checkpoint_folder import is_ours
@@ -144,6 +148,20 @@ def test_checkpoints_of_older_code_are_not_compared_in_what_they_lack():
     assert differences(old, Run({**old.identity, "vocabulary": [9, []]}, {})) == ["vocabulary: None then, [9, []] now"]
     other = Run({**old.identity, **later, "model": {"norm_eps": 1e-5}}, {})
     assert differences(Run({**old.identity, **later}, {}), other) == ["model: norm_eps: 1e-06 then, 1e-05 now"]
+
+
+def test_layers_have_the_digest_that_older_code_gave_them():
+    """It knew of four options of a layer."""
+    layers, sizes = (Layer(window=5), Layer(rope=None, sparse=True)), {"vocab_size": 64, "head_dim": 8}
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, **sizes}
+    decoder = DecoderConfig(**shape, num_attention_heads=4, num_key_value_heads=2, layers=layers)
+    then = (
+        {"window": 5, "rope": 0, "sparse": False, "linear": False},
+        {"window": None, "rope": None, "sparse": True, "linear": False},
+    )
+    assert model_of(decoder)["layers"] == xxhash.xxh3_64_hexdigest(repr(then).encode())
+    other = replace(decoder, layers=(Layer(window=5, chunked=True), layers[1]))
+    assert model_of(other)["layers"] != model_of(decoder)["layers"]
 
 
 def test_how_positions_turn_is_part_of_the_model():
