@@ -33,7 +33,7 @@ def splash_attention(
     # The kernel does not scale scores. The scale is in the dtype of q, as the products of the kernel are.
     q_BHTD, k_BKSD, v_BKSD = fill(q_BTHD * jnp.asarray(scale, q_BTHD.dtype)), fill(k_BSKD), fill(v_BSKD)
     segments = jnp.pad(segment_ids_BS, ((0, 0), (0, pad)))
-    kernel = _splash_kernel(T + pad, H, shards.tensor, shards.context, window, softcap, interpret)
+    kernel = _splash_kernel(T + pad, H, shards.tensor, shards.context, window, softcap, largest_block(width), interpret)
 
     def local(kernel, q, k, v, of_queries, of_keys):
         return jax.vmap(lambda q, k, v, a, b: kernel(q, k, v, SegmentIds(q=a, kv=b)))(q, k, v, of_queries, of_keys)
@@ -59,13 +59,25 @@ def splash_attention(
     return out_BHTD.transpose(0, 2, 1, 3)[:, :T, :, :V].astype(q_BTHD.dtype)
 
 
+def largest_block(width: int) -> int:
+    """Tokens of the largest block whose queries, keys and values the kernel can hold, for heads of `width` dimensions.
+
+    A TPU compiles 1024 for heads of 256, and refuses them for heads of 512: 16 MiB of its memory are for a kernel.
+
+    >>> [largest_block(width) for width in (128, 256, 384, 512, 1024)]
+    [1024, 1024, 512, 512, 256]
+    """
+    return next(block for block in (1024, 512, 256, LANES) if block * width <= 1024 * 256 or block == LANES)
+
+
 @lru_cache
-def _splash_kernel(T, heads, head_shards, q_seq_shards, window, softcap, interpret) -> Callable:
+def _splash_kernel(T, heads, head_shards, q_seq_shards, window, softcap, largest, interpret) -> Callable:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     one = splash.CausalMask((T, T)) if window is None else splash.LocalMask((T, T), (window - 1, 0), 0)
-    of_queries = next(b for b in (1024, 512, 256, 128) if T // q_seq_shards % b == 0)
-    of_keys = next(b for b in (1024, 512, 256, 128) if T % b == 0)
+    sizes = [size for size in (1024, 512, 256, LANES) if size <= largest]
+    of_queries = next(size for size in sizes if T // q_seq_shards % size == 0)
+    of_keys = next(size for size in sizes if T % size == 0)
     blocks = splash.BlockSizes(
         block_q=of_queries,
         block_kv=of_keys,
