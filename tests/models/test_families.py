@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import FAMILIES, GEMMA3, LLAMA3, MINISTRAL3, PARTIAL, ids, logits_of, make_model, save, write
+from tiny import BASE, FAMILIES, GEMMA3, LLAMA3, MINISTRAL3, PARTIAL, ids, logits_of, make_model, save, write
 from wrapped import WRAPPED
 
 from jtune.errors import ConfigError, DataError
@@ -17,7 +17,7 @@ from jtune.interop import hf
 from jtune.loading.inference import load_model
 from jtune.models import CausalLM
 from jtune.models.families import FAMILIES as SUPPORTED
-from jtune.models.families import decoder_config, module_names
+from jtune.models.families import decoder_config, full_config, module_names
 from jtune.models.moe import balance_loss
 from jtune.models.names import located, module_name
 
@@ -366,6 +366,17 @@ def test_rows_in_which_a_token_sees_a_choice_are_refused(checkpoint):
         model.apply({"params": params}, ids(1, 65))
     with pytest.raises(ConfigError, match="index_topk"):
         generate(model, params, [[3, 4, 5]], Sampling(max_new_tokens=100))
+
+
+@pytest.mark.parametrize("family", sorted(SUPPORTED))
+def test_an_option_that_no_family_honours_is_refused_by_every_one(family):
+    inside = dict(WRAPPED.values())  # text models of image-text models
+    needed = {"tie_word_embeddings": False, "score_function": "sigmoid"}  # of those without a class of their own
+    sizes = {**BASE, **needed, **FAMILIES.get(family, inside.get(family, {}))}
+    if "attention_dropout" not in full_config({"model_type": family, **sizes})[1]:
+        pytest.skip("its config has no such option")
+    with pytest.raises(DataError, match=r"does not support .*attention_dropout=0\.5"):
+        decoder_config({"model_type": family, **sizes, "attention_dropout": 0.5})
 
 
 @pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC, LLAMA3])

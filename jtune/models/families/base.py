@@ -36,6 +36,12 @@ class Asked(Mapping[str, Any]):
         self.read.add(key)
         return self._content[key]
 
+    def also(self, **values: Any) -> "Asked":
+        """The config with these values in the place of its own; what is read of it counts as read here."""
+        other = Asked({**self._content, **values})
+        other.read = self.read
+        return other
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._content)
 

@@ -5,10 +5,7 @@ from jtune.models.families.base import Asked, Family, Fields
 
 
 def read(c: Asked) -> Fields:
-    full = Asked({**c, "use_qk_norm": False})
-    fields = glm4_moe.read(full)
-    c.read |= full.read
-    return fields
+    return glm4_moe.read(c.also(use_qk_norm=False))
 
 
 FAMILY = Family(read, glm4_moe.FAMILY.names)

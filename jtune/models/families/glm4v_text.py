@@ -5,10 +5,7 @@ from jtune.models.families.base import Asked, Family, Fields
 
 
 def read(c: Asked) -> Fields:
-    full = Asked({**c, "attention_bias": True})
-    fields = glm4.read(full)
-    c.read |= full.read
-    return fields
+    return glm4.read(c.also(attention_bias=True))
 
 
 FAMILY = Family(read, glm4.FAMILY.names)

@@ -11,7 +11,7 @@ WORDS = {**hunyuan_v1_dense.WORDS, "gate": "gate.wg", "shared_experts": "shared_
 
 def read(c: Asked) -> Fields:
     mixture = experts(
-        {**c, **{key: _alike(c, key) for key in ("num_experts", "moe_topk")}},
+        c.also(**{key: _alike(c, key) for key in ("num_experts", "moe_topk")}),
         width="intermediate_size",
         per_token="moe_topk",
         router_float32=True,

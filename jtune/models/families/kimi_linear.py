@@ -30,10 +30,11 @@ GATED = {name: f"forget_gate.{name}" for name in ("f_a_proj", "f_b_proj")}  # in
 
 def read(c: Asked) -> Fields:
     # No layer has positions. What reads a rotation gets the usual one.
-    full = Asked({**c, **{ours: c[key] for ours, key in KEYS.items()}, "rope_parameters": {"rope_theta": 1e4}})
+    full = c.also(**{ours: c[key] for ours, key in KEYS.items()}, rope_parameters={"rope_theta": 1e4})
     latent = Latent(c["kv_lora_rank"], c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"], c["q_lora_rank"])
     heads, width = c["linear_num_heads"], c["linear_head_dim"]
-    fields = {
+    c.get("qk_head_dim")  # the sum of two others
+    return {
         **common(full),
         "head_dim": latent.nope_dim + latent.rope_dim,
         "ropes": (),
@@ -44,9 +45,6 @@ def read(c: Asked) -> Fields:
         "experts": deepseek_v3.grouped_experts(full),
         "layers": _layers(c),
     }
-    c.get("qk_head_dim")  # the sum of two others
-    c.read |= full.read
-    return fields
 
 
 def _layers(c: Asked) -> tuple[Layer, ...]:

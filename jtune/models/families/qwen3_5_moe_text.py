@@ -6,10 +6,8 @@ from jtune.models.families.base import Asked, Family, Fields
 
 def read(c: Asked) -> Fields:
     every = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": None}
-    full = Asked({**c, **every, "intermediate_size": c["shared_expert_intermediate_size"]})
-    fields = {**qwen3_next.read(full), "delta": qwen3_5_text.read(full)["delta"]}
-    c.read |= full.read
-    return fields
+    full = c.also(**every, intermediate_size=c["shared_expert_intermediate_size"])
+    return {**qwen3_next.read(full), "delta": qwen3_5_text.read(full)["delta"]}
 
 
 FAMILY = Family(read, qwen3_next.FAMILY.names)
