@@ -278,10 +278,11 @@ class DecoderLayer(nn.Module):
         x_BTD = add(x_BTD, named("post_attention_layernorm")(y) if after else y)
         name = "pre_feedforward_layernorm" if after else "post_attention_layernorm"
         if c.experts is not None and c.experts.beside and self.layer.sparse:
-            y = named(f"{name.replace('pre', 'post')}_1")(MLP(c, self.mesh, name="mlp")(named(name)(x_BTD)))
+            y = MLP(c, self.mesh, name="mlp")(named("pre_feedforward_layernorm")(x_BTD))
+            y = named("post_feedforward_layernorm_1")(y)
             moe = MoE(c, self.mesh, name="moe")
-            z, load = moe(named(f"{name}_2")(x_BTD), shared.segment_ids, routed_BTD=x_BTD)
-            y += named(f"{name.replace('pre', 'post')}_2")(z)
+            z, load = moe(named("pre_feedforward_layernorm_2")(x_BTD), shared.segment_ids, routed_BTD=x_BTD)
+            y += named("post_feedforward_layernorm_2")(z)
         else:
             y, load = feed_forward(named(name)(x_BTD) if before else x_BTD)
         x_BTD = add(x_BTD, named("post_feedforward_layernorm")(y) if after else y)
