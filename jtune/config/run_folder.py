@@ -1,13 +1,13 @@
 """The arguments that a folder of a model gives: `jtune chat FOLDER` in the place of a case."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from jtune.config.arguments import FIELDS, GeneratingArguments, ModelArguments
-from jtune.errors import ConfigError
+from jtune.errors import ConfigError, DataError
+from jtune.files import read_object
 
 COMMANDS = frozenset({"chat", "eval", "export"})  # that take a folder
 MANIFEST = "jtune.json"
@@ -74,10 +74,9 @@ def _number(path: Path) -> str:
 def _was_cut_short(folder: Path) -> bool:
     """Whether run.json says so: then a model in the folder itself is of an earlier run."""
     try:
-        record = json.loads((folder / "run.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_object(folder / "run.json").get("finished") is False
+    except (FileNotFoundError, DataError):
         return False
-    return isinstance(record, dict) and record.get("finished") is False
 
 
 def _is_unset(name: str, values: Mapping[str, Any]) -> bool:
@@ -89,9 +88,8 @@ def _is_unset(name: str, values: Mapping[str, Any]) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
+        return read_object(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: there is no such file") from error
+    except DataError as error:
+        raise ConfigError(str(error)) from error

@@ -16,7 +16,7 @@ import numpy as np
 from jtune.distributed import exchange, processes
 from jtune.errors import ConfigError, DataError
 from jtune.files import read_object, whole_or_absent
-from jtune.interop.layout import copied, open_decoder, to_place, turned
+from jtune.interop.layout import copied, of_decoder, open_decoder, to_place, turned
 from jtune.interop.weights import (
     BLOCK,
     DTYPES,
@@ -26,6 +26,7 @@ from jtune.interop.weights import (
     grouped,
     is_finite,
     map_files,
+    open_weights,
     read_part,
     same,
     scale_fault,
@@ -387,10 +388,11 @@ def save_model(
     """
     dtype = stored_dtype(source) if dtype is None else jnp.dtype(dtype)
     base = base if processes.is_first() else None
-    shapes, found = _layout(params, config, None if base is None else open_decoder(base, config))
+    of_base = {} if base is None else open_weights(base)
+    shapes, found = _layout(params, config, of_decoder(of_base, config))
     beside: dict[str, Stored] = {}
     if base is not None:
-        beside, names = copied(base, config), to_place(shapes, config, base)
+        beside, names = copied(of_base, config), to_place(shapes, config, of_base)
         shapes = {names[name]: shape for name, shape in shapes.items()}
     pieces = (jax.tree.map(lambda x, i=part.index: arrays.whole(x, i), leaf) for leaf, part in found)
     if not processes.is_first():
@@ -409,25 +411,25 @@ def save_model(
 
 def check_writable(params: Mapping[str, Any], config: DecoderConfig, base: Path | None) -> None:
     """Raise a ConfigError, with its name, for what cannot be written; nothing is computed. `base`: see `save_model`."""
-    _layout(params, config)
+    _layout(params, config, {})
     if base is not None:
-        copied(base, config)
+        copied(open_weights(base), config)
 
 
 def _layout(
-    params: Mapping[str, Any], config: DecoderConfig, stored: Mapping[str, Stored] | None = None
+    params: Mapping[str, Any], config: DecoderConfig, stored: Mapping[str, Stored]
 ) -> tuple[dict[str, tuple[int, ...]], list[tuple[Any, Tensor]]]:
     """The tensors of a checkpoint: their shapes by name, and the leaf that each is a part of.
 
     Args:
-      stored: of the base: what it holds the other way round is written so.
+      stored: of the base, by our names: what it holds the other way round is written so.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     found: list[tuple[Any, Tensor]] = []
     for keys, leaf, layers in located(params):
         try:
             for part in tensors(keys, config, layers):
-                part = turned(part, _lying(part, leaf.shape), stored or {})
+                part = turned(part, _lying(part, leaf.shape), stored)
                 shapes[part.name] = _lying(part, leaf.shape)
                 found.append((leaf, part))
         except (LookupError, TypeError, ValueError) as error:

@@ -6,7 +6,7 @@ experts lie in a tensor each or in one for all. `open_decoder` gives all of them
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from jtune.errors import ConfigError
@@ -18,15 +18,21 @@ from jtune.models.names import Tensor, further_heads, tensors
 
 
 def open_decoder(folder: Path, config: DecoderConfig) -> dict[str, Stored]:
-    """The tensors of a checkpoint but for `others`, by the names of `jtune.models.names.tensors`.
+    """`of_decoder` of the files in a folder.
 
     Raises:
       DataError: see `jtune.interop.weights.open_weights`.
     """
-    stored = open_weights(folder)
+    return of_decoder(open_weights(folder), config)
+
+
+def of_decoder(stored: Mapping[str, Stored], config: DecoderConfig) -> dict[str, Stored]:
+    """The tensors of a checkpoint but for `others`, by the names of `jtune.models.names.tensors`."""
     beside = others(stored, config)
-    names = _canonical(stored, config)
-    return _one_each({names[name]: x for name, x in stored.items() if name not in beside}, config)
+    names = _moved([name for name in stored if name not in beside], _place(stored, config), _own_place(config))
+    for pattern, replacement in file_names(config).also_read:
+        names = {name: re.sub(pattern, replacement, ours) for name, ours in names.items()}
+    return _one_each({ours: stored[name] for name, ours in names.items()}, config)
 
 
 def others(stored: Mapping[str, Stored], config: DecoderConfig) -> dict[str, Stored]:
@@ -39,55 +45,34 @@ def others(stored: Mapping[str, Stored], config: DecoderConfig) -> dict[str, Sto
     return {name: x for name, x in stored.items() if is_other(name)}
 
 
-def copied(base: Path, config: DecoderConfig) -> dict[str, Stored]:
+def copied(stored: Mapping[str, Stored], config: DecoderConfig) -> dict[str, Stored]:
     """Those of `others` that go to what is written, byte for byte. Heads in float8 do not: nothing else is in it there.
 
     Raises:
       ConfigError: towers are stored in float8.
     """
-    stored = open_weights(base)
     beside, heads = others(stored, config), further_heads(stored, config.num_hidden_layers)
     if any(beside[name].dtype == FLOAT8 for name in heads & beside.keys()):
         beside = {name: x for name, x in beside.items() if name not in heads}
     if packed := next((name for name, x in beside.items() if x.dtype == FLOAT8), None):
         raise ConfigError(
-            f"{base}: {packed} is float8, and is not of the text model: jtune writes other weights without float8, and "
-            "cannot write these beside them. Train an adapter (finetuning_type: lora), or take a release in bfloat16"
+            f"{beside[packed].file}: {packed} is float8, and is not of the text model: jtune writes other weights "
+            "without float8, and cannot write these beside them. Train an adapter (finetuning_type: lora), or take a "
+            "release in bfloat16"
         )
     return beside
 
 
-def _canonical(stored: Iterable[str], config: DecoderConfig) -> dict[str, str]:
-    """The name of each tensor as `jtune.models.names` has it."""
-    stored = list(stored)
-    place, their = _place(stored, config), file_names(config)
-    names = {name: name for name in stored}
-    if place is not None:
-        names = {name: _moved(name, place, Place(their.prefix, their.words["lm_head"])) for name in stored}
-    for pattern, replacement in their.also_read:
-        names = {name: re.sub(pattern, replacement, ours) for name, ours in names.items()}
-    return names
-
-
-def to_place(names: Iterable[str], config: DecoderConfig, base: Path | None) -> dict[str, str]:
-    """The name that each tensor gets in a file: that of the same tensor in the files of `base`."""
-    names = list(names)
-    place = None if base is None else _place(open_weights(base), config)
-    if place is None:
-        return {name: name for name in names}
-    their = file_names(config)
-    return {name: _moved(name, Place(their.prefix, their.words["lm_head"]), place) for name in names}
+def to_place(names: Iterable[str], config: DecoderConfig, stored: Mapping[str, Stored]) -> dict[str, str]:
+    """The name that each tensor of the decoder gets in a file: as in the checkpoint that `stored` is of."""
+    return _moved(names, _own_place(config), _place(stored, config))
 
 
 def in_place(names: Iterable[str], config: DecoderConfig) -> dict[str, str]:
     """The names of an adapter's tensors, made by whatever version of transformers, as those of today's model."""
     names = list(names)
-    if config.wrapper is None:
-        return {name: name for name in names}
-    new = WRAPPERS[config.wrapper]
     within = lambda place: any(name.startswith((f"{place.prefix}.layers.", f"{place.prefix}.embed_")) for name in names)
-    old = next((place for place in PLACES if within(place)), new)
-    return {name: _moved(name, old, new) for name in names}
+    return _moved(names, next(filter(within, PLACES), None), _own_place(config))
 
 
 def turned(part: Tensor, shape: tuple[int, ...], stored: Mapping[str, Stored]) -> Tensor:
@@ -102,20 +87,31 @@ def turned(part: Tensor, shape: tuple[int, ...], stored: Mapping[str, Stored]) -
     return part._replace(transposed=not part.transposed)
 
 
-def _moved(name: str, old: Place, new: Place) -> str:
-    for before, after in ((old.prefix, new.prefix), (old.head, new.head)):
-        if name.startswith(f"{before}."):
-            return after + name.removeprefix(before)
-    return name
+def _own_place(config: DecoderConfig) -> Place | None:
+    """Where the text stack of an image-text model is in transformers' model; None: the model is one."""
+    return None if config.wrapper is None else WRAPPERS[config.wrapper]
 
 
-def _place(stored: Iterable[str], config: DecoderConfig) -> Place | None:
-    """Where an image-text model holds its text stack; None: the model is one."""
+def _place(stored: Collection[str], config: DecoderConfig) -> Place | None:
+    """Where these files hold it."""
     if config.wrapper is None:
         return None
     [embedding] = tensors(("embed_tokens", "embedding"), config, range(0))
     last = embedding.name.removeprefix(f"{file_names(config).prefix}.")
-    return place_in(set(stored), config.wrapper, last)
+    return place_in(stored, config.wrapper, last)
+
+
+def _moved(names: Iterable[str], old: Place | None, new: Place | None) -> dict[str, str]:
+    """Each name, and what it becomes when the text stack moves from one place to another; None: it stays."""
+
+    def at_new(name: str) -> str:
+        if old is not None and new is not None:
+            for before, after in ((old.prefix, new.prefix), (old.head, new.head)):
+                if name.startswith(f"{before}."):
+                    return after + name.removeprefix(before)
+        return name
+
+    return {name: at_new(name) for name in names}
 
 
 def _one_each(stored: dict[str, Stored], config: DecoderConfig) -> dict[str, Stored]:

@@ -6,7 +6,6 @@ for, and the end of the run waits for it `PATIENCE` seconds.
 """
 
 import importlib.util
-import json
 import logging
 import threading
 import time
@@ -19,7 +18,8 @@ from queue import SimpleQueue
 from jtune.config import Config
 from jtune.config.trackers import TRACKERS
 from jtune.distributed import processes
-from jtune.errors import Preempted
+from jtune.errors import DataError, Preempted
+from jtune.files import read_object
 from jtune.secrets import redact
 from jtune.train.callbacks import libraries
 from jtune.train.callbacks.libraries import Handle, Outcome, Session
@@ -103,10 +103,9 @@ def reporting(config: Config, output_dir: Path, start_step: int) -> Iterator[lis
 def read_runs(output_dir: Path) -> dict[str, str]:
     """The run's id in each tracker; nothing where the file is missing or damaged: the tracker then has two runs."""
     try:
-        found = json.loads((output_dir / RUNS).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return {k: v for k, v in read_object(output_dir / RUNS).items() if isinstance(v, str)}
+    except (FileNotFoundError, DataError):
         return {}
-    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
 
 
 def any_at_work() -> bool:
