@@ -1,0 +1,39 @@
+"""What the losses of preferences see: units of one or two segments, each with the sum of a quantity of its tokens.
+
+A unit is what is shuffled, counted and packed as a whole: a pair of answers, or an answer that is good or bad. A loss
+of units is a pure function of sums over segments; how they came about, and where the units lie, does not show in it.
+
+Shape suffixes: U units, with any axes before it; S segments of a unit (0 chosen, 1 rejected; an answer that is marked
+has one).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Units(NamedTuple):
+    """Units of a microbatch, of an update or of an evaluation set, float32. Those with `share` 0 are padding."""
+
+    policy: jax.Array  # [U, S], log-probabilities of labelled tokens, summed over each segment; stage rm: scores
+    counts: jax.Array  # [U, S], labelled tokens
+    share: jax.Array  # [U], 1 / the units of its group
+    group: jax.Array  # int32 [U], which of the microbatches of LLaMA-Factory in the update it belongs to
+    reference: jax.Array | None = None  # [U, S], `policy` of the reference model
+    wanted: jax.Array | None = None  # [U], 1: the answer is good; 0: it is bad. Of feedback only
+    margin: jax.Array | None = None  # [U], by how much the chosen answer is better. Of pairs with a margin only
+    shared: Mapping[str, jax.Array] = {}  # [U], what follows from all units of the update, held fixed (see `Shared`)
+
+
+# Of each figure its value and its weight, both [U]: the figure is the weighted mean, over all that there are.
+UnitMetrics = dict[str, tuple[jax.Array, jax.Array]]
+
+# The loss of each unit, [U], and what is logged. The loss of an update is `sum(share * loss) / sum(share)`.
+UnitLoss = Callable[[Units], tuple[jax.Array, UnitMetrics]]
+
+# `shared(first, group, running) -> (shared, running)`: what a loss must know of other units than its own. `first` are
+# all units of the update with their sums, held fixed (in stage kto: the answers that do not match their prompts);
+# `group` int32 [U] is that of the units whose loss it is, and so is the shape of what comes back. `running` is what is
+# kept from update to update.
+Shared = Callable[[Units, jax.Array, Any], tuple[dict[str, jax.Array], Any]]
