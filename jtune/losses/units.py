@@ -37,3 +37,27 @@ UnitLoss = Callable[[Units], tuple[jax.Array, UnitMetrics]]
 # `group` int32 [U] is that of the units whose loss it is, and so is the shape of what comes back. `running` is what is
 # kept from update to update.
 Shared = Callable[[Units, jax.Array, Any], tuple[dict[str, jax.Array], Any]]
+
+
+class UnitObjective(NamedTuple):
+    """What the train step is told to minimise, where the loss is one of units.
+
+    Attributes:
+      name: the loss with its options, in words.
+      loss: of each unit, and what is logged; training and evaluation call the same.
+      shared: what `loss` must know of all units of the update first; None: nothing.
+      running: what `shared` keeps from update to update, as it is before the first: a tree of float32 scalars.
+      anchored: `loss` needs the sums of a reference, `Units.reference`.
+      scores: the sums of a unit are scores of a value head, not log-probabilities.
+      mismatched: the `first` of `shared` are not the units of the update, but their prompts with answers of others.
+      noise_alpha: strength of `embedding_noise`; 0: none.
+    """
+
+    name: str
+    loss: UnitLoss
+    shared: Shared | None = None
+    running: Any = None
+    anchored: bool = False
+    scores: bool = False
+    mismatched: bool = False
+    noise_alpha: float = 0.0
