@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jtune import tuning
 from jtune.config import FinetuningArguments, TrainingArguments
 from jtune.losses.token import TokenLoss, asft, dft, eaft, smoothed_nll, token_nll
+from jtune.losses.units import UnitObjective
 
 
 class Objective(NamedTuple):
@@ -52,13 +53,14 @@ def objective_of(finetuning: FinetuningArguments, training: TrainingArguments) -
     return Objective(name, loss, eval_loss=loss, noise_alpha=noise)
 
 
-def describe_objective(objective: Objective) -> str:
+def describe_objective(objective: Objective | UnitObjective) -> str:
     """
     >>> describe_objective(Objective(noise_alpha=5.0))
     'loss: cross-entropy; noise on the embeddings, alpha 5'
     """
     noise = f"; noise on the embeddings, alpha {objective.noise_alpha:g}" if objective.noise_alpha else ""
-    anchor = "; the reference is the model as it is now, without its adapter" if objective.anchored else ""
+    is_start = isinstance(objective, Objective) and objective.anchored
+    anchor = "; the reference is the model as it is now, without its adapter" if is_start else ""
     return f"loss: {objective.name}{anchor}{noise}"
 
 
@@ -77,6 +79,6 @@ def embedding_noise(key: jax.Array, segment_ids_BT: jax.Array, features: int, al
     return jax.random.uniform(key, (B, T, features), dtype, -1, 1) * bound_BT[..., None].astype(dtype)
 
 
-def step_key(objective: Objective, params: Any, seed: int) -> jax.Array | None:
+def step_key(objective: Objective | UnitObjective, params: Any, seed: int) -> jax.Array | None:
     """What a step's random draws follow from; None if it has none."""
     return jax.random.key(seed) if objective.noise_alpha or tuning.has_dropout(params) else None

@@ -16,7 +16,7 @@ from jtune.config.stages import StageRules
 from jtune.data.batching.order import Epochs, plan_epochs
 from jtune.data.batching.pack import Packs, pack
 from jtune.data.batching.shapes import MAX_SHAPES, Shape, choose_shapes, costs, place, rows_needed
-from jtune.data.batching.units import Segment, UnitSet, grouped, unit_arrays
+from jtune.data.batching.units import Segment, Sizes, UnitSet, grouped, sizes_of_fields, unit_arrays
 from jtune.data.encode.encoded import IGNORED, Encoded
 from jtune.errors import DataError
 
@@ -69,6 +69,18 @@ class BatchPlan:
         """The Trainer's `epoch` after `step` updates (see `Epochs.epoch_at`)."""
         return self.epochs.epoch_at(step)
 
+    def with_reference(self, first: np.ndarray, other: np.ndarray | None = None) -> "BatchPlan":
+        """The plan with the sums of a reference model, float32 `[n, segments]`, among what a loss sees of units.
+
+        Args:
+          other: of mismatched answers.
+        """
+        mismatched = self.mismatched
+        if mismatched is not None:
+            assert other is not None
+            mismatched = mismatched.with_reference(other)
+        return replace(self, fields={**(self.fields or {}), "reference": first}, mismatched=mismatched)
+
     def label_capacity(self, shape: tuple[int, int, int]) -> int:
         """No microbatch of `shape` has more labelled targets than this on a shard; a multiple of 128, or all tokens."""
         return self.capacities[Shape(*shape)]
@@ -100,9 +112,19 @@ class BatchPlan:
         """Tokens of update `step` that are learned from, padding not counted."""
         return int(self.encoded.lengths[self.examples(step)].sum())
 
-    def width(self, shape: Shape) -> int:
+    def width(self, shape: tuple[int, int, int]) -> int:
         """Units that a row of `shape` may hold, at most."""
-        return min(self.epochs.batch * self.epochs.accumulation, max(1, shape.seq // int(self.encoded.lengths.min())))
+        return min(self.epochs.batch * self.epochs.accumulation, max(1, shape[2] // int(self.encoded.lengths.min())))
+
+    def sizes(self, shape: tuple[int, int, int], other: tuple[int, int, int] | None = None) -> Sizes:
+        """The static sizes of a batch of `shape`, and of its mismatched answers, whose shape is `other`."""
+        if self.fields is None:
+            return Sizes(self.label_capacity(shape))
+        more = None
+        if self.mismatched is not None:
+            (only,) = self.mismatched.shapes
+            more = only, self.mismatched.sizes(only)
+        return Sizes(self.label_capacity(shape), self.width(shape), sizes_of_fields(self.fields), more)
 
     def shape(self, step: int) -> Shape:
         """`[accum, batch, seq]` of update `step`."""
@@ -374,8 +396,9 @@ def fill(encoded: Examples, examples: np.ndarray, slots: np.ndarray, rows: int, 
     begins = ends - lengths
     columns = begins - begins[row_first]
     if (columns + lengths).max() > seq:
+        example = examples[(columns + lengths).argmax() // len(by_example[0])]
         raise DataError(
-            f"example {examples[(columns + lengths).argmax() // len(by_example[0])]} no longer fits into its row of {seq} tokens: "
+            f"example {example} no longer fits into its row of {seq} tokens: "
             "the encoded rows have changed since the plan was made. Start again with overwrite_cache: true."
         )
 

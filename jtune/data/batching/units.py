@@ -3,15 +3,16 @@
 Where a token counts, and for how much, is said by weights: of answers their tokens, of scores the last token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jtune.config.stages import StageRules
-from jtune.data.encode.encoded import IGNORED, Encoded
+from jtune.data.batching.shapes import Shape
+from jtune.data.encode.encoded import IGNORED
 
 Segment = Mapping[str, np.ndarray]  # input_ids, labels int32 [length]; perhaps weights float32 [length], of each target
 
@@ -21,14 +22,14 @@ class UnitSet:
     """Encoded units: `len(units)`, `units.segments(i)`, and what a plan needs to know of each.
 
     Attributes:
-      sides: for each segment of a unit the set that has it.
+      sides: for each segment of a unit the set that has it: an `Encoded`, or several in one line.
       scores: what counts of a segment is its last token, and no label.
-      beyond: weight of the tokens of an answer that the other one of its pair is too short for (LD-DPO, arXiv:2409.06411,
-        its alpha). None: that of all others.
+      beyond: weight of the tokens of an answer that the other one of its pair is too short for (alpha of LD-DPO,
+        arXiv:2409.06411). None: that of all others.
       mismatched: of feedback, the same prompts with answers to other ones.
     """
 
-    sides: tuple[Encoded, ...]
+    sides: tuple[Any, ...]
     scores: bool = False
     beyond: float | None = None
     mismatched: "UnitSet | None" = None
@@ -103,6 +104,63 @@ def units_of(encoded: Any, stage: StageRules, beyond: float | None = None) -> An
     return encoded
 
 
+class Sizes(NamedTuple):
+    """The static sizes of the batch of an update, besides its shape.
+
+    Attributes:
+      labelled: positions with a weight of a microbatch on a shard, at most.
+      width: units of a row, at most; 0: there are no units.
+      fields: of units, the names of what a loss sees of each, besides group and share, and the axes of one.
+      other: of feedback, the shape and sizes of the mismatched answers.
+    """
+
+    labelled: int
+    width: int = 0
+    fields: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    other: "tuple[Shape, Sizes] | None" = None
+
+
+def sizes_of_fields(fields: Mapping[str, np.ndarray]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, values.shape[1:]) for name, values in fields.items())
+
+
+def array_shapes(shape: tuple[int, ...], sizes: Sizes) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of each array of the batch of an update, but for its divisor, as `BatchPlan.update` gives them.
+
+    Args:
+      shape: `[accum, batch, seq]`.
+    """
+    accum, batch, _ = shape
+    integer, real = np.dtype(np.int32), np.dtype(np.float32)
+    found = {name: (tuple(shape), integer) for name in ("input_ids", "targets", "positions", "segment_ids")}
+    found["loss_weights"] = tuple(shape), real
+    if sizes.width:
+        of_units = accum, batch, sizes.width
+        found |= {"group": (of_units, integer), "share": (of_units, real)}
+        found |= {name: ((*of_units, *axes), real) for name, axes in sizes.fields}
+    if sizes.other is not None:
+        found |= {f"kl_{name}": x for name, x in array_shapes(*sizes.other).items()}
+    return found
+
+
+def assumed_sizes(stage: StageRules, shape: tuple[int, int, int], shards: int) -> Sizes:
+    """The sizes of batches of full rows, a unit in each, in which every token counts, for what is not read yet."""
+    labelled = shape[1] // shards * shape[2]
+    if not stage.has_preferences:
+        return Sizes(labelled)
+    segments = 2 if stage.rows == "pair" else 1
+    fields = (("counts", (segments,)), ("reference", (segments,)), *([("wanted", ())] if segments == 1 else []))
+    of_scores = shape[1] // shards * segments
+    sizes = Sizes(of_scores if stage.scores else labelled, 1, fields)
+    return sizes if segments == 2 else sizes._replace(other=(Shape(*shape), sizes))
+
+
+def segments_of(encoded: Any, stage: StageRules) -> Any:
+    """What attends to itself of an encoded set: its examples, or the segments of its units. Lengths, and labels."""
+    units = units_of(encoded, stage)
+    return Segments(units) if isinstance(units, UnitSet) else units
+
+
 class Segments:
     """The segments of units in one line, as examples of an evaluation: those of unit i begin at `i * width`."""
 
@@ -129,9 +187,7 @@ def grouped(units: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return group, (1 / np.bincount(group)[group]).astype(np.float32) if units else np.zeros(0, np.float32)
 
 
-def unit_arrays(
-    fields: Mapping[str, np.ndarray], slots: np.ndarray, rows: int, width: int
-) -> dict[str, np.ndarray]:
+def unit_arrays(fields: Mapping[str, np.ndarray], slots: np.ndarray, rows: int, width: int) -> dict[str, np.ndarray]:
     """Fields of units, `[n, ...]`, laid out as their segments are: `[rows, width, ...]`, 0 where no unit is.
 
     Args:
