@@ -47,7 +47,7 @@ def make_measures(
     objective: Objective | UnitObjective,
     *,
     end_ids: Sequence[int],
-    references: Mapping[str, Callable[[Any], Reference]] = MappingProxyType({}),
+    references: Mapping[str, Reference] = MappingProxyType({}),
 ) -> Measures:
     """The measures that the arguments ask for.
 

@@ -37,7 +37,8 @@ def of_step(config: Config, objective: Objective | UnitObjective) -> Objective |
 def no_reference(units: UnitSet) -> Reference:
     """Zeros in the place of the sums of a reference, for what looks at shapes only."""
     other = units.mismatched
-    return Reference(np.zeros_like(units.counts), None if other is None else np.zeros_like(other.counts))
+    zeros = lambda units: np.zeros((*units.counts.shape, 2), np.float32)
+    return Reference(zeros(units), None if other is None else zeros(other))
 
 
 def with_reference(plan: Plan, reference: Reference | None) -> Plan:

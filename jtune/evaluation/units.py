@@ -13,21 +13,21 @@ from jtune.config import Config
 from jtune.config.stages import rules_of
 from jtune.data import Encoded, EvalBatch, Segments, UnitSet, eval_batches, grouped, units_of
 from jtune.losses.feedback import with_margins
-from jtune.losses.segments import Figures, SumsOf, mean_logits, segment_sums, sums_of
-from jtune.losses.units import UnitObjective, Units
+from jtune.losses.segments import Figures, Owners, SumsOf, mean_logits, of_sums, segment_sums, sums_of
+from jtune.losses.units import UnitObjective
 from jtune.models import CausalLM
 from jtune.models.decoder import hidden_states
 from jtune.sharding import arrays, batch_sharding, batch_shards, check_row_length, replicated
 from jtune.sharding.compiler import compiler_options
 
-Sums = tuple[np.ndarray, dict[str, np.ndarray]]  # float32 [n, S] of units, and of their figures
+Sums = tuple[np.ndarray, dict[str, np.ndarray]]  # float32 [n, S, 2] of units in two parts, and [n, S] of their figures
 
 
 class Reference(NamedTuple):
     """The sums of a reference model over a set."""
 
-    first: np.ndarray  # float32 [n, S]
-    other: np.ndarray | None = None  # float32 [n, 1], of mismatched answers
+    first: np.ndarray  # float32 [n, S, 2], in two parts (`jtune.losses.segments.segment_sums`)
+    other: np.ndarray | None = None  # float32 [n, 1, 2], of mismatched answers
 
 
 def make_sums(
@@ -47,8 +47,8 @@ def make_sums(
 
     def of_batch(params: Any, batch: Any, example_BT: jax.Array) -> tuple[jax.Array, Figures]:
         hidden = hidden_states(module, params, batch["input_ids"], batch["positions"], batch["segment_ids"]).x
-        sizes = {"slots": plan.slots, "capacity": plan.label_capacity, "shards": shards}
-        return segment_sums(module, what, params, hidden, batch, example_BT, **sizes)
+        owners, capacity = Owners(example_BT, plan.slots), plan.label_capacity
+        return segment_sums(module, what, params, hidden, batch, owners, capacity=capacity, shards=shards)
 
     compiled = jax.jit(of_batch, out_shardings=everywhere, compiler_options=compiler_options(mesh))
 
@@ -57,14 +57,14 @@ def make_sums(
 
     def sums(params: Any) -> Sums:
         running = [(batch.indices, step(params, batch)) for batch in plan]  # dispatched, not awaited
-        found: Any = jax.tree.map(lambda _: np.zeros(len(segments), np.float32), running[0][1])
+        found: Any = jax.tree.map(lambda x: np.zeros((len(segments), *x.shape[1:]), np.float32), running[0][1])
 
         def put(indices: np.ndarray, total: np.ndarray, part: np.ndarray) -> None:
             total[indices] = part[: len(indices)]
 
         for indices, part in running:
             jax.tree.map(lambda total, x, indices=indices: put(indices, total, x), found, jax.device_get(part))
-        return jax.tree.map(lambda x: x.reshape(len(units), segments.width), found)
+        return jax.tree.map(lambda x: x.reshape(len(units), segments.width, *x.shape[1:]), found)
 
     return sums, len(plan)
 
@@ -84,12 +84,12 @@ def make_unit_loss(
     mesh: Mesh,
     config: Config,
     objective: UnitObjective,
-    references: Mapping[str, Callable[[Any], Reference]],
+    references: Mapping[str, Reference],
 ) -> Callable[[Any], dict[str, float]]:
     """`loss(params)`: the loss and the metrics of every evaluation set, under `eval_` or `eval_<name>_`.
 
     Args:
-      references: of each set, the sums of the reference while the model has `params`; empty without a reference.
+      references: the sums of the reference over each set, under `eval` or `eval_<name>`; empty without a reference.
     """
     stage, beyond = rules_of(config.finetuning.stage), config.finetuning.ld_alpha
     what, size = sums_of(module, objective), config.training.per_device_eval_batch_size * batch_shards(mesh)
@@ -103,7 +103,7 @@ def make_unit_loss(
         metrics: dict[str, float] = {}
         for name, (units, sums, steps, others) in prepared.items():
             began = time.monotonic()
-            reference = references[name](params) if objective.anchored else None
+            reference = references[f"eval_{name}".rstrip("_")] if objective.anchored else None
             other = others(params)[0] if others else None
             found = figures_of(objective, units, sums(params), other, reference, size)
             seconds = max(1e-9, time.monotonic() - began)
@@ -134,14 +134,14 @@ def figures_of(
     group, share = map(jnp.asarray, grouped(len(units), size))
     fields = {name: jnp.asarray(x) for name, x in units.fields.items()}
     of_reference = None if reference is None else jnp.asarray(reference.first)
-    found = Units(jnp.asarray(sums[0]), share=share, group=group, reference=of_reference, **fields)
+    found = of_sums(jnp.asarray(sums[0]), of_reference, share=share, group=group, **fields)
     if objective.shared is not None:
         first = found
         if units.mismatched is not None:
             assert other is not None
             of_other = None if reference is None or reference.other is None else jnp.asarray(reference.other)
             fields = {name: jnp.asarray(x) for name, x in units.mismatched.fields.items()}
-            first = Units(jnp.asarray(other), share=share, group=group, reference=of_other, **fields)
+            first = of_sums(jnp.asarray(other), of_other, share=share, group=group, **fields)
         found = found._replace(shared=objective.shared(first, group, objective.running)[0])
     losses, metrics = objective.loss(found)
     metrics |= mean_logits(found, {name: jnp.asarray(x) for name, x in sums[1].items()})

@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from jtune.config import FinetuningArguments, TrainingArguments
-from jtune.losses.units import UnitLoss, UnitMetrics, UnitObjective, Units, group_means, segment_means
+from jtune.losses.units import (
+    UnitLoss,
+    UnitMetrics,
+    UnitObjective,
+    Units,
+    group_means,
+    log_probabilities,
+    segment_means,
+)
 
 
 def feedback_objective(finetuning: FinetuningArguments, training: TrainingArguments) -> UnitObjective:
@@ -42,8 +50,8 @@ def kto(beta: float, good: float = 1.0, bad: float = 1.0, ftx: float = 0.0) -> U
     """
 
     def loss(units: Units) -> tuple[jax.Array, UnitMetrics]:
-        policy, wanted, kl = units.policy[..., 0], units.wanted, units.shared["kl"]
-        ratio = policy - units.reference[..., 0]
+        policy, wanted, kl = log_probabilities(units)[..., 0], units.wanted, units.shared["kl"]
+        ratio = (units.policy - units.reference)[..., 0]
         side = 2 * wanted - 1
         losses = (good * wanted + bad * (1 - wanted)) * jax.nn.sigmoid(beta * side * (kl - ratio))
         if ftx:

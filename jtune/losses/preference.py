@@ -18,10 +18,15 @@ from jtune.losses.units import (
     Units,
     group_means,
     group_sums,
+    log_probabilities,
     segment_means,
 )
 
 Running = Any  # see `running_start`
+
+# Nats by which the chosen answer must gain on the rejected one to be counted as preferred. While the policy is its
+# reference, the two differ by rounding alone, where their sums were formed in other rows.
+TIE = 1e-4
 
 
 def pair_objective(finetuning: FinetuningArguments, training: TrainingArguments) -> UnitObjective:
@@ -97,7 +102,7 @@ def pair_of(units: Units, names: Mapping[str, float]) -> Pair:
         raise DataError(
             f"the rows have a margin, which pref_loss: {losses} does not use: take sigmoid, or drop the column"
         )
-    ratio = units.policy if units.reference is None else units.policy - units.reference
+    ratio = log_probabilities(units) if units.reference is None else units.policy - units.reference
     means, mean_ratio = segment_means(units), ratio / jnp.maximum(units.counts, 1)
     sides = [x[..., side] for x in (ratio, mean_ratio, means) for side in (0, 1)]
     return Pair(*sides, margin=jnp.zeros_like(sides[0]) if units.margin is None else units.margin, shared=units.shared)
@@ -106,12 +111,13 @@ def pair_of(units: Units, names: Mapping[str, float]) -> Pair:
 def metrics_of(units: Units, pair: Pair, names: Mapping[str, float], beta: float) -> UnitMetrics:
     """What LLaMA-Factory logs of pairs. Rewards are beta times what the losses compare: sums, or means of tokens."""
     on_means = set(names) <= ON_MEANS
+    tie = 0.0 if units.reference is None else TIE
     chosen, rejected = (pair.mean_chosen, pair.mean_rejected) if on_means else (pair.chosen, pair.rejected)
-    logps = (pair.logp_chosen, pair.logp_rejected) if on_means else (units.policy[..., 0], units.policy[..., 1])
+    logps = (pair.logp_chosen, pair.logp_rejected) if on_means else jnp.moveaxis(log_probabilities(units), -1, 0)
     values = {
         "rewards/chosen": beta * chosen,
         "rewards/rejected": beta * rejected,
-        "rewards/accuracies": (chosen > rejected).astype(jnp.float32),
+        "rewards/accuracies": (chosen - rejected > tie).astype(jnp.float32),
         "rewards/margins": beta * (chosen - rejected),
         "logps/chosen": logps[0],
         "logps/rejected": logps[1],
@@ -153,7 +159,9 @@ def reference_shift(first: Units) -> dict[str, jax.Array]:
 
     The pairs of a group are ranked by what the policy says of them, and what the reference says of them is sorted.
     """
-    policy, reference = (x[..., 0] - x[..., 1] for x in (first.policy, first.reference))
+    policy, reference = (
+        x[..., 0] - x[..., 1] for x in (log_probabilities(first), log_probabilities(first, first.reference))
+    )
     return {"reference_shift": reference - of_same_rank(policy, reference, first)}
 
 

@@ -23,6 +23,7 @@ from jtune.models.value_head import score, score_keys
 from jtune.tuning import prepared_axes
 
 Figures = dict[str, jax.Array]  # sums over segments of what is logged of their tokens
+STEP = 1 / 16  # float32 sums of multiples of it are exact up to a million
 
 
 class SumsOf(NamedTuple):
@@ -68,23 +69,31 @@ def sums_of(model: CausalLM, objective: UnitObjective) -> SumsOf:
     return scores(model) if objective.scores else log_probabilities(model)
 
 
+class Owners(NamedTuple):
+    """Which segment each position belongs to."""
+
+    of_position: jax.Array  # int32 [B, T], from 0; of padding any
+    count: int  # of segments
+
+
 def segment_sums(
     model: CausalLM,
     what: SumsOf,
     params: Any,
     hidden_BTD: jax.Array,
     batch: Mapping[str, jax.Array],
-    owner_BT: jax.Array,
+    owners: Owners,
     *,
-    slots: int,
     capacity: int,
     shards: int,
 ) -> tuple[jax.Array, Figures]:
-    """Sums over segments, float32 `[slots]`, the same on all devices, and those of figures.
+    """Sums over segments, float32 `[count, 2]`, the same on all devices, and those of figures, `[count]`.
+
+    A sum comes in two parts: multiples of `STEP`, exact, and what is left of each token. So two models are compared to
+    more digits than the sum itself has in float32. The gradient passes through the second part.
 
     Args:
       batch: `targets` int32 and `loss_weights` float32, `[batch, seq]`.
-      owner_BT: int32, which segment a position belongs to, from 0; of padding any.
       capacity: positions with a weight on a shard, at most.
     """
 
@@ -92,15 +101,18 @@ def segment_sums(
         chunk = chunk_positions(weights_SK.shape[1], what.width, chunk_elements(model.mesh))
         values, figures = position_values(what.value, head_params, hidden_SKD, pairs_SK2[..., 0], chunk)
         owner = pairs_SK2[..., 1].ravel()
-        add = lambda x: jax.ops.segment_sum((x * weights_SK).ravel(), owner, slots)
-        return add(values), jax.tree.map(add, figures)
+        add = lambda x: jax.ops.segment_sum(x.ravel(), owner, owners.count)
+        values = values * weights_SK
+        coarse = jax.lax.stop_gradient(jnp.round(values / STEP) * STEP)
+        both = jnp.stack([add(coarse), add(values - coarse)], axis=-1)
+        return both, jax.tree.map(lambda x: add(x * weights_SK), figures)
 
     heads = {key: params[key] for key in what.keys}
     return sum_labelled(
         sums,
         heads,
         hidden_BTD,
-        jnp.stack([batch["targets"], owner_BT], -1),  # both integers of a position
+        jnp.stack([batch["targets"], owners.of_position], -1),  # both integers of a position
         batch["loss_weights"],
         capacity=capacity,
         shards=shards,
@@ -122,7 +134,7 @@ def make_unit_losses(
     noise_alpha = objective.noise_alpha
 
     def sums(params: Any, micro: Mapping[str, jax.Array], capacity: int, key=None):
-        """Sums `[B, U, S]`, their figures, and the output of the last layer."""
+        """Sums `[B, U, S, 2]`, their figures `[B, U, S]`, and the output of the last layer."""
         noise = None
         if key is not None and noise_alpha:
             shape = model.config.hidden_size, noise_alpha, model.dtype
@@ -132,10 +144,9 @@ def make_unit_losses(
         B, U, S = micro["counts"].shape
         row = jnp.arange(B, dtype=jnp.int32)[:, None] * (U * S)
         owner_BT = jnp.clip(row + micro["segment_ids"] - 1, 0, B * U * S - 1)
-        found = segment_sums(
-            model, what, params, hidden.x, micro, owner_BT, slots=B * U * S, capacity=capacity, shards=batch_shards
-        )
-        return *jax.tree.map(lambda x: x.reshape(B, U, S), found), hidden
+        owners = Owners(owner_BT, B * U * S)
+        found = segment_sums(model, what, params, hidden.x, micro, owners, capacity=capacity, shards=batch_shards)
+        return *jax.tree.map(lambda x: x.reshape(B, U, S, *x.shape[1:]), found), hidden
 
     def units(trainable, frozen, micro, capacity: int, key=None) -> tuple[Units, Figures, Hidden]:
         """The units of a microbatch. Their reference is computed where it is not among the arrays of the batch."""
@@ -144,7 +155,8 @@ def make_unit_losses(
         fields = {name: micro.get(name) for name in ("reference", "wanted", "margin")}
         if objective.anchored and fields["reference"] is None:
             fields["reference"] = jax.lax.stop_gradient(sums(others[0], micro, capacity)[0])
-        return Units(policy, micro["counts"], micro["share"], micro["group"], **fields), figures, hidden
+        fields |= {name: micro[name] for name in ("counts", "share", "group")}
+        return of_sums(policy, **fields), figures, hidden
 
     def before(trainable, frozen, batch: Mapping[str, jax.Array], running):
         prefix, capacity = (OTHER, other_capacity) if objective.mismatched else ("", label_capacity)
@@ -178,6 +190,13 @@ def make_unit_losses(
         return objective.mismatched or (objective.shared is not None and accum > 1)
 
     return Losses(of_microbatch, before, needs_more)
+
+
+def of_sums(policy: jax.Array, reference: jax.Array | None = None, **fields: jax.Array | None) -> Units:
+    """Units of sums in two parts, `[..., S, 2]`: what the reference has of the first part is left out of both."""
+    offset = jnp.zeros_like(policy[..., 0]) if reference is None else reference[..., 0]
+    rest = None if reference is None else reference[..., 1]
+    return Units(policy[..., 0] - offset + policy[..., 1], reference=rest, offset=offset, **fields)  # type: ignore[arg-type]
 
 
 SHARED = "shared_"  # begins the names of what follows from all units of an update, among the arrays of a microbatch

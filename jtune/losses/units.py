@@ -23,6 +23,7 @@ class Units(NamedTuple):
     group: jax.Array  # int32 [U], which of the microbatches of LLaMA-Factory in the update it belongs to
     reference: jax.Array | None = None  # [U, S], `policy` of the reference model
     wanted: jax.Array | None = None  # [U], 1: the answer is good; 0: it is bad. Of feedback only
+    offset: jax.Array | None = None  # [U, S], `policy` and `reference` are less by this (`log_probabilities`); None: 0
     margin: jax.Array | None = None  # [U], by how much the chosen answer is better. Of pairs with a margin only
     shared: Mapping[str, jax.Array] = {}  # [U], what follows from all units of the update, held fixed (see `Shared`)
 
@@ -77,4 +78,14 @@ def group_means(values: jax.Array, units: Units) -> jax.Array:
 
 def segment_means(units: Units) -> jax.Array:
     """The mean of a labelled token, `[U, S]`; 0 for a segment without any."""
-    return units.policy / jnp.maximum(units.counts, 1)
+    return log_probabilities(units) / jnp.maximum(units.counts, 1)
+
+
+def log_probabilities(units: Units, sums: jax.Array | None = None) -> jax.Array:
+    """What `policy` (or other `sums` of the same kind) stands for, `[U, S]`: with its offset.
+
+    The sum over an answer may be thousands of nats, and what counts is by how much two models differ in it: hundredths.
+    So what both have in common is left out before float32 rounds it away.
+    """
+    sums = units.policy if sums is None else sums
+    return sums if units.offset is None else sums + units.offset

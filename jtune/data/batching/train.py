@@ -70,7 +70,7 @@ class BatchPlan:
         return self.epochs.epoch_at(step)
 
     def with_reference(self, first: np.ndarray, other: np.ndarray | None = None) -> "BatchPlan":
-        """The plan with the sums of a reference model, float32 `[n, segments]`, among what a loss sees of units.
+        """The plan with the sums of a reference model, float32 `[n, segments, 2]`, among what a loss sees of units.
 
         Args:
           other: of mismatched answers.

@@ -149,7 +149,7 @@ def assumed_sizes(stage: StageRules, shape: tuple[int, int, int], shards: int) -
     if not stage.has_preferences:
         return Sizes(labelled)
     segments = 2 if stage.rows == "pair" else 1
-    fields = (("counts", (segments,)), ("reference", (segments,)), *([("wanted", ())] if segments == 1 else []))
+    fields = (("counts", (segments,)), ("reference", (segments, 2)), *([("wanted", ())] if segments == 1 else []))
     of_scores = shape[1] // shards * segments
     sizes = Sizes(of_scores if stage.scores else labelled, 1, fields)
     return sizes if segments == 2 else sizes._replace(other=(Shape(*shape), sizes))

@@ -34,9 +34,9 @@ def plan_updates(config: Config, encoded: Encoded, shards: int, stream: Stream |
         return _plan(config, units, shards, training.max_steps, training.dataloader_drop_last, windows)
     how = shards, min(training.max_steps, MODELLED), False
     model = _plan(config, units, *how, windows)
-    size, units = model.epochs.batch * model.epochs.accumulation, model.epochs.examples
-    if units < size:  # an update reaches over several windows: so must those of the model
-        again = -(-size // units)
+    size, count = model.epochs.batch * model.epochs.accumulation, model.epochs.examples
+    if count < size:  # an update reaches over several windows: so must those of the model
+        again = -(-size // count)
         model = _plan(config, joined([units] * again), *how, None)
     of_window = partial(units_of, stage=stage, beyond=config.finetuning.ld_alpha)
     return StreamPlan(stream, model, max_steps=training.max_steps, cutoff_len=data.cutoff_len, units_of=of_window)
