@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class Units(NamedTuple):
@@ -61,3 +62,19 @@ class UnitObjective(NamedTuple):
     scores: bool = False
     mismatched: bool = False
     noise_alpha: float = 0.0
+
+
+def group_sums(values: jax.Array, group: jax.Array) -> jax.Array:
+    """The sum of `values` in each group, by number: `[...]`, int32 `[...]` -> `[as many as there are values]`."""
+    return jax.ops.segment_sum(values.ravel(), group.ravel(), group.size)
+
+
+def group_means(values: jax.Array, units: Units) -> jax.Array:
+    """The mean of `values` over the units of each group, by the number of the group; 0 where a group has no unit."""
+    shares = group_sums(units.share, units.group)
+    return group_sums(units.share * values, units.group) / jnp.where(shares > 0, shares, 1)
+
+
+def segment_means(units: Units) -> jax.Array:
+    """The mean of a labelled token, `[U, S]`; 0 for a segment without any."""
+    return units.policy / jnp.maximum(units.counts, 1)
