@@ -98,7 +98,7 @@ def kto_pair(p: Pair, o: Options) -> jax.Array:
 def discopop(x: jax.Array, tau: float) -> jax.Array:
     """`exp(-x)` where x is above 0 and the logistic loss below, blended by `sigmoid(x / tau)`."""
     blend = jax.nn.sigmoid(x / tau)
-    return (1 - blend) * logistic(x) + blend * jnp.exp(-x)  # not blend * exp(-x): 0 * inf
+    return (1 - blend) * logistic(x) + jnp.exp(jax.nn.log_sigmoid(x / tau) - x)  # not blend * exp(-x): 0 * inf
 
 
 # fmt: off
