@@ -221,8 +221,8 @@ def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
         message = "lora_target: lm_head gets new rows (resize_vocab), so all of it trains: leave it out"
         yield ("lora_target", "resize_vocab"), f"{message}, or name the modules that train whole in additional_target"
     if command in TRAINING and command != "data" and not rules_of(v.stage).trains:
-        trained = " and ".join(name for name, rules in RULES.items() if rules.trains)
-        message = f"stage: {v.stage}: preference training is not built yet; jtune trains stages {trained}"
+        trained = ", ".join(name for name, rules in RULES.items() if rules.trains)
+        message = f"stage: {v.stage}: it is not built; jtune trains stages {trained}"
         yield ("stage",), message
 
 
