@@ -41,6 +41,39 @@ def test_pairs_of_every_form_share_their_prompt(form, rows, stage, template, tmp
         assert decode(template, row["input_ids"][~learned]).endswith("Say a.\nNow.<|im_end|>\n<|im_start|>assistant\n")
 
 
+@pytest.mark.parametrize("suffix", ["json", "csv"])
+def test_a_pair_may_say_by_how_much_its_answer_is_better(suffix, template, tmp_path):
+    rows = [row | {"better": margin} for row, margin in zip(ALPACA, (0.5, None, 2))]
+    info = {"ranking": True, "columns": SIDES | {"prompt": "instruction"}}
+    write(tmp_path, f"a.{suffix}", rows, info | {"columns": info["columns"] | {"margin": "better"}})
+    write(tmp_path, "b.json", ALPACA, info)
+    made = load(tmp_path, "a", "b", template=template, stage="rm").train
+    assert made.rows["margin"][:] == [0.5, 0, 2, 0, 0, 0]
+    without = load(tmp_path, "b", template=template, stage="rm").train
+    assert made.rows.column_names == [*without.rows.column_names, "margin"]
+    assert made.rows[3].items() >= without.rows[0].items()
+    write(tmp_path, f"a.{suffix}", rows[::-1], info | {"columns": info["columns"] | {"margin": "better"}})
+    assert load(tmp_path, "a", template=template, stage="rm").train.rows["margin"][:] == [2, 0, 0.5]
+
+
+def test_a_margin_is_a_number_and_of_pairs(template, tmp_path):
+    rows = [row | {"better": margin} for row, margin in zip(ALPACA, (0.5, "much", "inf"))]
+    columns = SIDES | {"prompt": "instruction", "margin": "better"}
+    write(tmp_path, "a.json", rows, {"ranking": True, "columns": columns})
+    splits = load(tmp_path, "a", template=template, stage="dpo", max_dropped=2)
+    assert [str(dropped) for dropped in splits.report.sets[0].dropped] == [
+        "2 better is not a number (a.json row 2, a.json row 3)"
+    ]
+    for info, message in (
+        ({"columns": columns}, """only pairs have a margin: set "ranking": true, or leave it out"""),
+        ({"ranking": True, "columns": columns | {"margin": "beter"}}, """"columns": {"margin": "better"}"""),
+    ):
+        write(tmp_path, "a.json", rows, info)
+        with pytest.raises(DataError) as error:
+            load(tmp_path, "a", template=template, stage="dpo")
+        assert message in str(error.value)
+
+
 def test_the_longer_answer_says_how_much_is_cut(template, tmp_path):
     write(tmp_path, "a.json", ALPACA, {"ranking": True, "columns": SIDES | {"prompt": "instruction"}})
     chosen = load(tmp_path, "a", template=template, stage="dpo", cutoff_len=12).train
