@@ -82,7 +82,8 @@ def show(config: Config, splits: Splits, template: Template, rows: int, console:
 
 
 def check_rows(config: Config, out: TextIO | None = None) -> int:
-    """Read and encode all sets of `config`, and name every row that is left out, with its place and the reason.
+    """Read and encode all sets of `config`, and name every row that is left out, with its place and the reason; of
+    pairs and feedback also those that are learned from, but teach little (equal, empty or cut answers).
 
     Returns:
       0, or 3 where more is left out than `max_dropped` allows.
@@ -99,6 +100,9 @@ def check_rows(config: Config, out: TextIO | None = None) -> int:
         for dropped in report.dropped:
             for place in dropped.examples:
                 print(f"{place}: {dropped.reason}", file=out)
+        for note in report.notes:
+            for line in note.named():
+                print(line, file=out)
         return report
 
     streamed = []

@@ -99,7 +99,7 @@ def encode_set(
         cut=len(long),
         dropped=dropped,
         joined=joined,
-        notes=notes_of(made, entries),
+        notes=notes_of(made, entries, most_examples),
     )
     return encoded, report
 

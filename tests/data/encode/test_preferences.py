@@ -3,6 +3,8 @@
 import pytest
 from sets import load, write
 
+from jtune.commands.data import check_rows
+from jtune.config import load_config
 from jtune.data import get_template
 from jtune.errors import DataError
 
@@ -144,3 +146,76 @@ def test_a_set_for_another_stage_is_refused(stage, info, message, template, tmp_
     with pytest.raises(DataError) as error:
         load(tmp_path, "a", template=template, stage=stage)
     assert message in str(error.value)
+
+
+# ---------------------------------------------------------------------- answers that teach little
+
+LONG = " b" * 30
+POOR = [
+    {"instruction": "q", "chosen": "a", "rejected": "b"},
+    {"instruction": "q", "chosen": "a", "rejected": "a"},
+    {"instruction": "q", "chosen": LONG + " a", "rejected": LONG + " c"},
+    {"instruction": "q", "chosen": LONG, "rejected": LONG},
+    {"instruction": "q", "chosen": "a", "rejected": " "},
+    {"instruction": "q", "chosen": LONG + " a", "rejected": "c"},
+    {"instruction": None, "chosen": "a", "rejected": "a"},
+]
+
+
+def check_poor(folder, template, capsys, caplog, stage, *words):
+    """The lines of a check, then the warnings of a run."""
+    template.tokenizer.save_pretrained(folder / "model")
+    given = [f"model_name_or_path={folder / 'model'}", "template=chatml", f"dataset_dir={folder}", "cutoff_len=24"]
+    assert check_rows(load_config([*given, "dataset=a", f"stage={stage}", *words], command="data")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    caplog.clear()
+    load(folder, "a", template=template, stage=stage, cutoff_len=24)
+    return lines, [record.message for record in caplog.records if record.levelname == "WARNING"][1:]
+
+
+@pytest.mark.parametrize("words", [[], ["streaming=true", "max_steps=1", "buffer_size=3"]])
+def test_a_check_names_pairs_that_teach_little(words, template, tmp_path, capsys, caplog):
+    write(tmp_path, "a.jsonl", POOR, {"ranking": True, "columns": SIDES | {"prompt": "instruction"}})
+    lines, warnings = check_poor(tmp_path, template, capsys, caplog, "dpo", *words)
+    place = "a.jsonl row {}" if words else "a.jsonl:{}"
+    assert sorted(lines) == sorted(
+        f"{place.format(row)}: {said}"
+        for row, said in [
+            (2, "the chosen and the rejected answer are the same"),
+            (3, "the answers differ only beyond cutoff_len, where they are cut"),
+            (3, "longer than cutoff_len, and cut"),
+            (4, "the chosen and the rejected answer are the same"),
+            (4, "longer than cutoff_len, and cut"),
+            (5, "an answer without text"),
+            (6, "longer than cutoff_len, and cut"),
+            (7, "nothing in column instruction"),
+        ]
+    )
+    assert warnings == [
+        "train: 2 rows hold the same answer as chosen and as rejected, which teaches nothing (first: a.jsonl:2)",
+        "train: 1 row holds answers that differ only beyond cutoff_len, where they are cut, and so teach nothing "
+        "(first: a.jsonl:3)",
+        "train: 1 row holds an answer without text, of which only the end is learned (first: a.jsonl:5)",
+    ]
+
+
+def test_a_check_names_feedback_that_teaches_little(template, tmp_path, capsys, caplog):
+    rows = [{"instruction": "q", "output": text, "good": True} for text in ("a", "", LONG)]
+    rows.append({"instruction": "q", "output": "a", "good": None})
+    write(tmp_path, "a.jsonl", rows, {"columns": {"prompt": "instruction", "response": "output", "kto_tag": "good"}})
+    lines, warnings = check_poor(tmp_path, template, capsys, caplog, "kto")
+    assert lines == [
+        "a.jsonl:4: good is neither true nor false",
+        "a.jsonl:2: an answer without text",
+        "a.jsonl:3: longer than cutoff_len, and cut",
+    ]
+    assert warnings == [
+        "train: 1 row holds an answer without text, of which only the end is learned (first: a.jsonl:2)"
+    ]
+
+
+def test_of_conversations_nothing_of_the_kind_is_said(template, tmp_path, caplog):
+    rows = [{"instruction": "q", "output": text} for text in ("a", "", LONG)]
+    write(tmp_path, "a.jsonl", rows)
+    report = load(tmp_path, "a", template=template, cutoff_len=24).report.sets[0]
+    assert (report.cut, report.notes) == (1, ())
