@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-from jtune.commands.rows import BRACKETS, GIVEN, TRAINED, json_rows, marked, sides, statistics
+from jtune.commands.rows import BRACKETS, GIVEN, TRAINED, describe_row, json_rows, marked, sides, statistics
 from jtune.config import Config
 from jtune.config.stages import rules_of
 from jtune.data.pipeline import Splits, Wanted, load_datasets
@@ -68,7 +68,8 @@ def show(config: Config, splits: Splits, template: Template, rows: int, console:
     assert encoded is not None
     for i in range(min(rows, len(encoded))):
         for name, side in sides(encoded).items():
-            title = f"row {i + 1} of {len(encoded)}{name and f', {name}'}: {side.lengths[i]} tokens"
+            about = ", ".join(filter(None, [f"row {i + 1} of {len(encoded)}", name, describe_row(encoded, i, name)]))
+            title = f"{about}: {side.lengths[i]} tokens"
             console.print(Text(title, style="bold"))
             console.print(marked(side[i], template.tokenizer, styled=console.is_terminal))
             console.print()

@@ -3,7 +3,7 @@
 import pytest
 from sets import load, write
 
-from jtune.commands.data import check_rows
+from jtune.commands.data import check_rows, show_data
 from jtune.config import load_config
 from jtune.data import get_template
 from jtune.errors import DataError
@@ -219,3 +219,34 @@ def test_of_conversations_nothing_of_the_kind_is_said(template, tmp_path, caplog
     write(tmp_path, "a.jsonl", rows)
     report = load(tmp_path, "a", template=template, cutoff_len=24).report.sets[0]
     assert (report.cut, report.notes) == (1, ())
+
+
+def shown(folder, template, capsys, stage):
+    template.tokenizer.save_pretrained(folder / "model")
+    words = [f"model_name_or_path={folder / 'model'}", "template=chatml", f"dataset_dir={folder}", "dataset=a"]
+    assert show_data(load_config([*words, f"stage={stage}"], command="data"), rows=1) == 0
+    return capsys.readouterr().out
+
+
+def test_both_answers_of_a_pair_are_shown_with_what_is_trained_on(template, tmp_path, capsys):
+    rows = [row | {"better": 1.5} for row in ALPACA]
+    info = {"ranking": True, "columns": SIDES | {"prompt": "instruction", "margin": "better"}}
+    write(tmp_path, "a.json", rows, info)
+    text = shown(tmp_path, template, capsys, "rm")
+    assert "row 1 of 3, chosen, margin 1.5: " in text
+    assert "row 1 of 3, rejected: " in text
+    assert "\u27e6A!<|im_end|>\n\u27e7" in text
+    assert "\u27e6B, I think.<|im_end|>\n\u27e7" in text
+    assert "\n3 pairs, " in text
+
+
+def test_feedback_is_shown_with_its_tag_and_the_row_of_another_answer(template, tmp_path, capsys):
+    rows = [{"instruction": f"Q{i}", "output": f"A{i}", "good": i < 2} for i in range(3)]
+    write(tmp_path, "a.json", rows, {"columns": {"prompt": "instruction", "response": "output", "kto_tag": "good"}})
+    text = shown(tmp_path, template, capsys, "kto")
+    made = load(tmp_path, "a", template=template, stage="kto").train
+    assert f"row 1 of 3, answer, good: {made.lengths[0]} tokens" in text
+    assert "row 1 of 3, KL, with the answer of another row (measured, not trained on): " in text
+    assert "\u27e6A2<|im_end|>\n\u27e7" in text
+    assert f"3 rows, {made.lengths.sum()} tokens, {made.labelled.sum()} of them trained on" in text
+    assert "\n2 good answers, 1 bad\nKL: 3 rows, " in text
