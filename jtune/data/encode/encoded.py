@@ -40,7 +40,8 @@ class Encoded:
     @property
     def rows(self) -> datasets.Dataset:
         """The examples as a table of ids and labels: `input_ids` and `labels`, of pairs `chosen_input_ids` ..."""
-        names = [name for name in self.table.column_names if name.endswith(("input_ids", "labels", "kto_tags"))]
+        shown = ("input_ids", "labels", "kto_tags", "margin")
+        names = [name for name in self.table.column_names if name.endswith(shown)]
         table = self.table.select_columns(names)
         return table if self.kept is None else table.select(self.kept)
 
