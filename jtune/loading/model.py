@@ -54,7 +54,8 @@ def load_model(config: Config, source: Source, mesh: Mesh) -> Model:
     dtype = compute_dtype(config, source)
     params, mask = tuned(config, source, params, dtype, adapter_reader(args))
     if scores(config):
-        head = load_value_head(config, source.value_head, source.decoder.hidden_size)
+        width, trains = source.decoder.hidden_size, config.training.do_train
+        head = load_value_head(config, source.value_head, width, trains=trains)
         params, mask = with_value_head(params, mask, head)
     params = jax.tree.map(arrays.put, params, placement(params, source.decoder, mesh))
     backend, why = attention_of(config, source, mesh, dtype)

@@ -29,7 +29,12 @@ def head_folder(config: Config, folder: Path) -> Path | None:
     """
     if not scores(config) or config.model.train_from_scratch:
         return None
-    return next(filter(value_head.holds_head, [*adapter_folders(config.model)[-1:], folder]), None)
+    return head_beside(config.model, folder)
+
+
+def head_beside(args: ModelArguments, folder: Path) -> Path | None:
+    """The folder that has a value head: that of the last adapter, or of the model, `folder`."""
+    return next(filter(value_head.holds_head, [*adapter_folders(args)[-1:], folder]), None)
 
 
 def adapter_folders(args: ModelArguments) -> list[Path]:
@@ -37,19 +42,20 @@ def adapter_folders(args: ModelArguments) -> list[Path]:
     return [hf.fetch(path, **args.hub) / (args.adapter_folder or "") for path in args.adapter_name_or_path]
 
 
-def load_value_head(config: Config, folder: Path | None, hidden_size: int) -> dict[str, Any]:
+def load_value_head(config: Config, folder: Path | None, hidden_size: int, *, trains: bool) -> dict[str, Any]:
     """The value head of a run, float32: as it is in `folder`, or drawn from the seed.
 
     Args:
       folder: see `head_folder`.
+      trains: False: it cannot be drawn.
 
     Raises:
-      DataError: what is in the folder does not fit the model; or there is none, and the run does not train one.
+      DataError: what is in the folder does not fit the model; or there is none, and none is trained.
     """
     if folder is not None:
         log.info("reading the value head in %s", folder)
         return value_head.read_value_head(folder, hidden_size)
-    if not config.training.do_train:
+    if not trains:
         args = config.model
         where = [*args.adapter_name_or_path[-1:], args.model_name_or_path]
         raise DataError(
