@@ -40,6 +40,11 @@ def score(model: CausalLM, params: Any, hidden: jax.Array) -> jax.Array:
     return jnp.sum(x.astype(jnp.float32) * head["kernel"][:, 0], axis=-1) + head["bias"][0]
 
 
+def split_head(tree: Any) -> tuple[Any, Any]:
+    """(the tree of the decoder, that of the value head or None)."""
+    return {key: value for key, value in tree.items() if key != VALUE_HEAD}, tree.get(VALUE_HEAD)
+
+
 def draw_value_head(hidden_size: int, key: jax.Array) -> dict[str, jax.Array]:
     """A value head before training: kernel and bias uniform in +-1/sqrt(embed), as torch draws a linear layer."""
     bound = 1 / math.sqrt(hidden_size)
