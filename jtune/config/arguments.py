@@ -7,53 +7,25 @@ strings: a YAML list, or one string with commas; empty by default.
 # ruff: noqa: RUF009  (`arg` returns a field, as dataclasses.field does)
 
 import dataclasses
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from jtune.config.fields import (
+    BELOW_ONE,
+    BITS,
+    HELD_OUT,
+    POSITIVE,
+    ROPES,
+    SEED,
+    SHARE,
+    SIZE_OR_REST,
+    STEPS,
+    UPDATES,
+    arg,
+    at_least,
+)
+from jtune.config.preference import LOSSES
 from jtune.config.stages import RULES
-
-
-class Range(NamedTuple):
-    """A condition on a value that is not null, and its words for an error message."""
-
-    text: str
-    holds: Callable[[Any], bool]
-
-
-def at_least(low: float) -> Range:
-    return Range(f"at least {low}", lambda x: x >= low)
-
-
-POSITIVE = Range("above 0", lambda x: x > 0)
-SHARE = Range("between 0 and 1", lambda x: 0 <= x <= 1)
-BELOW_ONE = Range("at least 0 and below 1", lambda x: 0 <= x < 1)
-SEED = Range("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)
-STEPS = Range("a whole number of steps, or below 1 a share of the run", lambda x: x >= 0 and (x < 1 or x == int(x)))
-HELD_OUT = Range("a share below 1, or a whole number of rows", lambda x: 0 <= x < 1 or x == int(x) >= 1)
-
-
-def is_range(text: str) -> bool:
-    """
-    >>> is_range("10-12"), is_range("12-10"), is_range("10"), is_range("0-3")
-    (True, False, False, False)
-    """
-    match = re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", text)
-    return match is not None and int(match[1]) <= int(match[2])
-
-
-UPDATES = Range("first-last, as in 10-12", is_range)
-ROPES = Range("linear, dynamic, yarn or llama3", lambda x: x in ("linear", "dynamic", "yarn", "llama3"))
-BITS = Range("4 or 8", lambda x: x in (4, 8))
-SIZE_OR_REST = Range("at least 1, or -1 for the rest", lambda x: x == -1 or x >= 1)
-
-
-def arg(default: Any, doc: str, within: Range | None = None, *, secret: bool = False) -> Any:
-    """A dataclass field with its meaning. The value of a `secret` field is never printed."""
-    metadata = {"doc": doc, "within": within, "secret": secret}
-    return dataclasses.field(default=default, repr=not secret, metadata=metadata)
-
 
 Names = tuple[str, ...]
 
@@ -165,7 +137,9 @@ class DataArguments:
 class FinetuningArguments:
     """The parameters that train, and the loss."""
 
-    stage: Literal[tuple(RULES)] = arg("sft", "pt: plain text; sft: prompts and answers")  # type: ignore[valid-type]
+    stage: Literal[tuple(RULES)] = arg(
+        "sft", "pt: plain text; sft: prompts and answers; rm: a reward model; dpo: pairs; kto: feedback"
+    )  # type: ignore[valid-type]
     finetuning_type: Literal["lora", "freeze", "full", "oft"] = arg(
         "lora", "what trains: adapters, some layers, or all"
     )
@@ -228,6 +202,44 @@ class FinetuningArguments:
         False, "DFT with a penalty on the divergence from the model at the start (ASFT, arXiv:2509.23753)"
     )
     asft_alpha: float = arg(0.1, "use_asft_loss: weight of that penalty", at_least(0))
+    pref_loss: Names = arg(("sigmoid",), f"stage dpo: the loss, or a list of losses to add up: {', '.join(LOSSES)}")
+    pref_loss_weights: tuple[float, ...] = arg((), "pref_loss: a weight for each loss; default: 1 each")
+    pref_beta: float = arg(0.1, "stages dpo, kto: how strongly the loss holds to the reference", POSITIVE)
+    pref_ftx: float = arg(0.0, "stages dpo, kto: weight of the cross-entropy of chosen answers, added", at_least(0))
+    pref_bco_weight: float = arg(0.0, "stage dpo: weight of the BCO loss beside pref_loss (as in MPO)", at_least(0))
+    dpo_label_smoothing: float = arg(
+        0.0, "stage dpo: share of pairs whose labels are expected to be swapped", at_least(0)
+    )
+    simpo_gamma: float = arg(0.5, "pref_loss: simpo: the margin between rewards that it asks for", at_least(0))
+    discopop_tau: float = arg(0.05, "pref_loss: discopop: temperature of its blend of two losses", POSITIVE)
+    ld_alpha: float | None = arg(
+        None, "stage dpo: weight of an answer's tokens beyond the shorter answer's length (arXiv:2409.06411)", SHARE
+    )
+    kto_chosen_weight: float = arg(1.0, "stage kto: weight of good answers", at_least(0))
+    kto_rejected_weight: float = arg(1.0, "stage kto: weight of bad answers", at_least(0))
+    rm_center_coef: float = arg(
+        0.0,
+        "stage rm: weight of (sum of a pair's scores)^2, which centres scores (arXiv:2312.09244: 0.01)",
+        at_least(0),
+    )
+    ref_model: str | None = arg(None, "stages dpo, kto: the reference model; default: the model at the start")
+    ref_model_adapters: Names = arg((), "LoRA adapters of the reference, a list: merged in order")
+    ref_model_quantization_bit: int | None = arg(None, "store the kernels of ref_model in 4 or 8 bits", BITS)
+    ref_adapter: Literal["base", "start"] = arg(
+        "base", "lora without ref_model: the reference is the base alone, or with the given adapter as it was (start)"
+    )
+    precompute_ref_log_probs: bool | None = arg(
+        None, "compute the reference once, before the first update; default: where it gives the same loss"
+    )
+    teacher_model: str | None = arg(None, "stages sft, pt: learn the distributions of this model (distillation)")
+    teacher_model_adapters: Names = arg((), "LoRA adapters of the teacher, a list: merged in order")
+    teacher_model_quantization_bit: int | None = arg(None, "store the kernels of teacher_model in 4 or 8 bits", BITS)
+    distill_loss: Literal["forward", "reverse", "js"] = arg(
+        "forward", "divergence from the teacher: KL(teacher, model), KL(model, teacher), or Jensen-Shannon"
+    )
+    distill_beta: float = arg(0.5, "distill_loss: js: the teacher's share of the mixture", SHARE)
+    distill_temperature: float = arg(1.0, "teacher_model: temperature of both distributions", POSITIVE)
+    distill_weight: float = arg(1.0, "teacher_model: share of the distillation loss; the rest is cross-entropy", SHARE)
     compute_accuracy: bool = arg(False, "measure token accuracy at evaluation")
     disable_shuffling: bool = arg(False, "keep rows in the order of the file")
     early_stopping_steps: int | None = arg(None, "stop after this many evaluations without improvement", at_least(1))

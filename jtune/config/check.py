@@ -7,7 +7,7 @@ from typing import Any
 
 from jtune.config import optimizers, trackers
 from jtune.config.arguments import FIELDS
-from jtune.config.foreign import FOREIGN, TRAINING, is_inert, verdict
+from jtune.config.foreign import FOREIGN, TRAINING, verdict
 from jtune.config.kinds import Mismatch, coerce, describe_kind
 from jtune.config.packing import joins_texts
 from jtune.config.parse import Fault, Given, Origin
@@ -78,10 +78,6 @@ def check(
         notes.append(f"{given['quantization_bit'].origin}: {message}")
     unused = trackers.notes(values, {name: field.default for name, field in FIELDS.items()})
     notes += [f"{given[name].origin}: {note}" for name, note in unused]
-    other = given.get("ref_model")
-    if command in TRAINING and values.get("use_asft_loss") and other and not is_inert("ref_model", other.value):
-        message = "ref_model: the reference of use_asft_loss is the model at the start: leave ref_model out"
-        faults.append(Fault(other.origin, message))
     if values.get("new_special_tokens_config") and values.get("add_special_tokens"):
         where = given["add_special_tokens"].origin
         notes.append(f"{where}: add_special_tokens is ignored: new_special_tokens_config names the special tokens")
@@ -326,6 +322,9 @@ def _losses(v: SimpleNamespace) -> Iterator[Rule]:
     if v.use_asft_loss and v.pissa_init and v.finetuning_type == "lora":
         message = "use_asft_loss: with pissa_init, each update would have to rebuild the model of the start: "
         yield ("use_asft_loss", "pissa_init"), message + "leave pissa_init out"
+    if v.use_asft_loss and v.ref_model:
+        message = "ref_model: the reference of use_asft_loss is the model at the start: leave ref_model out"
+        yield ("ref_model", "use_asft_loss"), message
     for name in ("label_smoothing_factor", "neftune_noise_alpha"):
         if getattr(v, name) and not rules_of(v.stage).learns_tokens:
             yield (name, "stage"), f"{name} is only for stages pt and sft, not {v.stage}: leave it out"

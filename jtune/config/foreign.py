@@ -279,12 +279,10 @@ GROUPS: tuple[Group, ...] = (
         average_tokens_across_devices=True, calculate_per_token_loss=None,
     ),
     _ignored(
-        "it belongs to preference training, which is not built yet",
-        pref_beta=0.1, pref_ftx=0.0, pref_bco_weight=0.0, pref_loss="sigmoid", dpo_label_smoothing=0.0,
-        kto_chosen_weight=1.0, kto_rejected_weight=1.0, simpo_gamma=0.5, ppo_buffer_size=1, ppo_epochs=4,
-        ppo_score_norm=False, ppo_target=6.0, ppo_whiten_rewards=False, ref_model=None, ref_model_adapters=None,
-        reward_model=None, reward_model_adapters=None, reward_model_type="lora", ld_alpha=None, ppo_logger=None,
-        ref_model_quantization_bit=None, reward_model_quantization_bit=None,
+        "it belongs to stage ppo, which is not built",
+        ppo_buffer_size=1, ppo_epochs=4, ppo_score_norm=False, ppo_target=6.0, ppo_whiten_rewards=False,
+        reward_model=None, reward_model_adapters=None, reward_model_type="lora", ppo_logger=None,
+        reward_model_quantization_bit=None,
     ),
     # ---------------------------------------------------------------- loop, logs, evaluation
     _ignored(

@@ -38,6 +38,16 @@ class StageRules:
         """Whether rows say which of two answers, or whether an answer, is wanted."""
         return self.rows in ("pair", "feedback")
 
+    @property
+    def compares_answers(self) -> bool:
+        """Whether the log-probabilities of a pair's answers are compared: the losses of `pref_loss`."""
+        return self.rows == "pair" and not self.scores
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether answers are compared with what a reference model says of them."""
+        return self.has_preferences and not self.scores
+
 
 RULES = {
     rules.name: rules

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from jtune import tuning
 from jtune.config import Config, optimizers, trackers
+from jtune.config.stages import rules_of
 from jtune.data import Plan, Splits, length_seed, order_seed, rows_are_packed
 from jtune.loading.source import Source
 from jtune.models import DecoderConfig
@@ -59,6 +60,10 @@ def _new_adapter(v: SimpleNamespace) -> bool:
     return _lora(v) and (v.create_new_adapter or not v.adapter_name_or_path)
 
 
+def _referred(v: SimpleNamespace) -> bool:
+    return rules_of(v.stage).has_reference
+
+
 def _compared(v: SimpleNamespace) -> bool:
     """Evaluations decide which model is written, or when the run ends."""
     return v.load_best_model_at_end or v.early_stopping_steps or v.save_strategy == "best"
@@ -83,6 +88,11 @@ GROUPS: tuple[Group, ...] = (
     Group("identity", ("train_on_prompt", "mask_history", "split_special_tokens", "neat_packing")),
     Group("identity", ("dataloader_drop_last",)),
     Group("identity", ("use_dft_loss", "use_eaft_loss", "use_asft_loss")),
+    # pref_bco_weight brings the running moments of BCO into the state.
+    Group("identity", ("pref_loss", "pref_bco_weight"), lambda v: rules_of(v.stage).compares_answers),
+    Group("identity", ("ref_model", "ref_model_adapters", "ref_model_quantization_bit"), _referred),
+    Group("identity", ("ref_adapter",), lambda v: _referred(v) and _lora(v) and v.adapter_name_or_path),
+    Group("identity", ("teacher_model", "teacher_model_adapters", "teacher_model_quantization_bit")),
     # ---------------------------------------------------------------- what the optimizer's state means
     Group("identity", ("optim", "use_galore", "use_apollo", "use_adam_mini", "use_muon")),
     Group("identity", ("galore_target", "galore_rank", "galore_proj_type"), lambda v: v.use_galore),
@@ -98,6 +108,15 @@ GROUPS: tuple[Group, ...] = (
     Group("course", ("apollo_update_interval", "apollo_scale"), lambda v: v.use_apollo),
     Group("course", ("eaft_alpha",), lambda v: v.use_eaft_loss),
     Group("course", ("asft_alpha",), lambda v: v.use_asft_loss),
+    Group("course", ("pref_beta", "pref_ftx"), _referred),
+    Group("course", ("pref_loss_weights", "ld_alpha"), lambda v: rules_of(v.stage).compares_answers),
+    Group("course", ("dpo_label_smoothing",), lambda v: rules_of(v.stage).compares_answers),
+    Group("course", ("simpo_gamma",), lambda v: "simpo" in v.pref_loss and rules_of(v.stage).compares_answers),
+    Group("course", ("discopop_tau",), lambda v: "discopop" in v.pref_loss and rules_of(v.stage).compares_answers),
+    Group("course", ("kto_chosen_weight", "kto_rejected_weight"), lambda v: rules_of(v.stage).rows == "feedback"),
+    Group("course", ("rm_center_coef",), lambda v: rules_of(v.stage).scores),
+    Group("course", ("distill_loss", "distill_temperature", "distill_weight"), lambda v: v.teacher_model),
+    Group("course", ("distill_beta",), lambda v: v.teacher_model and v.distill_loss == "js"),
     Group("course", ("load_best_model_at_end", "early_stopping_steps")),
     Group("course", ("metric_for_best_model", "greater_is_better")),
     Group("course", ("eval_strategy", "eval_delay", "eval_dataset", "eval_on_each_dataset"), _compared),
@@ -108,6 +127,7 @@ GROUPS: tuple[Group, ...] = (
     Group("free", ("mix_strategy", "interleave_probs", "streaming", "buffer_size", "disable_shuffling")),  # data, order
     Group("free", ("data_seed", "packing", "cutoff_len", "num_train_epochs", "max_steps")),  # order, rows, updates
     Group("free", ("per_device_train_batch_size", "gradient_accumulation_steps")),  # examples per update
+    Group("free", ("precompute_ref_log_probs",)),  # ref_model and its kin
     Group("free", ("init_special_tokens", "adafactor")),  # frozen weights; optim
     Group("free", ("train_sampling_strategy", "galore_layerwise", "apollo_layerwise")),  # order; max_grad_norm
     # ---------------------------------------------------------------- how it is read, computed, shown and written
