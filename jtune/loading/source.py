@@ -27,6 +27,13 @@ class Source(NamedTuple):
     tokenizer: Any = None  # None: the model has none, and none is needed
     change: Change | None = None  # from the stored vocabulary to that of the run
     resized: bool = False  # an adapter must hold the tables: their rows are not the base's
+    second: "Source | None" = None  # of the model beside this one, if there is one (`jtune.loading.second`)
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id of a row must be below it: each model needs an embedding for it."""
+        own = self.decoder.vocab_size
+        return own if self.second is None else min(own, self.second.decoder.vocab_size)
 
     @property
     def stored_dtype(self) -> jnp.dtype:

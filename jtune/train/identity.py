@@ -26,6 +26,7 @@ from jtune.config import Config, optimizers, trackers
 from jtune.config.stages import rules_of
 from jtune.data import Plan, Splits, length_seed, order_seed, rows_are_packed
 from jtune.loading.source import Source
+from jtune.losses.reference import without_second
 from jtune.models import DecoderConfig
 from jtune.models.config import Layer
 from jtune.sharding import batch_shards
@@ -183,8 +184,10 @@ def identity_of(
         "order": [order_seed(config), not finetuning.disable_shuffling, *other_order(config)],
         "rows": [rows_are_packed(config), config.data.cutoff_len],
         UPDATES: plan.max_steps,
-        "frozen weights": frozen_fingerprint(program.constants),
+        "frozen weights": frozen_fingerprint(without_second(program.constants)),
     }
+    if program.second is not None:
+        identity["second model"] = frozen_fingerprint(program.constants.second)
     if change is not None:
         identity["vocabulary"] = [source.decoder.vocab_size, list(change.new)]
     if finetuning.finetuning_type == "full" and change is None and not config.model.train_from_scratch:

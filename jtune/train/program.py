@@ -39,6 +39,7 @@ class Program(NamedTuple):
       constants: what a step takes and does not change (`jtune.losses.reference.step_constants`): arrays in a run,
         `jax.ShapeDtypeStruct`s in a plan.
       dropout_key: of the random draws of a step; None if it has none.
+      second: the module of the reference, where this is another model (`jtune.losses.reference.WithSecond`).
       rounding_key: of the rounding of parameters that are kept in bfloat16; None if there are none.
     """
 
@@ -53,13 +54,14 @@ class Program(NamedTuple):
     max_grad_norm: float = 1.0
     dropout_key: jax.Array | None = None
     rounding_key: jax.Array | None = None
+    second: CausalLM | None = None
 
 
 def make_program(config: Config, model: Model, mesh: Mesh | AbstractMesh, objective: Objective) -> Program:
     """The train step of a model that is ready to train, on arrays or on shapes."""
     training, finetuning = config.training, config.finetuning
     trainable, frozen = tuning.partition(model.params, model.mask)
-    dtype = model.module.dtype
+    dtype, second = model.module.dtype, model.second if objective.anchored else None
     tx = optimizer_of(training, finetuning, trainable, model.module.config)
     return Program(
         module=model.module,
@@ -68,11 +70,12 @@ def make_program(config: Config, model: Model, mesh: Mesh | AbstractMesh, object
         params=abstract_like(model.params),
         mask=model.mask,
         state=abstract_state(trainable, tx, mesh, float16=dtype == jnp.float16),  # type: ignore[arg-type]
-        constants=step_constants(objective, trainable, frozen, dtype),
+        constants=step_constants(objective, trainable, frozen, dtype, second and second.params),
         mesh=mesh,
         max_grad_norm=training.max_grad_norm,
         dropout_key=step_key(objective, model.params, training.seed),
         rounding_key=jax.random.key(training.seed) if finetuning.pure_bf16 else None,
+        second=second and second.module,
     )
 
 
@@ -93,7 +96,11 @@ def lower_step(program: Program, batch: Mapping[str, jax.ShapeDtypeStruct], labe
     assert isinstance(mesh, Mesh)
     everywhere = replicated(mesh)
     loss_sum = make_loss_sum(
-        program.module, label_capacity=label_capacity, batch_shards=batch_shards(mesh), objective=program.objective
+        program.module,
+        label_capacity=label_capacity,
+        batch_shards=batch_shards(mesh),
+        objective=program.objective,
+        second=program.second,
     )
     of_state = shardings_of(program.state)
     step = jax.jit(
