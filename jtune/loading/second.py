@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from jtune.config import Config
+from jtune.config.stages import rules_of
 from jtune.errors import DataError
 from jtune.interop.peft_shapes import adapter_shapes
 from jtune.loading.model import Model, adapter_reader, attention_of, compute_dtype, form_of, placement, read_base
@@ -28,7 +29,6 @@ from jtune.tuning.prepare import in_dtypes
 
 log = logging.getLogger("jtune")
 
-ROLES = ("teacher_model", "ref_model")  # arguments that name a second model
 SHOWN = 3  # tokens in a message
 
 
@@ -42,14 +42,16 @@ def role_of(config: Config) -> str | None:
     >>> role_of(load_config(["model_name_or_path=m", "teacher_model=t"], command="plan"))
     'teacher_model'
     """
-    asks = lambda role: getattr(config.finetuning, role) or getattr(config.finetuning, f"{role}_adapters")
-    return next((role for role in ROLES if asks(role)), None)
+    args, stage = config.finetuning, rules_of(config.finetuning.stage)
+    if stage.learns_tokens and args.teacher_model:
+        return "teacher_model"
+    return "ref_model" if stage.has_reference and (args.ref_model or args.ref_model_adapters) else None
 
 
 def second_config(config: Config) -> Config:
     """The arguments of a run of the second model: its path, its adapters and its bits are in the usual places.
 
-    Adapters without a path stand on the base of the run, kept in the bits that this is kept in.
+    `ref_model_adapters` without `ref_model` stand on the base of the run, kept in the bits that this is kept in.
     """
     role, own = role_of(config), config.model
     assert role is not None

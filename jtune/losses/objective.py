@@ -41,7 +41,7 @@ PLAIN = Objective()
 def objective_of(finetuning: FinetuningArguments, training: TrainingArguments) -> Objective:
     """The objective that the arguments ask for; at most one of them asks for another loss."""
     noise = training.neftune_noise_alpha or 0.0
-    if finetuning.teacher_model or finetuning.teacher_model_adapters:
+    if finetuning.teacher_model:
         return distillation(finetuning)._replace(noise_alpha=noise)
     if finetuning.use_asft_loss:
         alpha = finetuning.asft_alpha
@@ -69,8 +69,9 @@ def distillation(args: FinetuningArguments) -> Objective:
     named = {"forward": "KL(teacher, model)", "reverse": "KL(model, teacher)", "js": f"Jensen-Shannon, beta {beta:g}"}
     mixed = f"; {weight:.0%} of it, the rest is cross-entropy" if weight < 1 else ""
     loss = partial(distilled, divergence=kind, beta=beta, temperature=tau, weight=weight)
-    teacher = args.teacher_model or "the base with teacher_model_adapters"
-    return Objective(f"{named[kind]} at temperature {tau:g}{mixed}", loss, anchored=True, reference=teacher)
+    return Objective(
+        f"{named[kind]} at temperature {tau:g}{mixed}", loss, anchored=True, reference=str(args.teacher_model)
+    )
 
 
 def describe_objective(objective: Objective) -> str:

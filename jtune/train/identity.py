@@ -93,7 +93,6 @@ GROUPS: tuple[Group, ...] = (
     Group("identity", ("pref_loss", "pref_bco_weight"), lambda v: rules_of(v.stage).compares_answers),
     Group("identity", ("ref_model", "ref_model_adapters", "ref_model_quantization_bit"), _referred),
     Group("identity", ("ref_adapter",), lambda v: _referred(v) and _lora(v) and v.adapter_name_or_path),
-    Group("identity", ("teacher_model", "teacher_model_adapters", "teacher_model_quantization_bit")),
     # ---------------------------------------------------------------- what the optimizer's state means
     Group("identity", ("optim", "use_galore", "use_apollo", "use_adam_mini", "use_muon")),
     Group("identity", ("galore_target", "galore_rank", "galore_proj_type"), lambda v: v.use_galore),
@@ -128,6 +127,8 @@ GROUPS: tuple[Group, ...] = (
     Group("free", ("mix_strategy", "interleave_probs", "streaming", "buffer_size", "disable_shuffling")),  # data, order
     Group("free", ("data_seed", "packing", "cutoff_len", "num_train_epochs", "max_steps")),  # order, rows, updates
     Group("free", ("per_device_train_batch_size", "gradient_accumulation_steps")),  # examples per update
+    # second model
+    Group("free", ("teacher_model", "teacher_model_adapters", "teacher_model_quantization_bit")),
     Group("free", ("precompute_ref_log_probs",)),  # ref_model and its kin
     Group("free", ("init_special_tokens", "adafactor")),  # frozen weights; optim
     Group("free", ("train_sampling_strategy", "galore_layerwise", "apollo_layerwise")),  # order; max_grad_norm
