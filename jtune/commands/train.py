@@ -29,12 +29,13 @@ from jtune.interop import peft, serving
 from jtune.interop.endings import Endings, resolve_endings
 from jtune.loading.data import data_template, load_data
 from jtune.loading.model import Model, abstract_like, load_model, with_remat
+from jtune.loading.second import fetch_second, load_second, with_second
 from jtune.loading.source import Source, fetch_model, read_source
 from jtune.losses.objective import PLAIN, Objective, describe_objective
 from jtune.losses.reference import frozen_of
 from jtune.losses.units import UnitObjective
 from jtune.planning.chips import usable_memory
-from jtune.planning.flops import flops_per_token, make_rates
+from jtune.planning.flops import make_rates, program_flops
 from jtune.planning.remat import fitting_remat
 from jtune.sharding import arrays, batch_shards, check_row_length, describe_unsplit, unsplit
 from jtune.sharding.compiler import use_compile_cache
@@ -196,7 +197,10 @@ def prepare_source(config: Config) -> Source:
     """The model before its weights are read. Of processes that share the hub's cache, the first downloads."""
     group = exchange.process_group(hub_cache(config))
     folder = group.first("fetching the model", partial(fetch_model, config.model))
-    return read_source(config, folder)
+    if not config.training.do_train:
+        return read_source(config, folder)
+    group.first("fetching the second model", partial(fetch_second, config))
+    return with_second(read_source(config, folder))
 
 
 def hub_cache(config: Config) -> Path:
@@ -209,7 +213,7 @@ def hub_cache(config: Config) -> Path:
 def prepare_rows(config: Config, source: Source) -> Rows:
     """The encoded sets, the same in all processes."""
     template = data_template(config, source.tokenizer)
-    splits = load_data(config, source.tokenizer, source.decoder.vocab_size, exchange.process_group, template)
+    splits = load_data(config, source.tokenizer, source.vocab_size, exchange.process_group, template)
     preflight.check_data(splits)
     endings = None
     if config.training.do_train:
@@ -219,10 +223,12 @@ def prepare_rows(config: Config, source: Source) -> Rows:
 
 def prepare_model(config: Config, source: Source, rows: Rows, mesh: Mesh) -> Model:
     """The parameters on the mesh, the same in all processes; what trains is shown, and can be written."""
-    adapters = {f"adapter {path}": Path(path) for path in config.model.adapter_name_or_path if Path(path).is_dir()}
-    preflight.check_model_files({"model": source.folder, **adapters})
+    preflight.check_model_files(model_folders(source))
     model = load_model(config, source, mesh)
     preflight.check_weights(model.params)
+    if source.second is not None:
+        model = model._replace(second=load_second(source.second, mesh))
+        preflight.check_weights(model.second.params)
     replicated = unsplit(tuning.prepared_axes(model.params, source.decoder), model.params, mesh)
     if replicated:
         log.info("%s", describe_unsplit(replicated))
@@ -233,6 +239,15 @@ def prepare_model(config: Config, source: Source, rows: Rows, mesh: Mesh) -> Mod
     if config.model.print_param_status and processes.is_first():
         show(model.params, model.mask)
     return model
+
+
+def model_folders(source: Source) -> dict[str, Path]:
+    """The folders that a run reads weights from, by their roles."""
+    folders = {"model": source.folder}
+    folders |= {f"adapter {path}": Path(path) for path in source.config.model.adapter_name_or_path}
+    if source.second is not None:
+        folders |= {f"second {role}": folder for role, folder in model_folders(source.second).items()}
+    return {role: folder for role, folder in folders.items() if folder.is_dir()}
 
 
 # ---------------------------------------------------------------------- updates and step
@@ -276,14 +291,7 @@ def model_flops(config: Config, program: Program, splits: Splits) -> float:
     """FLOPs of a token in training."""
     assert splits.train is not None
     rows = segments_of(splits.train, rules_of(config.finetuning.stage))
-    return flops_per_token(
-        program.module.config,
-        program.params,
-        program.mask,
-        lengths=rows.lengths,
-        label_share=rows.labelled.sum() / rows.lengths.sum(),
-        reference=program.objective.anchored,
-    )
+    return program_flops(program, lengths=rows.lengths, label_share=rows.labelled.sum() / rows.lengths.sum())
 
 
 # ---------------------------------------------------------------------- train and finish

@@ -30,6 +30,7 @@ class Model(NamedTuple):
     module: CausalLM
     params: Any  # arrays on the mesh, or `jax.ShapeDtypeStruct`s with shardings
     mask: Any  # tree of bool: what trains
+    second: "Model | None" = None  # the one beside it, if there is one (`jtune.loading.second`)
 
 
 # ---------------------------------------------------------------------- for training

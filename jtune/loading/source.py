@@ -29,6 +29,13 @@ class Source(NamedTuple):
     change: Change | None = None  # from the stored vocabulary to that of the run
     resized: bool = False  # an adapter must hold the tables: their rows are not the base's
     value_head: Path | None = None  # the folder of the value head; None: it is drawn, or the stage has none
+    second: "Source | None" = None  # of the model beside this one, if there is one (`jtune.loading.second`)
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id of a row must be below it: each model needs an embedding for it."""
+        own = self.decoder.vocab_size
+        return own if self.second is None else min(own, self.second.decoder.vocab_size)
 
     @property
     def stored_dtype(self) -> jnp.dtype:

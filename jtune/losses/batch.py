@@ -68,25 +68,34 @@ def token_losses(loss_sum: LossSum) -> Losses:
     return Losses(lambda trainable, frozen, micro, key, running: (loss_sum(trainable, frozen, micro, key), {}, running))
 
 
-def make_loss_sum(model: CausalLM, *, label_capacity: int, batch_shards: int, objective: Objective = PLAIN) -> LossSum:
+def make_loss_sum(
+    model: CausalLM,
+    *,
+    label_capacity: int,
+    batch_shards: int,
+    objective: Objective = PLAIN,
+    second: CausalLM | None = None,
+) -> LossSum:
     """`loss_sum(trainable, frozen, batch, key) -> ` weighted sum of token losses, a float32 scalar.
 
     A mixture whose config has a load-balancing loss adds it to the loss of every token that counts.
 
     Args:
-      objective: the loss of a token and the noise on the input. If it is anchored, `frozen` is an `Anchored`, and the
-        reference model runs over the same batch, without noise, dropout or gradient.
+      objective: the loss of a token and the noise on the input. If it is anchored, `frozen` holds a reference
+        (`jtune.losses.reference`), which runs over the same batch, without noise, dropout or gradient.
+      second: the module of the reference; None: it has this one.
     """
+    modules = model, second or model
 
-    def head(head_params, hidden):
-        return model.apply({"params": head_params}, hidden, method="head")
+    def head(module, head_params, hidden):
+        return module.apply({"params": head_params}, hidden, method="head")
 
     def token_loss(heads, hidden, targets):
-        logits, *reference = map(head, heads, hidden)
+        logits, *reference = map(head, modules, heads, hidden)
         return objective.token_loss(logits, targets, *reference)
 
     def chunked(heads, hidden_SKD, targets_SK, weights_SK):
-        vocab = model.config.vocab_size * len(hidden_SKD)
+        vocab = sum(module.config.vocab_size for module, _ in zip(modules, hidden_SKD))
         chunk = chunk_positions(targets_SK.shape[1], vocab, chunk_elements(model.mesh))
         return summed_loss(token_loss, heads, hidden_SKD, targets_SK, weights_SK, chunk)
 
@@ -98,8 +107,8 @@ def make_loss_sum(model: CausalLM, *, label_capacity: int, batch_shards: int, ob
             shape = model.config.hidden_size, objective.noise_alpha, model.dtype
             noise = embedding_noise(jax.random.fold_in(key, NOISE), batch["segment_ids"], *shape)
         hidden = hidden_states(model, models[0], *inputs, dropout_key=key, embedding_noise=noise)
-        others = [hidden_states(model, params, *inputs).x for params in models[1:]]
-        heads = tuple({name: params[name] for name in model.head_keys} for params in models)
+        others = [hidden_states(module, params, *inputs).x for module, params in zip(modules[1:], models[1:])]
+        heads = tuple({name: params[name] for name in module.head_keys} for module, params in zip(modules, models))
         total = sum_labelled(
             chunked,
             heads,
@@ -108,7 +117,7 @@ def make_loss_sum(model: CausalLM, *, label_capacity: int, batch_shards: int, ob
             batch["loss_weights"],
             capacity=label_capacity,
             shards=batch_shards,
-            axes=prepared_axes(heads, model.config),
+            axes=tuple(prepared_axes(head, module.config) for module, head in zip(modules, heads)),
             mesh=model.mesh,
         )
         if hidden.load is None:

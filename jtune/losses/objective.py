@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jtune import tuning
 from jtune.config import FinetuningArguments, TrainingArguments
+from jtune.losses.distill import distilled
 from jtune.losses.token import TokenLoss, asft, dft, eaft, smoothed_nll, token_nll
 from jtune.losses.units import UnitObjective
 
@@ -21,7 +22,8 @@ class Objective(NamedTuple):
     Attributes:
       name: the loss with its options, in words.
       token_loss: see `jtune.losses.token`.
-      anchored: `token_loss` also takes the logits of the model as it was at the start (`Anchored`).
+      anchored: `token_loss` also takes the logits of a reference (`jtune.losses.reference`).
+      reference: what that is, in words.
       eval_loss: what evaluation reports as the loss. Not that of the reference: there no second model is run.
       noise_alpha: strength of `embedding_noise`; 0: none.
     """
@@ -29,6 +31,7 @@ class Objective(NamedTuple):
     name: str = "cross-entropy"
     token_loss: TokenLoss = token_nll
     anchored: bool = False
+    reference: str = "the model as it is now, without its adapter"
     eval_loss: TokenLoss = token_nll
     noise_alpha: float = 0.0
 
@@ -39,6 +42,8 @@ PLAIN = Objective()
 def objective_of(finetuning: FinetuningArguments, training: TrainingArguments) -> Objective:
     """The objective that the arguments ask for; at most one of them asks for another loss."""
     noise = training.neftune_noise_alpha or 0.0
+    if finetuning.teacher_model:
+        return distillation(finetuning)._replace(noise_alpha=noise)
     if finetuning.use_asft_loss:
         alpha = finetuning.asft_alpha
         return Objective(f"ASFT, alpha {alpha:g}", partial(asft, alpha=alpha), anchored=True, noise_alpha=noise)
@@ -53,14 +58,31 @@ def objective_of(finetuning: FinetuningArguments, training: TrainingArguments) -
     return Objective(name, loss, eval_loss=loss, noise_alpha=noise)
 
 
+def distillation(args: FinetuningArguments) -> Objective:
+    """The objective of a student: the divergence from its teacher, and cross-entropy as the arguments mix them.
+
+    `distill_loss: js` with `distill_beta` 0 and 1 is the limit of its direction there, KL(teacher || student) and
+    KL(student || teacher); the formula itself would be 0.
+    """
+    kind, beta, tau, weight = args.distill_loss, args.distill_beta, args.distill_temperature, args.distill_weight
+    if kind == "js" and beta in (0, 1):
+        kind = "reverse" if beta else "forward"
+    named = {"forward": "KL(teacher, model)", "reverse": "KL(model, teacher)", "js": f"Jensen-Shannon, beta {beta:g}"}
+    mixed = f"; {weight:.0%} of it, the rest is cross-entropy" if weight < 1 else ""
+    loss = partial(distilled, divergence=kind, beta=beta, temperature=tau, weight=weight)
+    return Objective(
+        f"{named[kind]} at temperature {tau:g}{mixed}", loss, anchored=True, reference=str(args.teacher_model)
+    )
+
+
 def describe_objective(objective: Objective | UnitObjective) -> str:
     """
     >>> describe_objective(Objective(noise_alpha=5.0))
     'loss: cross-entropy; noise on the embeddings, alpha 5'
     """
     noise = f"; noise on the embeddings, alpha {objective.noise_alpha:g}" if objective.noise_alpha else ""
-    is_start = isinstance(objective, Objective) and objective.anchored
-    anchor = "; the reference is the model as it is now, without its adapter" if is_start else ""
+    is_told = isinstance(objective, Objective) and objective.anchored
+    anchor = f"; the reference is {objective.reference}" if is_told else ""
     return f"loss: {objective.name}{anchor}{noise}"
 
 

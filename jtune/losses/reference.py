@@ -1,4 +1,4 @@
-"""The reference model of an objective that has one: the model as it was at the start."""
+"""The reference model of an objective that has one: the model as it was at the start, or another model."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,6 +24,13 @@ class WithReference(NamedTuple):
     start: Any
 
 
+class WithSecond(NamedTuple):
+    """The same, where the reference is a second model, with a module of its own (`jtune.loading.second`)."""
+
+    frozen: Any
+    second: Any  # its parameters
+
+
 def start_of(trainable: Any, dtype: Any) -> Any:
     """A copy of what trains, adapters apart; in `dtype` where that is smaller. To be jitted."""
     smaller = lambda x: x.astype(dtype) if jnp.dtype(dtype).itemsize < x.dtype.itemsize else x
@@ -36,21 +43,29 @@ def start_shardings(trainable: Any) -> Any:
 
 
 def models_of(trainable: Any, frozen: Any) -> list[Any]:
-    """The parameters of the model, and, if `frozen` is an `Anchored`, those of the reference."""
-    if not isinstance(frozen, WithReference):
-        return [combine(trainable, frozen)]
-    return [combine(trainable, frozen.frozen), lora.split(combine(frozen.start, frozen.frozen))[0]]
+    """The parameters of the model, and those of the reference if `frozen` holds one."""
+    own = combine(trainable, frozen_of(frozen))
+    if isinstance(frozen, WithSecond):
+        return [own, frozen.second]
+    if isinstance(frozen, WithReference):
+        return [own, lora.split(combine(frozen.start, frozen.frozen))[0]]
+    return [own]
 
 
-def step_constants(objective: Objective | UnitObjective, trainable: Any, frozen: Any, dtype: jnp.dtype) -> Any:
+def step_constants(
+    objective: Objective | UnitObjective, trainable: Any, frozen: Any, dtype: jnp.dtype, second: Any = None
+) -> Any:
     """What the step takes and does not change: `frozen`, and what the reference of an anchored objective needs besides.
 
     Args:
       trainable: as it is at the start, of arrays or of `jax.ShapeDtypeStruct`s with shardings, which give the same.
       dtype: of the computation: the copy is no wider.
+      second: parameters of the model that is the reference; None: it is this one as it is at the start.
     """
     if not objective.anchored:
         return frozen
+    if second is not None:
+        return WithSecond(frozen, second)
     copied, where = partial(start_of, dtype=dtype), start_shardings(trainable)
     if any(isinstance(x, jax.Array) for x in jax.tree.leaves(trainable)):
         return WithReference(frozen, jax.jit(copied, out_shardings=where)(trainable))
@@ -60,9 +75,14 @@ def step_constants(objective: Objective | UnitObjective, trainable: Any, frozen:
 
 def frozen_of(constants: Any) -> Any:
     """The frozen parameters among what a step takes and does not change."""
-    return constants.frozen if isinstance(constants, WithReference) else constants
+    return constants.frozen if isinstance(constants, WithReference | WithSecond) else constants
+
+
+def without_second(constants: Any) -> Any:
+    """The constants of a step that belong to the model that trains."""
+    return constants.frozen if isinstance(constants, WithSecond) else constants
 
 
 def with_frozen(constants: Any, frozen: Any) -> Any:
     """The constants of a step with other frozen parameters."""
-    return constants._replace(frozen=frozen) if isinstance(constants, WithReference) else frozen
+    return constants._replace(frozen=frozen) if isinstance(constants, WithReference | WithSecond) else frozen

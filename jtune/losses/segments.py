@@ -122,18 +122,24 @@ def segment_sums(
 
 
 def make_unit_losses(
-    model: CausalLM, objective: UnitObjective, *, label_capacity: int, other_capacity: int = 0, batch_shards: int
+    model: CausalLM,
+    objective: UnitObjective,
+    *,
+    label_capacity: int,
+    other_capacity: int = 0,
+    batch_shards: int,
+    second: CausalLM | None = None,
 ) -> Losses:
     """The losses of units that `objective` asks for: a sum over units, each times its share.
 
     Args:
       label_capacity: positions with a weight on a shard, of a microbatch of the units.
       other_capacity: the same of mismatched answers.
+      second: the module of the reference, where that is another model.
     """
-    what = sums_of(model, objective)
     noise_alpha = objective.noise_alpha
 
-    def sums(params: Any, micro: Mapping[str, jax.Array], capacity: int, key=None):
+    def sums(model: CausalLM, params: Any, micro: Mapping[str, jax.Array], capacity: int, key=None):
         """Sums `[B, U, S, 2]`, their figures `[B, U, S]`, and the output of the last layer."""
         noise = None
         if key is not None and noise_alpha:
@@ -145,16 +151,17 @@ def make_unit_losses(
         row = jnp.arange(B, dtype=jnp.int32)[:, None] * (U * S)
         owner_BT = jnp.clip(row + micro["segment_ids"] - 1, 0, B * U * S - 1)
         owners = Owners(owner_BT, B * U * S)
-        found = segment_sums(model, what, params, hidden.x, micro, owners, capacity=capacity, shards=batch_shards)
+        how = {"capacity": capacity, "shards": batch_shards}
+        found = segment_sums(model, sums_of(model, objective), params, hidden.x, micro, owners, **how)
         return *jax.tree.map(lambda x: x.reshape(B, U, S, *x.shape[1:]), found), hidden
 
     def units(trainable, frozen, micro, capacity: int, key=None) -> tuple[Units, Figures, Hidden]:
         """The units of a microbatch. Their reference is computed where it is not among the arrays of the batch."""
         params, *others = models_of(trainable, frozen)
-        policy, figures, hidden = sums(params, micro, capacity, key)
+        policy, figures, hidden = sums(model, params, micro, capacity, key)
         fields = {name: micro.get(name) for name in ("reference", "wanted", "margin")}
         if objective.anchored and fields["reference"] is None:
-            fields["reference"] = jax.lax.stop_gradient(sums(others[0], micro, capacity)[0])
+            fields["reference"] = jax.lax.stop_gradient(sums(second or model, others[0], micro, capacity)[0])
         fields |= {name: micro[name] for name in ("counts", "share", "group")}
         return of_sums(policy, **fields), figures, hidden
 

@@ -35,7 +35,7 @@ def measure(config: Config, program: Program, shape: tuple[int, int, int], sizes
     settings = (program.max_grad_norm, *optimizer_settings(config.training, config.finetuning))
     loss = (program.objective.name, program.objective.noise_alpha)
     program = unstacked(program)
-    step = (program.module, settings, loss, _described(program.state), _described(program.constants))
+    step = (program.module, program.second, settings, loss, _described(program.state), _described(program.constants))
     key = fingerprint(step, jax.tree.structure(program.params), dict(program.mesh.shape), shape, sizes, target)
     path = plans_folder(config) / f"{key}.json"
     if processes.count() == 1:

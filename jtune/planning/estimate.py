@@ -136,13 +136,29 @@ def estimate(program: Program, rows: Rows) -> dict[str, int]:
     computed = [x.size for x in jax.tree.leaves(program.params["layers"], is_leaf=is_quantized) if is_quantized(x)]
     kernels = sum(computed) // decoder.num_hidden_layers * size // split
     chunk = min(chunk_elements(module.mesh), int(tokens * rows.label_share) * decoder.vocab_size) * (8 + size) // split
-    temporaries = saved + gradients + max(scores, inside, chunk) + gathered + kernels
+    temporaries = saved + gradients + max(scores, inside, chunk) + gathered + kernels + of_second(program, tokens)
     return {
         "arguments": kept,
         "temporaries": temporaries,
         "peak": kept + temporaries,
         "floor": kept + saved_activations(decoder, "full", tokens, rows.seq, size),
     }
+
+
+def of_second(program: Program, tokens: int) -> int:
+    """Bytes that the forward pass of a second model takes, for `tokens` on one device: the hidden states that its head
+    is to have, one layer at work, and gathered weights, as in `estimate`."""
+    module, mesh = program.second, program.mesh
+    if module is None:
+        return 0
+    decoder, size, split = module.config, module.dtype.itemsize, mesh.shape["tensor"]
+    d, f = decoder.hidden_size, decoder.active_intermediate_size
+    inside = tokens * (4 * d + 3 * f // split) * size
+    gathered = 0
+    if any(mesh.shape[axis] > 1 for axis in ZERO_AXES):
+        layer = travelling(program.constants.second["layers"], size) // decoder.num_hidden_layers
+        gathered = (2 * layer + decoder.vocab_size * d * size) // split
+    return tokens * d * size + inside + gathered
 
 
 def travelling(params: Any, itemsize: int) -> int:

@@ -31,6 +31,7 @@ from jtune.models.decoder import numbered, stacks
 from jtune.models.delta import delta_config
 from jtune.models.value_head import VALUE_HEAD
 from jtune.planning.chips import peak_flops
+from jtune.train.program import Program
 from jtune.tuning import adapter_mask, is_node, lora, partition
 from jtune.tuning.lora import LoRA
 
@@ -100,6 +101,18 @@ def flops_per_token(
         nothing = jax.tree.map(lambda _: False, base)
         total += flops_per_token(config, base, nothing, lengths=lengths, label_share=label_share)
     return total
+
+
+def program_flops(program: Program, *, lengths: Sequence[int] | np.ndarray, label_share: float) -> float:
+    """`flops_per_token` of a program, that of its reference included."""
+    given = {"lengths": lengths, "label_share": label_share}
+    config, own = program.module.config, program.objective.anchored and program.second is None
+    total = flops_per_token(config, program.params, program.mask, reference=own, **given)
+    if program.second is None:
+        return total
+    params = program.constants.second
+    nothing = jax.tree.map(lambda _: False, params)
+    return total + flops_per_token(program.second.config, params, nothing, **given)
 
 
 def recomputed_per_token(config: DecoderConfig, params: Any, *, lengths: Sequence[int] | np.ndarray) -> float:

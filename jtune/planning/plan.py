@@ -20,6 +20,7 @@ from jtune.errors import DataError
 from jtune.evaluation.references import is_precomputed, no_reference, with_reference
 from jtune.loading.data import load_data
 from jtune.loading.model import with_remat
+from jtune.loading.second import with_second
 from jtune.loading.source import Source, fetch_model, read_bare_source, read_source
 from jtune.loading.vocabulary import is_changed
 from jtune.models import DecoderConfig
@@ -27,7 +28,7 @@ from jtune.planning.advise import Found, Work, advise, changed, search
 from jtune.planning.chips import device_memory, peak_flops, usable_memory
 from jtune.planning.compile import measure
 from jtune.planning.estimate import estimate, largest
-from jtune.planning.flops import flops_per_token, recomputed_per_token
+from jtune.planning.flops import program_flops, recomputed_per_token
 from jtune.planning.remat import fitting_remat
 from jtune.planning.shapes import abstract_program, batch_shapes, bytes_by_kind, global_bytes
 from jtune.planning.topology import topology_devices
@@ -92,6 +93,7 @@ def plan(
     if topology is None:
         use_compile_cache(config.training.compile_cache_dir)
     source, why = planned_source(config, fetch_model(config.model, weights=False))
+    source = with_second(source, weights=False)
     config, splits = source.config, None
     if source.tokenizer is not None:
         splits, why = read_rows(config, source)
@@ -179,14 +181,7 @@ def model_bytes(config: Config, source: Source, program: Program) -> int:
 
 
 def work_of(decoder: DecoderConfig, program: Program, batches: Batches) -> Work:
-    model = flops_per_token(
-        decoder,
-        program.params,
-        program.mask,
-        lengths=batches.lengths,
-        label_share=batches.label_share,
-        reference=program.objective.anchored,
-    )
+    model = program_flops(program, lengths=batches.lengths, label_share=batches.label_share)
     return Work(model, recomputed_per_token(decoder, program.params, lengths=batches.lengths))
 
 
@@ -213,7 +208,7 @@ def read_rows(config: Config, source: Source) -> tuple[Splits | None, str | None
     if not config.data.dataset:
         return None, NO_ROWS
     try:
-        return load_data(changed(config, do_train=True), source.tokenizer, source.decoder.vocab_size), None
+        return load_data(changed(config, do_train=True), source.tokenizer, source.vocab_size), None
     except DataError as error:
         return None, str(error).splitlines()[0]
 

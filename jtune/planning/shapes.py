@@ -16,6 +16,7 @@ from jtune.data import Sizes, array_shapes
 from jtune.errors import ConfigError
 from jtune.evaluation.references import of_step
 from jtune.loading.model import abstract_model, requested_remat, with_remat
+from jtune.loading.second import abstract_second
 from jtune.loading.source import Source
 from jtune.losses.batch import sharding_of
 from jtune.sharding.mesh import AXES
@@ -33,10 +34,12 @@ def abstract_program(config: Config, source: Source, mesh: Mesh | AbstractMesh, 
       platform: of the devices of the mesh: "tpu", "gpu", "cpu".
     """
     model = abstract_model(config, source, mesh, platform=platform)
+    second = None if source.second is None else abstract_second(source.second, mesh, platform=platform)
     policy = requested_remat(config.training, config.model)
     module = with_remat(model.module, "full" if policy == "auto" else policy, platform)
     objective = stage_of(config.finetuning.stage).objective(config.finetuning, config.training)
-    return make_program(config, model._replace(module=module), mesh, of_step(config, objective))
+    model = model._replace(module=module, second=second)
+    return make_program(config, model, mesh, of_step(config, objective))
 
 
 def batch_shapes(
@@ -76,9 +79,11 @@ def global_bytes(tree: Any) -> int:
 
 def bytes_by_kind(program: Program, batch: Any) -> dict[str, int]:
     """What a device holds between updates, exact but for the padding that a layout may need."""
+    second = program.constants.second if program.second is not None else None
     adapters, trained = tuning.partition(program.state.trainable, tuning.adapter_mask(program.state.trainable))
     return {
-        "frozen_parameters": local_bytes(program.constants),
+        "frozen_parameters": local_bytes(program.constants) - local_bytes(second),
+        "second_model": local_bytes(second),
         "trained_parameters": local_bytes(trained),
         "adapters": local_bytes(adapters),
         "optimizer_state": local_bytes(program.state.opt_state),

@@ -23,6 +23,7 @@ def show(result: Mapping[str, Any], say: Callable[[str], None] = print) -> None:
     say("memory of one device")
     names = {
         "frozen_parameters": "frozen parameters",
+        "second_model": "teacher or reference model",
         "trained_parameters": "trained parameters",
         "adapters": "adapters",
         "optimizer_state": "optimizer state",

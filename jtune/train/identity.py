@@ -26,6 +26,7 @@ from jtune.config import Config, optimizers, trackers
 from jtune.config.stages import rules_of
 from jtune.data import Plan, Splits, length_seed, order_seed, rows_are_packed
 from jtune.loading.source import Source
+from jtune.losses.reference import without_second
 from jtune.models import DecoderConfig
 from jtune.models.config import Layer
 from jtune.models.value_head import split_head
@@ -93,7 +94,6 @@ GROUPS: tuple[Group, ...] = (
     Group("identity", ("pref_loss", "pref_bco_weight"), lambda v: rules_of(v.stage).compares_answers),
     Group("identity", ("ref_model", "ref_model_adapters", "ref_model_quantization_bit"), _referred),
     Group("identity", ("ref_adapter",), lambda v: _referred(v) and _lora(v) and v.adapter_name_or_path),
-    Group("identity", ("teacher_model", "teacher_model_adapters", "teacher_model_quantization_bit")),
     # ---------------------------------------------------------------- what the optimizer's state means
     Group("identity", ("optim", "use_galore", "use_apollo", "use_adam_mini", "use_muon")),
     Group("identity", ("galore_target", "galore_rank", "galore_proj_type"), lambda v: v.use_galore),
@@ -128,6 +128,8 @@ GROUPS: tuple[Group, ...] = (
     Group("free", ("mix_strategy", "interleave_probs", "streaming", "buffer_size", "disable_shuffling")),  # data, order
     Group("free", ("data_seed", "packing", "cutoff_len", "num_train_epochs", "max_steps")),  # order, rows, updates
     Group("free", ("per_device_train_batch_size", "gradient_accumulation_steps")),  # examples per update
+    # second model
+    Group("free", ("teacher_model", "teacher_model_adapters", "teacher_model_quantization_bit")),
     Group("free", ("precompute_ref_log_probs",)),  # ref_model and its kin
     Group("free", ("init_special_tokens", "adafactor")),  # frozen weights; optim
     Group("free", ("train_sampling_strategy", "galore_layerwise", "apollo_layerwise")),  # order; max_grad_norm
@@ -184,8 +186,10 @@ def identity_of(
         "order": [order_seed(config), not finetuning.disable_shuffling, *other_order(config)],
         "rows": [rows_are_packed(config), config.data.cutoff_len],
         UPDATES: plan.max_steps,
-        "frozen weights": frozen_fingerprint(program.constants),
+        "frozen weights": frozen_fingerprint(without_second(program.constants)),
     }
+    if program.second is not None:
+        identity["second model"] = frozen_fingerprint(program.constants.second)
     if change is not None:
         identity["vocabulary"] = [source.decoder.vocab_size, list(change.new)]
     decoder, head = split_head(trainable)

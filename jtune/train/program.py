@@ -41,6 +41,7 @@ class Program(NamedTuple):
       constants: what a step takes and does not change (`jtune.losses.reference.step_constants`): arrays in a run,
         `jax.ShapeDtypeStruct`s in a plan.
       dropout_key: of the random draws of a step; None if it has none.
+      second: the module of the reference, where this is another model (`jtune.losses.reference.WithSecond`).
       rounding_key: of the rounding of parameters that are kept in bfloat16; None if there are none.
     """
 
@@ -55,6 +56,7 @@ class Program(NamedTuple):
     max_grad_norm: float = 1.0
     dropout_key: jax.Array | None = None
     rounding_key: jax.Array | None = None
+    second: CausalLM | None = None
 
 
 def make_program(
@@ -63,7 +65,7 @@ def make_program(
     """The train step of a model that is ready to train, on arrays or on shapes."""
     training, finetuning = config.training, config.finetuning
     trainable, frozen = tuning.partition(model.params, model.mask)
-    dtype = model.module.dtype
+    dtype, second = model.module.dtype, model.second if objective.anchored else None
     tx = optimizer_of(training, finetuning, trainable, model.module.config)
     running = objective.running if isinstance(objective, UnitObjective) else None
     float16 = dtype == jnp.float16
@@ -74,11 +76,12 @@ def make_program(
         params=abstract_like(model.params),
         mask=model.mask,
         state=abstract_state(trainable, tx, mesh, float16=float16, running=running),  # type: ignore[arg-type]
-        constants=step_constants(objective, trainable, frozen, dtype),
+        constants=step_constants(objective, trainable, frozen, dtype, second and second.params),
         mesh=mesh,
         max_grad_norm=training.max_grad_norm,
         dropout_key=step_key(objective, model.params, training.seed),
         rounding_key=jax.random.key(training.seed) if finetuning.pure_bf16 else None,
+        second=second and second.module,
     )
 
 
@@ -92,9 +95,9 @@ def losses_of(program: Program, sizes: Sizes) -> Losses:
     """What the step sums over a microbatch."""
     how = {"label_capacity": sizes.labelled, "batch_shards": batch_shards(program.mesh)}  # type: ignore[arg-type]
     if not isinstance(program.objective, UnitObjective):
-        return token_losses(make_loss_sum(program.module, objective=program.objective, **how))
-    other_capacity = sizes.other[1].labelled if sizes.other else 0
-    return make_unit_losses(program.module, program.objective, other_capacity=other_capacity, **how)
+        return token_losses(make_loss_sum(program.module, objective=program.objective, second=program.second, **how))
+    how |= {"other_capacity": sizes.other[1].labelled if sizes.other else 0, "second": program.second}
+    return make_unit_losses(program.module, program.objective, **how)
 
 
 def lower_step(program: Program, batch: Mapping[str, jax.ShapeDtypeStruct], sizes: Sizes) -> Any:
