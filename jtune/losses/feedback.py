@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jtune.config import FinetuningArguments, TrainingArguments
-from jtune.losses.units import UnitLoss, UnitMetrics, UnitObjective, Units, group_means, segment_means
+from jtune.losses.units import UnitLoss, UnitMetrics, UnitObjective, Units, group_means, log_ratios, segment_means
 
 
 def feedback_objective(finetuning: FinetuningArguments, training: TrainingArguments) -> UnitObjective:
@@ -43,7 +43,8 @@ def kto(beta: float, good: float = 1.0, bad: float = 1.0, ftx: float = 0.0) -> U
 
     def loss(units: Units) -> tuple[jax.Array, UnitMetrics]:
         policy, wanted, kl = units.policy[..., 0], units.wanted, units.shared["kl"]
-        ratio = policy - units.reference[..., 0]
+        ratio = log_ratios(units)[..., 0]
+        assert wanted is not None
         side = 2 * wanted - 1
         losses = (good * wanted + bad * (1 - wanted)) * jax.nn.sigmoid(beta * side * (kl - ratio))
         if ftx:
@@ -72,7 +73,8 @@ def group_statistics(first: Units, group: jax.Array, running: Any) -> tuple[dict
     Args:
       first: for each answer of the update its prompt with an answer to another one, and `wanted` of the answer itself.
     """
-    kl = jnp.maximum(group_means((first.policy - first.reference)[..., 0], first), 0)
+    assert first.wanted is not None
+    kl = jnp.maximum(group_means(log_ratios(first)[..., 0], first), 0)
     return {"kl": kl[group], "good_share": group_means(first.wanted, first)[group]}, running
 
 
