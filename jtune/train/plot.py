@@ -58,11 +58,11 @@ def plot_losses(log_history: list[dict[str, Any]], path: Path, title: str, unit:
     return True
 
 
-# What is drawn where it was logged: a title, and the keys, of which the first names the file.
+# What is drawn where it was logged: a title, the file, and the keys, each also as "eval_...".
 MEASURES = (
-    ("Accuracy", ("accuracy",)),
-    ("Share of pairs whose chosen answer has the greater reward", ("rewards/accuracies",)),
-    ("Rewards of chosen and rejected answers", ("rewards/chosen", "rewards/rejected")),
+    ("Accuracy", "training_eval_accuracy.png", ("accuracy",)),
+    ("Chosen answers of greater reward", "training_rewards_accuracies.png", ("rewards/accuracies",)),
+    ("Rewards of answers", "training_rewards_chosen.png", ("rewards/chosen", "rewards/rejected")),
 )
 
 
@@ -76,7 +76,7 @@ def plot_measures(log_history: list[dict[str, Any]], folder: Path, name: str) ->
       The files.
     """
     written = []
-    for title, keys in MEASURES if processes.is_first() else ():
+    for title, file, keys in MEASURES if processes.is_first() else ():
         series = {key: _points(log_history, key) for side in keys for key in (side, f"eval_{side}")}
         if not any(steps for steps, _ in series.values()):
             continue
@@ -90,11 +90,9 @@ def plot_measures(log_history: list[dict[str, Any]], folder: Path, name: str) ->
         axes.set_title(f"{title}: {name}", fontsize=11)
         axes.legend(frameon=False)
         _finish(axes)
-        logged = next(key for key, (steps, _) in series.items() if steps)
-        path = folder / f"training_{logged.replace('/', '_')}.png"
-        figure.savefig(path)
+        figure.savefig(folder / file)
         plt.close(figure)
-        written.append(path)
+        written.append(folder / file)
     return written
 
 

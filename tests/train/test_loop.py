@@ -229,7 +229,7 @@ def test_what_is_measured_of_preferences_is_logged_shown_and_drawn(tmp_path):
     assert "eval loss 0.6000  accuracy 0.7500  margin 0.75" in second
     drawn = plot.plot_measures(records, tmp_path, "run")
     assert [path.name for path in drawn] == ["training_rewards_accuracies.png", "training_rewards_chosen.png"]
-    scores = [{"step": 1, "loss": 0.5}, {"step": 1, "eval_accuracy": 0.5}]
+    scores = [{"step": 1, "loss": 0.5, "accuracy": 0.5}, {"step": 1, "eval_accuracy": 0.5}]
     assert [path.name for path in plot.plot_measures(scores, tmp_path, "run")] == ["training_eval_accuracy.png"]
     assert plot.plot_measures([{"step": 1, "loss": 0.5}], tmp_path, "run") == []
 

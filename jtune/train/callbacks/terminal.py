@@ -25,6 +25,7 @@ def describe_record(record: Mapping[str, Any]) -> str:
         "loss": "loss {:.4f}",
         "skipped_updates": "skipped {}",
         "eval_loss": "eval loss {:.4f}",
+        "accuracy": "accuracy {:.2f}",
         "eval_accuracy": "accuracy {:.4f}",
         "rewards/accuracies": "accuracy {:.2f}",
         "eval_rewards/accuracies": "accuracy {:.4f}",
