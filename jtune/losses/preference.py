@@ -112,7 +112,7 @@ def pair_of(units: Units, names: Mapping[str, float]) -> Pair:
 def metrics_of(units: Units, pair: Pair, names: Mapping[str, float], beta: float) -> UnitMetrics:
     """What LLaMA-Factory logs of pairs. Rewards are beta times what the losses compare: sums, or means of tokens."""
     on_means = set(names) <= ON_MEANS
-    tie = 0.0 if units.reference is None else TIE
+    tie = 0.0 if units.reference is None else TIE / jnp.maximum(jnp.min(units.counts, axis=-1), 1) if on_means else TIE
     chosen, rejected = (pair.mean_chosen, pair.mean_rejected) if on_means else (pair.chosen, pair.rejected)
     logps = (pair.logp_chosen, pair.logp_rejected) if on_means else jnp.moveaxis(log_probabilities(units), -1, 0)
     values = {

@@ -77,8 +77,8 @@ def group_means(values: jax.Array, units: Units) -> jax.Array:
 
 
 def log_ratios(units: Units) -> jax.Array:
-    """By how much the policy finds segments likelier than the reference does, `[U, S]`; `policy` if there is none."""
-    return units.policy if units.reference is None else units.policy - units.reference
+    """By how much the policy finds segments likelier than the reference: `[U, S]`. Without one, log-probabilities."""
+    return log_probabilities(units) if units.reference is None else units.policy - units.reference
 
 
 def segment_means(units: Units) -> jax.Array:
