@@ -8,7 +8,7 @@ import numpy as np
 
 from jtune import tuning
 from jtune.config import FinetuningArguments, TrainingArguments
-from jtune.losses.batch import make_loss_sum
+from jtune.losses.batch import make_loss_sum, token_losses
 from jtune.losses.objective import PLAIN
 from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.train.optimizer import optimizer_of
@@ -83,7 +83,7 @@ def step_for(params, mask, batch, *, shards=1, clip=1.0, dtype=jnp.float32, floa
     tx = adamw(trainable)
     capacity = batch["input_ids"].shape[1] // shards * batch["input_ids"].shape[2]
     loss_sum = make_loss_sum(CausalLM(CONFIG, dtype=dtype), label_capacity=capacity, batch_shards=shards)
-    step = make_train_step(loss_sum, tx, max_grad_norm=clip, dropout_key=dropout_key)
+    step = make_train_step(token_losses(loss_sum), tx, max_grad_norm=clip, dropout_key=dropout_key)
     return init_state(trainable, tx, float16=float16), frozen, step
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-from jtune.commands.rows import BRACKETS, GIVEN, TRAINED, json_rows, marked, sides, statistics
+from jtune.commands.rows import BRACKETS, GIVEN, TRAINED, describe_row, json_rows, marked, sides, statistics
 from jtune.config import Config
 from jtune.config.stages import rules_of
 from jtune.data.pipeline import Splits, Wanted, load_datasets
@@ -68,7 +68,8 @@ def show(config: Config, splits: Splits, template: Template, rows: int, console:
     assert encoded is not None
     for i in range(min(rows, len(encoded))):
         for name, side in sides(encoded).items():
-            title = f"row {i + 1} of {len(encoded)}{name and f', {name}'}: {side.lengths[i]} tokens"
+            about = ", ".join(filter(None, [f"row {i + 1} of {len(encoded)}", name, describe_row(encoded, i, name)]))
+            title = f"{about}: {side.lengths[i]} tokens"
             console.print(Text(title, style="bold"))
             console.print(marked(side[i], template.tokenizer, styled=console.is_terminal))
             console.print()
@@ -82,7 +83,8 @@ def show(config: Config, splits: Splits, template: Template, rows: int, console:
 
 
 def check_rows(config: Config, out: TextIO | None = None) -> int:
-    """Read and encode all sets of `config`, and name every row that is left out, with its place and the reason.
+    """Read and encode all sets of `config`, and name every row that is left out, with its place and the reason; of
+    pairs and feedback also those that are learned from, but teach little (equal, empty or cut answers).
 
     Returns:
       0, or 3 where more is left out than `max_dropped` allows.
@@ -99,6 +101,9 @@ def check_rows(config: Config, out: TextIO | None = None) -> int:
         for dropped in report.dropped:
             for place in dropped.examples:
                 print(f"{place}: {dropped.reason}", file=out)
+        for note in report.notes:
+            for line in note.named():
+                print(line, file=out)
         return report
 
     streamed = []

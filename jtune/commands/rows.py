@@ -20,9 +20,28 @@ BINS = 12  # of the histogram of lengths
 BAR = 40  # characters of its longest bar
 
 
+TAGS = "kto_tags"  # the column of feedback
+
+
 def sides(encoded: Encoded) -> dict[str, Encoded]:
-    """The chosen and the rejected side of pairs; for other rows, the examples themselves, without a name."""
-    return {"chosen": encoded, "rejected": encoded.rejected} if encoded.prefix else {"": encoded}
+    """What a row consists of, by name: both answers of a pair; an answer that is good or not and, for KTO's estimate of
+    the divergence, its prompt with another one's answer. Other rows are one, without a name.
+    """
+    if encoded.prefix:
+        return {"chosen": encoded, "rejected": encoded.rejected}
+    if TAGS in encoded.table.column_names:
+        return {"answer": encoded, "KL": Encoded(encoded.table, encoded.kept, "kl_")}
+    return {"": encoded}
+
+
+def describe_row(encoded: Encoded, row: int, side: str) -> str:
+    """What is said of a side of a row besides its name: whether an answer is good, or by how much it is better."""
+    names = encoded.table.column_names
+    if side == "answer":
+        return "good" if encoded.rows[row][TAGS] else "bad"
+    if side == "chosen" and "margin" in names:
+        return f"margin {encoded.rows[row]['margin']:g}"
+    return "with the answer of another row (measured, not trained on)" if side == "KL" else ""
 
 
 def json_rows(encoded: Encoded, rows: int) -> Iterator[str]:
@@ -50,15 +69,21 @@ def statistics(config: Config, encoded: Encoded, stream: Stream | None = None) -
     """Tokens, lengths, and the batches of an epoch on one device; of a stream, those of the run: `encoded` is then its
     first window.
     """
-    lengths = np.concatenate([side.lengths for side in sides(encoded).values()])
+    read = sides(encoded)
+    other = read.pop("KL", None)
+    lengths = np.concatenate([side.lengths for side in read.values()])
     tokens = int(lengths.sum(dtype=np.int64))
-    learned = sum(int(side.labelled.sum(dtype=np.int64)) for side in sides(encoded).values())
+    learned = sum(int(side.labelled.sum(dtype=np.int64)) for side in read.values())
+    rows, what = ("pairs", "an answer and its prompt") if encoded.prefix else ("rows", "a row")
     lines = [
-        f"{len(encoded)} rows, {tokens} tokens, {learned} of them trained on ({learned / tokens:.1%})",
-        f"tokens in {'an answer and its prompt' if encoded.prefix else 'a row'}: mean {lengths.mean():.0f}, median "
-        f"{np.median(lengths):.0f}, longest {lengths.max()}",
+        f"{len(encoded)} {rows}, {tokens} tokens, {learned} of them trained on ({learned / tokens:.1%})",
+        f"tokens in {what}: mean {lengths.mean():.0f}, median {np.median(lengths):.0f}, longest {lengths.max()}",
         *histogram(lengths),
     ]
+    if other is not None:
+        good = int(np.count_nonzero(encoded.rows[TAGS][:]))
+        lines.append(f"{good} good answers, {len(encoded) - good} bad")
+        lines.append(f"KL: {len(other)} rows, {int(other.lengths.sum(dtype=np.int64))} tokens, none of them trained on")
     if not rules_of(config.finetuning.stage).learns_tokens:
         return "\n".join(lines)
     plan = plan_updates(config, encoded, 1, stream)

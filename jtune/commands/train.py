@@ -17,11 +17,13 @@ from jax.sharding import Mesh
 
 from jtune import tuning
 from jtune.config import Config
-from jtune.data import Plan, Splits, Template, plan_updates
+from jtune.config.stages import rules_of
+from jtune.data import Plan, Splits, Template, plan_updates, segments_of
 from jtune.distributed import exchange, processes, shutdown
 from jtune.distributed.command import command_to_go_on
 from jtune.errors import Preempted
 from jtune.evaluation.measures import Measures, finish, log_samples, make_measures
+from jtune.evaluation.references import TRAIN, of_step, precompute, with_reference
 from jtune.evaluation.text_metrics import check_installed
 from jtune.interop import peft, serving
 from jtune.interop.endings import Endings, resolve_endings
@@ -31,6 +33,7 @@ from jtune.loading.second import fetch_second, load_second, with_second
 from jtune.loading.source import Source, fetch_model, read_source
 from jtune.losses.objective import PLAIN, Objective, describe_objective
 from jtune.losses.reference import frozen_of
+from jtune.losses.units import UnitObjective
 from jtune.planning.chips import usable_memory
 from jtune.planning.flops import make_rates, program_flops
 from jtune.planning.remat import fitting_remat
@@ -82,7 +85,10 @@ def train(config: Config) -> dict[str, Any]:
     model = prepare_model(config, source, rows, mesh)
     objective = stage_of(config.finetuning.stage).objective(config.finetuning, training)
     end_ids = (rows.template.end_id,) if training.predict_with_generate else ()
-    measures = make_measures(config, source, rows.splits, model.module, objective, end_ids=end_ids)
+    references = precompute(config, model, rows.splits, mesh, objective)
+    measures = make_measures(
+        config, source, rows.splits, model.module, objective, end_ids=end_ids, references=references
+    )
     if not training.do_train:
         log_samples(measures, model.params)
         return finish(config, source, rows.splits, measures, model.params)
@@ -91,10 +97,10 @@ def train(config: Config) -> dict[str, Any]:
     assert rows.splits.train is not None
     assert rows.endings is not None
     files = ModelFiles(config, source, model.mask, rows.endings)
-    plan = prepare_plan(config, rows.splits, mesh)
-    program = prepare_program(config, model, mesh, objective, plan)
+    plan = with_reference(prepare_plan(config, rows.splits, mesh), references.get(TRAIN))
+    program = prepare_program(config, model, mesh, of_step(config, objective), plan)
     trainable = tuning.partition(model.params, model.mask)[0]
-    rates = make_rates(model_flops(program, rows.splits), mesh)
+    rates = make_rates(model_flops(config, program, rows.splits), mesh)
     parameters = tuning.count(model.params)
 
     # ------------------------------------------------------------------ start or resume
@@ -266,24 +272,26 @@ def schedule_of(config: Config, plan: Plan):
     )
 
 
-def prepare_program(config: Config, model: Model, mesh: Mesh, objective: Objective, plan: Plan) -> Program:
+def prepare_program(
+    config: Config, model: Model, mesh: Mesh, objective: Objective | UnitObjective, plan: Plan
+) -> Program:
     """The train step, with the remat policy that memory allows: the same in all processes."""
     program = make_program(config, model, mesh, objective)
     if objective != PLAIN:
         log.info("%s", describe_objective(objective))
     device = mesh.local_devices[0]
     usable = min(map(int, exchange.all_gather("memory", str(usable_memory(device)))))
-    capacities = {(s.accum, s.batch, s.seq): plan.label_capacity(s) for s in plan.shapes}
+    sizes = {(s.accum, s.batch, s.seq): plan.sizes(s) for s in plan.shapes}
     abstract = program._replace(constants=abstract_like(program.constants))
-    policy = fitting_remat(config, abstract, capacities, device.device_kind, usable)
+    policy = fitting_remat(config, abstract, sizes, device.device_kind, usable)
     return program._replace(module=with_remat(model.module, policy, mesh.devices.flat[0].platform))
 
 
-def model_flops(program: Program, splits: Splits) -> float:
+def model_flops(config: Config, program: Program, splits: Splits) -> float:
     """FLOPs of a token in training."""
     assert splits.train is not None
-    lengths, labelled = splits.train.lengths, splits.train.labelled
-    return program_flops(program, lengths=lengths, label_share=labelled.sum() / lengths.sum())
+    rows = segments_of(splits.train, rules_of(config.finetuning.stage))
+    return program_flops(program, lengths=rows.lengths, label_share=rows.labelled.sum() / rows.lengths.sum())
 
 
 # ---------------------------------------------------------------------- train and finish

@@ -20,6 +20,7 @@ from jtune.config.fields import (
     SHARE,
     SIZE_OR_REST,
     STEPS,
+    UP_TO_HALF,
     UPDATES,
     arg,
     at_least,
@@ -208,7 +209,7 @@ class FinetuningArguments:
     pref_ftx: float = arg(0.0, "stages dpo, kto: weight of the cross-entropy of chosen answers, added", at_least(0))
     pref_bco_weight: float = arg(0.0, "stage dpo: weight of the BCO loss beside pref_loss (as in MPO)", at_least(0))
     dpo_label_smoothing: float = arg(
-        0.0, "stage dpo: share of pairs whose labels are expected to be swapped", at_least(0)
+        0.0, "stage dpo: share of pairs whose labels are expected to be swapped", UP_TO_HALF
     )
     simpo_gamma: float = arg(0.5, "pref_loss: simpo: the margin between rewards that it asks for", at_least(0))
     discopop_tau: float = arg(0.05, "pref_loss: discopop: temperature of its blend of two losses", POSITIVE)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from jtune.config import optimizers, trackers
+from jtune.config import optimizers, preference, trackers
 from jtune.config.arguments import FIELDS
 from jtune.config.foreign import FOREIGN, TRAINING, verdict
 from jtune.config.kinds import Mismatch, coerce, describe_kind
@@ -61,6 +61,11 @@ def check(
         where = given["flash_attn"].origin
         notes.append(f"{where}: flash_attn: {values['flash_attn']} is for torch; {_ATTENTION[values['flash_attn']]}")
     notes += [f"{given[name].origin}: {note}" for name, note in optimizers.notes(values)]
+    if command in TRAINING:
+        changed = [name for name, value in values.items() if value != FIELDS[name].default]
+        every = SimpleNamespace(**{name: field.default for name, field in FIELDS.items()} | values)
+        for name, note in preference.notes(every, values.keys(), changed):
+            notes.append(f"{given[name].origin if name in given else origin}: {note}")
     default = FIELDS["buffer_size"].default
     if not values.get("streaming") and values.get("buffer_size", default) != default:
         notes.append(f"{given['buffer_size'].origin}: buffer_size is ignored without streaming: true")
@@ -164,6 +169,7 @@ def rules(given: Mapping[str, Any], command: str) -> Iterator[Rule]:
         yield from optimizers.faults(v)
         if command != "data":
             yield from _losses(v)
+            yield from preference.faults(v)
         if v.streaming:
             yield from _streaming(v, command)
     if command == "train":
@@ -221,8 +227,8 @@ def _method(v: SimpleNamespace, command: str) -> Iterator[Rule]:
         message = "lora_target: lm_head gets new rows (resize_vocab), so all of it trains: leave it out"
         yield ("lora_target", "resize_vocab"), f"{message}, or name the modules that train whole in additional_target"
     if command in TRAINING and command != "data" and not rules_of(v.stage).trains:
-        trained = " and ".join(name for name, rules in RULES.items() if rules.trains)
-        message = f"stage: {v.stage}: preference training is not built yet; jtune trains stages {trained}"
+        trained = ", ".join(name for name, rules in RULES.items() if rules.trains)
+        message = f"stage: {v.stage}: it is not built; jtune trains stages {trained}"
         yield ("stage",), message
 
 
@@ -264,13 +270,13 @@ def _data(v: SimpleNamespace) -> Iterator[Rule]:
     if v.train_on_prompt and v.mask_history:
         yield ("mask_history", "train_on_prompt"), "mask_history and train_on_prompt contradict each other: choose one"
     stage = rules_of(v.stage)
-    if not stage.has_prompts:
-        for name in ("train_on_prompt", "mask_history"):
-            if getattr(v, name):
-                yield (name, "stage"), f"{name} is only for stage sft: stage {stage.name} has no prompts"
-        if v.overlong != "truncate" and joins_texts(v.packing):
-            message = f"overlong: {v.overlong} is not for packed text, which is cut every cutoff_len"
-            yield ("overlong", "packing"), f"{message}: set packing: false"
+    for name in ("train_on_prompt", "mask_history"):
+        if getattr(v, name) and (stage.has_preferences or not stage.has_prompts):
+            why = "learns the answers that are compared" if stage.has_prompts else "has no prompts"
+            yield (name, "stage"), f"{name} is only for stage sft: stage {stage.name} {why}"
+    if not stage.has_prompts and v.overlong != "truncate" and joins_texts(v.packing):
+        message = f"overlong: {v.overlong} is not for packed text, which is cut every cutoff_len"
+        yield ("overlong", "packing"), f"{message}: set packing: false"
     if v.overlong == "split" and stage.has_preferences:
         yield ("overlong", "stage"), f"overlong: split is not for stage {v.stage}: choose truncate, drop or error"
     if v.val_size and v.eval_dataset:
@@ -325,9 +331,10 @@ def _losses(v: SimpleNamespace) -> Iterator[Rule]:
     if v.use_asft_loss and v.ref_model:
         message = "ref_model: the reference of use_asft_loss is the model at the start: leave ref_model out"
         yield ("ref_model", "use_asft_loss"), message
-    for name in ("label_smoothing_factor", "neftune_noise_alpha"):
-        if getattr(v, name) and not rules_of(v.stage).learns_tokens:
-            yield (name, "stage"), f"{name} is only for stages pt and sft, not {v.stage}: leave it out"
+    if v.label_smoothing_factor and not rules_of(v.stage).learns_tokens:
+        hint = ", or set dpo_label_smoothing" if rules_of(v.stage).compares_answers else ""
+        message = f"label_smoothing_factor is only for stages pt and sft, not {v.stage}: leave it out{hint}"
+        yield ("label_smoothing_factor", "stage"), message
 
 
 def _numbers(v: SimpleNamespace) -> Iterator[Rule]:
@@ -363,10 +370,16 @@ def _evaluation(v: SimpleNamespace) -> Iterator[Rule]:
         yield (name.split(":")[0], "eval_dataset", "val_size", "do_eval"), message
     if v.eval_samples and not (v.do_eval or scheduled or v.eval_on_start):
         yield ("eval_samples", "eval_strategy"), "evaluations show eval_samples: set eval_strategy: steps"
-    for wanted in ("do_predict", "predict_with_generate"):
-        if getattr(v, wanted) and not rules_of(v.stage).answers:
-            yield (wanted, "stage"), f"{wanted} is only for stage sft, not {v.stage}: do_eval measures the loss"
-    if v.do_predict and not v.predict_with_generate and rules_of(v.stage).answers:
+    stage = rules_of(v.stage)
+    if v.predict_with_generate and not stage.answers:
+        message = f"predict_with_generate is only for stage sft, not {v.stage}: do_eval measures the loss"
+        yield ("predict_with_generate", "stage"), message
+    if v.do_predict and not (stage.answers or stage.scores):
+        message = (
+            f"do_predict is only for stages sft (answers) and rm (scores), not {v.stage}: do_eval measures the loss"
+        )
+        yield ("do_predict", "stage"), message
+    if v.do_predict and not v.predict_with_generate and stage.answers:
         message = "do_predict writes answers: set predict_with_generate: true (do_eval measures the loss)"
         yield ("do_predict", "predict_with_generate"), message
     if v.load_best_model_at_end and v.save_only_model:
@@ -386,7 +399,9 @@ def _evaluation(v: SimpleNamespace) -> Iterator[Rule]:
 
 
 def _known_metric(v: SimpleNamespace, wanted_by: str) -> Iterator[Rule]:
-    kinds = ["loss", *(["accuracy"] if v.compute_accuracy else []), *(SIMILARITY if v.predict_with_generate else ())]
+    tokens = v.compute_accuracy and not rules_of(v.stage).has_preferences
+    kinds = ["loss", *(["accuracy"] if tokens else []), *(SIMILARITY if v.predict_with_generate else ())]
+    kinds += preference.metrics(v)
     each = v.eval_on_each_dataset and v.eval_dataset
     known = [f"{name}_{kind}" for name in v.eval_dataset for kind in kinds] if each else kinds
     name = (v.metric_for_best_model or "loss").removeprefix("eval_")

@@ -19,6 +19,7 @@ def at_least(low: float) -> Range:
 
 POSITIVE = Range("above 0", lambda x: x > 0)
 SHARE = Range("between 0 and 1", lambda x: 0 <= x <= 1)
+UP_TO_HALF = Range("between 0 and 0.5", lambda x: 0 <= x <= 0.5)
 BELOW_ONE = Range("at least 0 and below 1", lambda x: 0 <= x < 1)
 SEED = Range("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)
 STEPS = Range("a whole number of steps, or below 1 a share of the run", lambda x: x >= 0 and (x < 1 or x == int(x)))

@@ -98,6 +98,8 @@ def _filled_in(values: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("packing") is None and rules_of(values.get("stage", "sft")).has_prompts:
         # Stage pt keeps None: it packs by default, with rows a token longer than with packing: true, as LLaMA-Factory.
         values["packing"] = False
+    if rules_of(values.get("stage", "sft")).has_reference:
+        values["lora_dropout"] = 0.0  # a model is compared with its reference: both are computed alike
     if values.get("disable_shuffling") or values.get("train_sampling_strategy") == "sequential":
         values |= {"disable_shuffling": True, "train_sampling_strategy": "sequential"}
     if any(values.get(f"use_{name}") and values.get(f"{name}_layerwise") for name in ("galore", "apollo")):

@@ -12,8 +12,9 @@ def joins_texts(packing: bool | None) -> bool:
 
 
 def packs_examples(data: DataArguments, stage: StageRules) -> bool:
-    """Whether several examples share a row. Blocks of joined documents are rows already."""
-    return bool(data.neat_packing or (data.packing and stage.rows != "text"))
+    """Whether rows are made of several examples, once for the run. Blocks of joined documents are rows already; units
+    of preferences are what is counted, and lie in rows update by update."""
+    return not stage.has_preferences and bool(data.neat_packing or (data.packing and stage.rows != "text"))
 
 
 def longest_example(data: DataArguments, stage: StageRules) -> int:

@@ -54,9 +54,9 @@ RULES = {
     for rules in (
         StageRules("pt", "text"),
         StageRules("sft", "conversation", token_losses=True, answers=True),
-        StageRules("rm", "pair", trains=False, scores=True),
-        StageRules("dpo", "pair", trains=False),
-        StageRules("kto", "feedback", trains=False),
+        StageRules("rm", "pair", scores=True),
+        StageRules("dpo", "pair"),
+        StageRules("kto", "feedback"),
         StageRules("ppo", "conversation", encodes=False, trains=False),
     )
 }

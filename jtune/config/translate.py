@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,11 @@ def _same(name: str, first: Any, second: Any) -> bool:
 
 
 def _asks_nothing(name: str, value: Any) -> bool:
-    return value == FIELDS[name].default if name in FIELDS else is_inert(name, value)
+    if name not in FIELDS:
+        return is_inert(name, value)
+    with suppress(Mismatch):  # not of its type, which the check will say
+        return coerce(FIELDS[name].type, value) == FIELDS[name].default
+    return False
 
 
 def _value(old: Any, new: Any) -> str:

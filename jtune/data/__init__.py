@@ -8,6 +8,16 @@
 from jtune.data.batching.evaluation import EvalBatch, EvalPlan, eval_batches
 from jtune.data.batching.stream import StreamPlan
 from jtune.data.batching.train import packing_windows
+from jtune.data.batching.units import (
+    Segments,
+    Sizes,
+    UnitSet,
+    array_shapes,
+    assumed_sizes,
+    grouped,
+    segments_of,
+    units_of,
+)
 from jtune.data.batching.updates import Plan, length_seed, order_seed, plan_updates, rows_are_packed
 from jtune.data.encode.encoded import Encoded, check_id, check_vocabulary
 from jtune.data.pipeline import Splits, load_datasets
@@ -22,14 +32,20 @@ __all__ = [
     "EvalPlan",
     "Plan",
     "Report",
+    "Segments",
+    "Sizes",
     "Splits",
     "Stream",
     "StreamPlan",
     "Template",
+    "UnitSet",
+    "array_shapes",
+    "assumed_sizes",
     "check_id",
     "check_vocabulary",
     "eval_batches",
     "get_template",
+    "grouped",
     "length_seed",
     "load_datasets",
     "load_tokenizer",
@@ -37,5 +53,7 @@ __all__ = [
     "packing_windows",
     "plan_updates",
     "rows_are_packed",
+    "segments_of",
     "template_of",
+    "units_of",
 ]

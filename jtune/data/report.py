@@ -31,6 +31,12 @@ class Note:
     count: int  # rows
     items: tuple[str, ...]  # which tokens, keys ..., the most frequent first
     first: str  # place of the first row
+    more: tuple[str, ...] = ()  # places of further rows, of kinds in ROW_NOTES
+
+    def named(self) -> Iterator[str]:
+        """A line for each row, where it is of each that is said what is the matter with it."""
+        for place in (self.first, *self.more) if self.kind in ROW_NOTES else ():
+            yield f"{place}: {ROW_NOTES[self.kind]}"
 
     def __str__(self) -> str:
         rest = len(self.items) - REASONS
@@ -45,6 +51,18 @@ NOTES = {
     "thoughts": "{rows} thoughts, which the template has no place for: they are learned as text in {items}",
     "tools": "{rows} {items}, which the chat template does not write",
     "unused": "keys of messages not used: {items}; {rows} such",
+    "equal": "{rows} the same answer as chosen and as rejected, which teaches nothing",
+    "late": "{rows} answers that differ only beyond cutoff_len, where they are cut, and so teach nothing",
+    "empty": "{rows} an answer without text, of which only the end is learned",
+    "long": "{rows} more tokens than cutoff_len, and are cut",
+}
+
+# Of pairs and marked answers: what is the matter with a row, each of which `jtune data --check` names.
+ROW_NOTES = {
+    "equal": "the chosen and the rejected answer are the same",
+    "late": "the answers differ only beyond cutoff_len, where they are cut",
+    "empty": "an answer without text",
+    "long": "longer than cutoff_len, and cut",
 }
 
 
@@ -78,8 +96,8 @@ class SetReport:
         return self.read - self.left_out
 
     def remarks(self) -> list[str]:
-        """What is to be said of rows that are learned from."""
-        return [f"{self.name}: {note}" for note in self.notes]
+        """What is to be said of rows that are learned from; how many are cut, the sentence says."""
+        return [f"{self.name}: {note}" for note in self.notes if note.kind != "long"]
 
     def sentence(self) -> str:
         """
@@ -125,7 +143,9 @@ def _added(notes: Sequence[Note], more: Sequence[Note]) -> Iterator[Note]:
 def report_of(saved: Mapping[str, Any]) -> SetReport:
     """The report that `dataclasses.asdict` made this of, also where JSON was in between."""
     dropped = tuple(Dropped(d["reason"], d["count"], tuple(d["examples"])) for d in saved["dropped"])
-    notes = tuple(Note(**{**n, "items": tuple(n["items"])}) for n in saved.get("notes", ()))
+    notes = tuple(
+        Note(**{**n, "items": tuple(n["items"]), "more": tuple(n.get("more", ()))}) for n in saved.get("notes", ())
+    )
     return SetReport(**{**saved, "dropped": dropped, "notes": notes})
 
 

@@ -1,8 +1,9 @@
 """How good the model of a run is: the losses of its evaluation sets, answers to them, and samples to look at."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -12,9 +13,11 @@ from jtune.data import Splits
 from jtune.errors import DataError
 from jtune.evaluation import predict
 from jtune.evaluation.loss import make_loss
+from jtune.evaluation.units import Reference, make_unit_loss
 from jtune.generation.settings import describe_sampling, read_generation_config, sampling_of
 from jtune.loading.source import Source
 from jtune.losses.objective import Objective
+from jtune.losses.units import UnitObjective
 from jtune.models import CausalLM
 from jtune.sharding import batch_shards
 from jtune.train import results
@@ -41,20 +44,25 @@ def make_measures(
     source: Source,
     splits: Splits,
     module: CausalLM,
-    objective: Objective,
+    objective: Objective | UnitObjective,
     *,
     end_ids: Sequence[int],
+    references: Mapping[str, Reference] = MappingProxyType({}),
 ) -> Measures:
     """The measures that the arguments ask for.
 
     Args:
       end_ids: tokens that end an answer, besides those of the tokenizer and of generation_config.json.
+      references: see `jtune.evaluation.units.make_unit_loss`.
     """
     training, generating, tokenizer = config.training, config.generating, source.tokenizer
     mesh = module.mesh
     assert isinstance(mesh, Mesh)
-    _check_labelled(splits, training)
-    loss = make_loss(module, splits.eval, mesh, config, objective.eval_loss)
+    if isinstance(objective, UnitObjective):
+        loss = make_unit_loss(module, splits.eval, mesh, config, objective, references)
+    else:
+        _check_labelled(splits, training)
+        loss = make_loss(module, splits.eval, mesh, config, objective.eval_loss)
     answers = samples = None
     if training.predict_with_generate:
         stop_ids = (*predict.stop_ids(tokenizer), *end_ids)

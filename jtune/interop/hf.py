@@ -42,8 +42,7 @@ from jtune.tuning.quantize import Form, apply, chosen, quantize
 
 GENERATION = "generation_config.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-# What a decoder of ours does not use, though some files hold it: buffers that follow from the config.
-# Or say how others round activations to float8.
+# What a decoder of ours does not use, though some files hold it: buffers that follow from the config, float8 scales.
 UNUSED = (
     "rotary_emb.inv_freq",
     "attn.masked_bias",
@@ -52,6 +51,7 @@ UNUSED = (
     ".attention.masked_bias",
     ".activation_scale",
     ".input_scale",
+    "score.weight",  # of a classifier: `jtune.interop.value_head` reads it
 )
 PIECE_BYTES = 2**28  # of a leaf, read at a time; or one layer of it, where that is more
 STORED = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn")  # what a config.json may say of its weights
@@ -82,7 +82,7 @@ def fetch(
         raise DataError(f"{path}: there is no such folder")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.model", "*.jinja", "*.txt", *(["*.safetensors"] if weights else [])]
+    patterns = ["*.json", "*.model", "*.jinja", "*.txt", *(["*.safetensors", "value_head.bin"] if weights else [])]
     try:
         return Path(
             snapshot_download(path, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=patterns)

@@ -24,7 +24,7 @@ from jtune.secrets import redact, words_to_show
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "transformers", "tokenizers", "datasets", "numpy")
 # Of a run's identity: digests that were computed anyway.
-FINGERPRINTS = ("data", "frozen weights", "base weights")
+FINGERPRINTS = ("data", "frozen weights", "base weights", "value head")
 
 
 def describe(config: Config, base: Path, identity: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from jtune.interop import peft
 from jtune.interop.peft_shapes import adapter_shapes
 from jtune.loading import vocabulary
 from jtune.loading.source import Source
+from jtune.loading.value_head import head_shapes, load_value_head, scores, with_value_head
 from jtune.models import CausalLM, DecoderConfig, abstract_params, init_params
 from jtune.models.attention import choose
 from jtune.sharding import arrays, check_experts, tree_shardings
@@ -53,6 +54,10 @@ def load_model(config: Config, source: Source, mesh: Mesh) -> Model:
         params = read_base(args, source, mesh, seed=seed)
     dtype = compute_dtype(config, source)
     params, mask = tuned(config, source, params, dtype, adapter_reader(args))
+    if scores(config):
+        width, trains = source.decoder.hidden_size, config.training.do_train
+        head = load_value_head(config, source.value_head, width, trains=trains)
+        params, mask = with_value_head(params, mask, head)
     params = jax.tree.map(arrays.put, params, placement(params, source.decoder, mesh))
     backend, why = attention_of(config, source, mesh, dtype)
     log.info("attention: %s (%s)", backend, why)
@@ -76,6 +81,8 @@ def abstract_model(config: Config, source: Source, mesh: Mesh | AbstractMesh, *,
         kept = quantize.placed(quantize.apply(params, form_of(config.model)), source.decoder, of_devices)
         read = lambda params, decoder, path: adapter_shapes(params, decoder, path, config)
         params, mask = tuned(config, source, kept, dtype, read)
+        if scores(config):
+            params, mask = with_value_head(params, mask, head_shapes(source.decoder.hidden_size))
         masks.append(mask)
         return params
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from jtune.config import Config, ModelArguments
 from jtune.errors import ConfigError
-from jtune.interop import hf
+from jtune.interop import hf, value_head
 from jtune.loading.rope import with_rope_scaling
+from jtune.loading.value_head import head_folder, scores
 from jtune.loading.vocabulary import resolve_vocabulary
 from jtune.models import DecoderConfig
 from jtune.models.families import decoder_config
@@ -27,6 +28,7 @@ class Source(NamedTuple):
     tokenizer: Any = None  # None: the model has none, and none is needed
     change: Change | None = None  # from the stored vocabulary to that of the run
     resized: bool = False  # an adapter must hold the tables: their rows are not the base's
+    value_head: Path | None = None  # the folder of the value head; None: it is drawn, or the stage has none
     second: "Source | None" = None  # of the model beside this one, if there is one (`jtune.loading.second`)
 
     @property
@@ -78,12 +80,16 @@ def read_source(config: Config, folder: Path | None = None, *, trains: bool = Tr
         vocabulary.tokenizer,
         vocabulary.change,
         vocabulary.resized,
+        head_folder(config, folder),
     )
 
 
 def read_bare_source(config: Config, folder: Path, *, trains: bool = True) -> Source:
     """`read_source` without a tokenizer, the vocabulary as it is stored."""
-    config_json = with_rope_scaling(hf.read_config(folder), config, trains=trains)
+    stored = hf.read_config(folder)
+    if scores(config) and value_head.is_classifier(stored):
+        stored = value_head.without_labels(stored)
+    config_json = with_rope_scaling(stored, config, trains=trains)
     decoder = decoder_of(config_json, config.model) if trains else decoder_config(config_json)
     return Source(folder, config_json, decoder, config)
 

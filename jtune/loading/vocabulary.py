@@ -18,6 +18,7 @@ from jtune.data.tokens.tokenizer import add_model_tokens, ids_of
 from jtune.errors import ConfigError, DataError
 from jtune.interop import hf, peft
 from jtune.interop.layout import in_place
+from jtune.loading.value_head import adapter_folders
 from jtune.models import DecoderConfig, abstract_params
 from jtune.models.families import decoder_config
 from jtune.models.families.wrapped import with_text
@@ -66,7 +67,7 @@ def resolve_vocabulary(config: Config, folder: Path, decoder: DecoderConfig) -> 
       DataError: a tokenizer or an adapter cannot be read.
     """
     args = config.model
-    adapters = [hf.fetch(path, **args.hub) / (args.adapter_folder or "") for path in args.adapter_name_or_path]
+    adapters = adapter_folders(args)
     decoder, unties = untied(decoder, folder, adapters)
     tokenizer = load_tokenizer(str(folder), split_special_tokens=args.split_special_tokens)
     chat = config.data.template is None and rules_of(config.finetuning.stage).has_prompts

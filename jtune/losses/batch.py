@@ -1,10 +1,11 @@
 """The loss of a microbatch, as a sum over its labelled tokens."""
 
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from jtune.losses.chunked import chunk_elements, chunk_positions, sum_labelled, summed_loss
 from jtune.losses.objective import PLAIN, Objective, embedding_noise
@@ -12,6 +13,7 @@ from jtune.losses.reference import models_of
 from jtune.models import CausalLM
 from jtune.models.decoder import hidden_states
 from jtune.models.moe import balance_loss
+from jtune.sharding import batch_sharding, unit_sharding
 from jtune.tuning import prepared_axes
 
 NOISE = 0x6E656674  # folded into a step's key, for draws that are not those of dropout
@@ -29,6 +31,41 @@ class Batch(TypedDict):
 
 
 LossSum = Callable[..., Any]
+
+OTHER = "kl_"  # begins the names of the arrays of mismatched answers
+TOKENS = ("input_ids", "targets", "positions", "segment_ids", "loss_weights")  # arrays [..., batch, seq]
+
+
+def sharding_of(name: str, mesh: Mesh) -> NamedSharding:
+    """Where an array `[accum, batch, ...]` of the batch of an update lies: rows are split, and their tokens; what is
+    said of the units of a row lies where its first tokens lie."""
+    return batch_sharding(mesh, accumulated=True) if name.removeprefix(OTHER) in TOKENS else unit_sharding(mesh)
+
+
+def _no(accum: int) -> bool:
+    return False
+
+
+class Losses(NamedTuple):
+    """What the train step calls.
+
+    Attributes:
+      of_microbatch: `of_microbatch(trainable, frozen, micro, key, running) -> (loss, metrics, running)`: the sum of the
+        losses, float32 scalar; of each metric the sum of values times weights, and of weights; and what is kept from
+        update to update.
+      before: `before(trainable, frozen, batch, running) -> (arrays, running)`, over a whole update, without gradient:
+        arrays `[accum, ...]` that every microbatch gets its part of.
+      needs_before: of the number of microbatches: whether `before` is called.
+    """
+
+    of_microbatch: Callable[..., tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]], Any]]
+    before: Callable[..., tuple[dict[str, jax.Array], Any]] | None = None
+    needs_before: Callable[[int], bool] = _no
+
+
+def token_losses(loss_sum: LossSum) -> Losses:
+    """A sum of token losses (`make_loss_sum`) as the train step calls it."""
+    return Losses(lambda trainable, frozen, micro, key, running: (loss_sum(trainable, frozen, micro, key), {}, running))
 
 
 def make_loss_sum(

@@ -13,6 +13,7 @@ from jtune import tuning
 from jtune.config import FinetuningArguments, TrainingArguments
 from jtune.losses.distill import distilled
 from jtune.losses.token import TokenLoss, asft, dft, eaft, smoothed_nll, token_nll
+from jtune.losses.units import UnitObjective
 
 
 class Objective(NamedTuple):
@@ -74,13 +75,14 @@ def distillation(args: FinetuningArguments) -> Objective:
     )
 
 
-def describe_objective(objective: Objective) -> str:
+def describe_objective(objective: Objective | UnitObjective) -> str:
     """
     >>> describe_objective(Objective(noise_alpha=5.0))
     'loss: cross-entropy; noise on the embeddings, alpha 5'
     """
     noise = f"; noise on the embeddings, alpha {objective.noise_alpha:g}" if objective.noise_alpha else ""
-    anchor = f"; the reference is {objective.reference}" if objective.anchored else ""
+    is_told = isinstance(objective, Objective) and objective.anchored
+    anchor = f"; the reference is {objective.reference}" if is_told else ""
     return f"loss: {objective.name}{anchor}{noise}"
 
 
@@ -99,6 +101,6 @@ def embedding_noise(key: jax.Array, segment_ids_BT: jax.Array, features: int, al
     return jax.random.uniform(key, (B, T, features), dtype, -1, 1) * bound_BT[..., None].astype(dtype)
 
 
-def step_key(objective: Objective, params: Any, seed: int) -> jax.Array | None:
+def step_key(objective: Objective | UnitObjective, params: Any, seed: int) -> jax.Array | None:
     """What a step's random draws follow from; None if it has none."""
     return jax.random.key(seed) if objective.noise_alpha or tuning.has_dropout(params) else None

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jtune.losses.objective import Objective
+from jtune.losses.units import UnitObjective
 from jtune.tuning import adapter_mask, combine, lora, partition
 
 # ---------------------------------------------------------------------- the reference
@@ -51,7 +52,9 @@ def models_of(trainable: Any, frozen: Any) -> list[Any]:
     return [own]
 
 
-def step_constants(objective: Objective, trainable: Any, frozen: Any, dtype: jnp.dtype, second: Any = None) -> Any:
+def step_constants(
+    objective: Objective | UnitObjective, trainable: Any, frozen: Any, dtype: jnp.dtype, second: Any = None
+) -> Any:
     """What the step takes and does not change: `frozen`, and what the reference of an anchored objective needs besides.
 
     Args:

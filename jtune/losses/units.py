@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class Units(NamedTuple):
@@ -22,6 +23,7 @@ class Units(NamedTuple):
     group: jax.Array  # int32 [U], which of the microbatches of LLaMA-Factory in the update it belongs to
     reference: jax.Array | None = None  # [U, S], `policy` of the reference model
     wanted: jax.Array | None = None  # [U], 1: the answer is good; 0: it is bad. Of feedback only
+    offset: jax.Array | None = None  # [U, S], `policy` and `reference` are less by this (`log_probabilities`); None: 0
     margin: jax.Array | None = None  # [U], by how much the chosen answer is better. Of pairs with a margin only
     shared: Mapping[str, jax.Array] = {}  # [U], what follows from all units of the update, held fixed (see `Shared`)
 
@@ -37,3 +39,53 @@ UnitLoss = Callable[[Units], tuple[jax.Array, UnitMetrics]]
 # `group` int32 [U] is that of the units whose loss it is, and so is the shape of what comes back. `running` is what is
 # kept from update to update.
 Shared = Callable[[Units, jax.Array, Any], tuple[dict[str, jax.Array], Any]]
+
+
+class UnitObjective(NamedTuple):
+    """What the train step is told to minimise, where the loss is one of units.
+
+    Attributes:
+      name: the loss with its options, in words.
+      loss: of each unit, and what is logged; training and evaluation call the same.
+      shared: what `loss` must know of all units of the update first; None: nothing.
+      running: what `shared` keeps from update to update, as it is before the first: a tree of float32 scalars.
+      anchored: `loss` needs the sums of a reference, `Units.reference`.
+      scores: the sums of a unit are scores of a value head, not log-probabilities.
+      mismatched: the `first` of `shared` are not the units of the update, but their prompts with answers of others.
+      noise_alpha: strength of `embedding_noise`; 0: none.
+    """
+
+    name: str
+    loss: UnitLoss
+    shared: Shared | None = None
+    running: Any = None
+    anchored: bool = False
+    scores: bool = False
+    mismatched: bool = False
+    noise_alpha: float = 0.0
+
+
+def group_sums(values: jax.Array, group: jax.Array) -> jax.Array:
+    """The sum of `values` in each group, by number: `[...]`, int32 `[...]` -> `[as many as there are values]`."""
+    return jax.ops.segment_sum(values.ravel(), group.ravel(), group.size)
+
+
+def group_means(values: jax.Array, units: Units) -> jax.Array:
+    """The mean of `values` over the units of each group, by the number of the group; 0 where a group has no unit."""
+    shares = group_sums(units.share, units.group)
+    return group_sums(units.share * values, units.group) / jnp.where(shares > 0, shares, 1)
+
+
+def segment_means(units: Units) -> jax.Array:
+    """The mean of a labelled token, `[U, S]`; 0 for a segment without any."""
+    return log_probabilities(units) / jnp.maximum(units.counts, 1)
+
+
+def log_probabilities(units: Units, sums: jax.Array | None = None) -> jax.Array:
+    """What `policy` (or other `sums` of the same kind) stands for, `[U, S]`: with its offset.
+
+    The sum over an answer may be thousands of nats, and what counts is by how much two models differ in it: hundredths.
+    So what both have in common is left out before float32 rounds it away.
+    """
+    sums = units.policy if sums is None else sums
+    return sums if units.offset is None else sums + units.offset

@@ -14,9 +14,12 @@ from jtune.models.config import DecoderConfig
 from jtune.models.decoder import numbered
 from jtune.models.families import file_names
 from jtune.models.families.base import Names
+from jtune.models.value_head import VALUE_HEAD
 
 Path = tuple[str, ...]
 
+# Heads that lie outside of the model: in LLaMA-Factory's file, and in transformers' classifiers.
+HEADS = {VALUE_HEAD: "v_head.summary", "score": "score"}
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 
 
@@ -47,6 +50,8 @@ def _renamed(name: str, their: Names) -> str:
 def _dotted(path: Path, their: Names, layer: int | None, expert: int | None) -> str:
     if path[0] == "lm_head":
         return their.words.get("lm_head", "lm_head")
+    if path[0] in HEADS:
+        return HEADS[path[0]]
     words = [their.prefix]
     for word in path:
         words += [name for name in [their.words.get(word, word)] if name]

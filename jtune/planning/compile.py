@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 import jtune
 from jtune.config import Config
+from jtune.data import Sizes
 from jtune.distributed import processes
 from jtune.files import atomic_write
 from jtune.planning.shapes import batch_shapes, bytes_by_kind
@@ -24,9 +25,7 @@ from jtune.train.program import Program, unstacked
 log = logging.getLogger("jtune")
 
 
-def measure(
-    config: Config, program: Program, shape: tuple[int, int, int], capacity: int, target: str
-) -> dict[str, Any]:
+def measure(config: Config, program: Program, shape: tuple[int, int, int], sizes: Sizes, target: str) -> dict[str, Any]:
     """Compile the step for a shape of batch, and return the bytes that one device holds while it runs.
 
     The result is kept on disk: the same step for the same devices is not compiled again. Several processes always
@@ -37,7 +36,7 @@ def measure(
     loss = (program.objective.name, program.objective.noise_alpha)
     program = unstacked(program)
     step = (program.module, program.second, settings, loss, _described(program.state), _described(program.constants))
-    key = fingerprint(step, jax.tree.structure(program.params), dict(program.mesh.shape), shape, capacity, target)
+    key = fingerprint(step, jax.tree.structure(program.params), dict(program.mesh.shape), shape, sizes, target)
     path = plans_folder(config) / f"{key}.json"
     if processes.count() == 1:
         try:
@@ -46,10 +45,10 @@ def measure(
             pass
     log.info("compiling the step for [accum, batch, seq] = %s on %d x %s", list(shape), program.mesh.size, target)
     began = time.monotonic()
-    batch = batch_shapes(shape, program.mesh)
+    batch = batch_shapes(shape, sizes, program.mesh)
     # A Pallas kernel asks for the kind of GPU that it is compiled for; without this it finds the GPU of this machine.
     with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
-        lowered = train_program.lower_step(program, batch, capacity)
+        lowered = train_program.lower_step(program, batch, sizes)
     try:
         found = _sizes(lowered.compile().memory_analysis())
     except jax.errors.JaxRuntimeError as error:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jtune.data import Sizes
 from jtune.losses.chunked import chunk_elements
 from jtune.models import DecoderConfig
 from jtune.models.config import Delta
@@ -30,6 +31,7 @@ class Rows(NamedTuple):
     per_shard: int  # rows of a microbatch on a shard of the batch
     seq: int
     label_share: float  # of its tokens that may carry a label
+    sizes: Sizes = Sizes(0)
 
 
 # ---------------------------------------------------------------------- estimates
@@ -38,7 +40,7 @@ class Rows(NamedTuple):
 def batch_of(rows: Rows, program: Program) -> Mapping[str, Any]:
     """The batch of an update, as shapes."""
     shards = math.prod(program.mesh.shape[axis] for axis in BATCH_AXES)
-    return batch_shapes((rows.accum, rows.per_shard * shards, rows.seq), program.mesh)
+    return batch_shapes((rows.accum, rows.per_shard * shards, rows.seq), rows.sizes, program.mesh)
 
 
 def saved_activations(
@@ -164,17 +166,17 @@ def travelling(params: Any, itemsize: int) -> int:
     return sum(x.size * min(x.dtype.itemsize, itemsize) for x in jax.tree.leaves(params))
 
 
-def largest(program: Program, capacities: Mapping[tuple[int, int, int], int]) -> tuple[tuple[int, int, int], Rows]:
+def largest(program: Program, sizes: Mapping[tuple[int, int, int], Sizes]) -> tuple[tuple[int, int, int], Rows]:
     """The shape of batch that needs most memory, and its rows in one shard.
 
     Args:
-      capacities: `[accum, batch, seq]` of each shape of batch -> labelled positions of a shard of the batch, at most.
+      sizes: by the shape `[accum, batch, seq]` of a batch.
     """
     shards = math.prod(program.mesh.shape[axis] for axis in BATCH_AXES)
 
     def seen(shape: tuple[int, int, int]) -> Rows:
         accum, batch, seq = shape
-        return Rows(accum, batch // shards, seq, capacities[shape] / (batch // shards * seq))
+        return Rows(accum, batch // shards, seq, sizes[shape].labelled / (batch // shards * seq), sizes[shape])
 
-    shape = max(capacities, key=lambda shape: estimate(program, seen(shape))["peak"])
+    shape = max(sizes, key=lambda shape: estimate(program, seen(shape))["peak"])
     return shape, seen(shape)

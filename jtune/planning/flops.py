@@ -29,6 +29,7 @@ from jtune.models import DecoderConfig
 from jtune.models.config import Layer
 from jtune.models.decoder import numbered, stacks
 from jtune.models.delta import delta_config
+from jtune.models.value_head import VALUE_HEAD
 from jtune.planning.chips import peak_flops
 from jtune.train.program import Program
 from jtune.tuning import adapter_mask, is_node, lora, partition
@@ -155,7 +156,9 @@ def _products(config: DecoderConfig, params: Any, mask: Any, label_share: float)
             for layer in numbers:
                 yield _product(kernel, its_mask, layer * _STAGES_OF_A_LAYER + _stage(names), share / len(numbers))
     top = config.num_hidden_layers * _STAGES_OF_A_LAYER
-    if config.tie_word_embeddings:
+    if VALUE_HEAD in params:  # in the place of the head
+        yield _product(params[VALUE_HEAD]["kernel"], mask[VALUE_HEAD]["kernel"], top, label_share)
+    elif config.tie_word_embeddings:
         size = config.vocab_size * config.hidden_size * label_share
         yield Product(top, size, 0, 0, _any(mask["embed_tokens"]))
     else:

@@ -14,8 +14,10 @@ import numpy as np
 
 from jtune import tuning
 from jtune.config import Config
-from jtune.data import Splits, plan_updates
+from jtune.config.stages import rules_of
+from jtune.data import Sizes, Splits, assumed_sizes, plan_updates, segments_of, units_of
 from jtune.errors import DataError
+from jtune.evaluation.references import is_precomputed, no_reference, with_reference
 from jtune.loading.data import load_data
 from jtune.loading.model import with_remat
 from jtune.loading.second import with_second
@@ -33,6 +35,7 @@ from jtune.planning.topology import topology_devices
 from jtune.sharding import batch_shards
 from jtune.sharding.compiler import use_compile_cache
 from jtune.sharding.mesh import check_row_length, mesh_of
+from jtune.stages import stage_of
 from jtune.train.program import Program
 
 log = logging.getLogger("jtune")
@@ -47,7 +50,7 @@ class Batches(NamedTuple):
     """The batches of a run."""
 
     shapes: tuple[tuple[int, int, int], ...]  # [accum, batch, seq] that the step is compiled for
-    capacities: tuple[int, ...]  # labelled targets of a shard, of each shape
+    sizes: tuple[Sizes, ...]  # of each shape
     tokens: float  # of an update, padding not counted
     lengths: np.ndarray  # of the segments
     label_share: float
@@ -110,14 +113,14 @@ def plan_case(config: Config, case: Case) -> dict[str, Any]:
     platform, kind = case.devices[0].platform, case.devices[0].device_kind
     program = abstract_program(config, case.source, mesh, platform=platform)
     batches = updates(config, case, batch_shards(mesh))
-    capacities = dict(zip(batches.shapes, batches.capacities))
-    shape, rows = largest(program, capacities)
+    sizes = dict(zip(batches.shapes, batches.sizes))
+    shape, rows = largest(program, sizes)
     check_row_length(mesh, rows.seq)
-    policy = fitting_remat(config, program, capacities, case.target, case.usable)
+    policy = fitting_remat(config, program, sizes, case.target, case.usable)
     program = program._replace(module=with_remat(program.module, policy, platform))
-    measured = measure(config, program, shape, capacities[shape], case.target)
+    measured = measure(config, program, shape, sizes[shape], case.target)
 
-    by_kind = bytes_by_kind(program, batch_shapes(shape, mesh))
+    by_kind = bytes_by_kind(program, batch_shapes(shape, sizes[shape], mesh))
     peak = measured["peak"]
     fits = peak <= case.usable and not measured["refused"]
     work = work_of(case.source.decoder, program, batches)
@@ -215,19 +218,35 @@ def updates(config: Config, case: Case, shards: int) -> Batches:
     training = config.training
     if case.splits is None:
         rows, seq = training.per_device_train_batch_size, config.data.cutoff_len
+        stage = rules_of(config.finetuning.stage)
+        seq *= 2 if stage.rows == "pair" else 1
         shape = (training.gradient_accumulation_steps, rows * shards, seq)
         steps = training.max_steps if training.max_steps > 0 else None
         assumed = f"every token counts, no padding, as the rows were not read: {case.why_no_data}"
-        return Batches((shape,), (rows * seq,), math.prod(shape), np.array([seq]), 1.0, steps, 0.0, assumed)
+        return Batches(
+            (shape,),
+            (assumed_sizes(stage, shape, shards),),
+            math.prod(shape),
+            np.array([seq]),
+            1.0,
+            steps,
+            0.0,
+            assumed,
+        )
     assert case.splits.train is not None
     encoded = case.splits.train
     found = plan_updates(config, encoded, shards, case.splits.stream)
+    stage = rules_of(config.finetuning.stage)
+    segments = segments_of(encoded, stage)
+    objective = stage_of(stage.name).objective(config.finetuning, training)
+    if is_precomputed(config, objective):
+        found = with_reference(found, no_reference(units_of(encoded, stage, config.finetuning.ld_alpha)))
     return Batches(
         tuple((s.accum, s.batch, s.seq) for s in found.shapes),
-        tuple(found.label_capacity(s) for s in found.shapes),
+        tuple(found.sizes(s) for s in found.shapes),
         found.mean_tokens(SAMPLED_UPDATES),
-        encoded.lengths,
-        float(encoded.labelled.sum() / encoded.lengths.sum()),
+        segments.lengths,
+        float(segments.labelled.sum() / segments.lengths.sum()),
         found.max_steps,
         found.padding_share,
         f"all rows are like the first {len(encoded):,}: streaming" if case.splits.stream else None,
@@ -246,7 +265,7 @@ def fastest(config: Config, case: Case) -> tuple[Found | None, dict[str, Any]]:
     mesh = mesh_of(config.training, case.devices)
     program = abstract_program(config, case.source, mesh, platform=platform)
     batches = updates(config, case, batch_shards(mesh))
-    _, rows = largest(program, dict(zip(batches.shapes, batches.capacities)))
+    _, rows = largest(program, dict(zip(batches.shapes, batches.sizes)))
     work = work_of(case.source.decoder, program, batches)
     ranked = search(
         config, case.source, program, rows, work, platform=platform, device_kind=kind, utilisation=UTILISATION

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from jax.sharding import Mesh
 
 from jtune.config import Config
+from jtune.data import Sizes
 from jtune.loading.model import requested_remat, with_remat
 from jtune.planning.compile import measure
 from jtune.planning.estimate import MARGIN, MOST_OFF, Rows, estimate, largest
@@ -37,12 +38,12 @@ def sound_remat(program: Program, rows: Rows, usable: int, compiled: Callable[[s
 
 
 def fitting_remat(
-    config: Config, program: Program, capacities: Mapping[tuple[int, int, int], int], target: str, usable: int
+    config: Config, program: Program, sizes: Mapping[tuple[int, int, int], Sizes], target: str, usable: int
 ) -> str:
     """The remat policy of a run: the one that `config` names, else as little recomputation as memory allows.
 
     Args:
-      capacities: see `jtune.planning.estimate.largest`.
+      sizes: see `jtune.planning.estimate.largest`.
       target: the name of the topology, or of the kind of device.
       usable: bytes of a device that programs get.
     """
@@ -51,12 +52,12 @@ def fitting_remat(
         return policy
     assert isinstance(program.mesh, Mesh)
     platform = program.mesh.devices.flat[0].platform
-    shape, rows = largest(program, capacities)
+    shape, rows = largest(program, sizes)
 
     def compiled(policy: str) -> float:
         log.info("remat: does %s fit in %.1f GiB? Asking the compiler", policy, usable / 2**30)
         module = with_remat(program.module, policy, platform)
-        found = measure(config, program._replace(module=module), shape, capacities[shape], target)
+        found = measure(config, program._replace(module=module), shape, sizes[shape], target)
         return math.inf if found["refused"] else found["peak"]
 
     policy = sound_remat(program, rows, usable, compiled)

@@ -4,7 +4,6 @@ Works on a mesh of devices, and on an `AbstractMesh`, which has none: enough for
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,13 +12,15 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jtune import tuning
 from jtune.config import Config
+from jtune.data import Sizes, array_shapes
 from jtune.errors import ConfigError
+from jtune.evaluation.references import of_step
 from jtune.loading.model import abstract_model, requested_remat, with_remat
 from jtune.loading.second import abstract_second
 from jtune.loading.source import Source
-from jtune.losses.batch import Batch
+from jtune.losses.batch import sharding_of
 from jtune.sharding.mesh import AXES
-from jtune.sharding.rules import batch_sharding, replicated
+from jtune.sharding.rules import replicated
 from jtune.stages import stage_of
 from jtune.train.program import Program, make_program
 
@@ -37,16 +38,18 @@ def abstract_program(config: Config, source: Source, mesh: Mesh | AbstractMesh, 
     policy = requested_remat(config.training, config.model)
     module = with_remat(model.module, "full" if policy == "auto" else policy, platform)
     objective = stage_of(config.finetuning.stage).objective(config.finetuning, config.training)
-    return make_program(config, model._replace(module=module, second=second), mesh, objective)
+    model = model._replace(module=module, second=second)
+    return make_program(config, model, mesh, of_step(config, objective))
 
 
-def batch_shapes(shape: Sequence[int], mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(
+    shape: tuple[int, int, int], sizes: Sizes, mesh: Mesh | AbstractMesh
+) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch of an update of `[accum, batch, seq]`, as `BatchPlan.update` makes it."""
-    rows, everywhere = batch_sharding(mesh, accumulated=True), replicated(mesh)  # type: ignore[arg-type]
+    everywhere = replicated(mesh)  # type: ignore[arg-type]
     found = {
-        name: jax.ShapeDtypeStruct(tuple(shape), jnp.float32 if name == "loss_weights" else jnp.int32, sharding=rows)
-        for name in Batch.__annotations__
-        if name != "divisor"
+        name: jax.ShapeDtypeStruct(of_array, dtype, sharding=sharding_of(name, mesh))  # type: ignore[arg-type]
+        for name, (of_array, dtype) in array_shapes(shape, sizes).items()
     }
     return found | {"divisor": jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)}
 

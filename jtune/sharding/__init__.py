@@ -14,6 +14,7 @@ from jtune.sharding.rules import (
     replicated,
     spec,
     tree_shardings,
+    unit_sharding,
     unsplit,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "replicated",
     "spec",
     "tree_shardings",
+    "unit_sharding",
     "unsplit",
 ]

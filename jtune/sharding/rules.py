@@ -160,5 +160,10 @@ def batch_sharding(mesh: Mesh, *, accumulated: bool) -> NamedSharding:
     return NamedSharding(mesh, P(None, *rows) if accumulated else rows)
 
 
+def unit_sharding(mesh: Mesh) -> NamedSharding:
+    """What is said of the units of each row, `[accum, batch, ...]`: split as the rows are."""
+    return NamedSharding(mesh, P(None, BATCH_AXES))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())

@@ -4,11 +4,14 @@ A new stage is a file here with a `Stage`, its line in `STAGES`, its row in `jtu
 reads, the arguments that are for it), and its loss in `jtune.losses`.
 """
 
+from jtune.stages.dpo import DPO
+from jtune.stages.kto import KTO
 from jtune.stages.pt import PT
+from jtune.stages.rm import RM
 from jtune.stages.sft import SFT
 from jtune.stages.stage import Stage
 
-STAGES = {entry.rules.name: entry for entry in (PT, SFT)}
+STAGES = {entry.rules.name: entry for entry in (PT, SFT, DPO, KTO, RM)}
 
 
 def stage_of(name: str) -> Stage:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from jtune.config import FinetuningArguments, TrainingArguments
 from jtune.config.stages import StageRules
 from jtune.losses.objective import Objective
+from jtune.losses.units import UnitObjective
 
 
 class Stage(NamedTuple):
@@ -17,4 +18,4 @@ class Stage(NamedTuple):
     """
 
     rules: StageRules
-    objective: Callable[[FinetuningArguments, TrainingArguments], Objective]
+    objective: Callable[[FinetuningArguments, TrainingArguments], Objective | UnitObjective]

@@ -51,9 +51,16 @@ def named_leaves(tree) -> dict[str, jax.Array]:
 
 
 def data_fingerprint(encoded: Encoded) -> str:
-    """A digest of an encoded data set: the lengths and labelled counts of all rows, and the tokens of some."""
+    """A digest of an encoded data set: the lengths and labelled counts of all rows, and the tokens of some; of pairs,
+    those of both answers; and all tags and margins.
+    """
     content = xxhash.xxh3_64(encoded.lengths.tobytes())
     content.update(encoded.labelled.tobytes())
+    if encoded.prefix:
+        content.update(encoded.rejected.lengths.tobytes())
+    for name in ("kto_tags", "margin"):
+        if name in encoded.table.column_names:
+            content.update(repr(encoded.rows[name][:]).encode())
     for row in sorted({0, len(encoded) // 2, len(encoded) - 1}):
         content.update(encoded[row]["input_ids"].tobytes())
     return content.hexdigest()

@@ -29,6 +29,7 @@ from jtune.loading.source import Source
 from jtune.losses.reference import without_second
 from jtune.models import DecoderConfig
 from jtune.models.config import Layer
+from jtune.models.value_head import split_head
 from jtune.sharding import batch_shards
 from jtune.train.digest import data_fingerprint, frozen_fingerprint, tree_fingerprint
 from jtune.train.program import Program
@@ -191,8 +192,11 @@ def identity_of(
         identity["second model"] = frozen_fingerprint(program.constants.second)
     if change is not None:
         identity["vocabulary"] = [source.decoder.vocab_size, list(change.new)]
+    decoder, head = split_head(trainable)
     if finetuning.finetuning_type == "full" and change is None and not config.model.train_from_scratch:
-        identity["base weights"] = tree_fingerprint(trainable)
+        identity["base weights"] = tree_fingerprint(decoder)
+    if source.value_head is not None:
+        identity["value head"] = tree_fingerprint(head)
     return identity | {"adapters": adapters_of(program.params), "model": model_of(source.decoder)}
 
 

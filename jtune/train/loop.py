@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jtune.errors import NonFiniteError
+from jtune.losses.feedback import with_margins
 from jtune.train.cadence import Cadence, Improvement
 from jtune.train.events import Ask, Event, Subscriber, tell
 from jtune.train.schedule import Schedule
@@ -37,6 +38,7 @@ class Progress:
     unlogged_loss: float = 0.0  # the part of it since the last log
     unlogged_steps: int = 0  # updates since the last log, skipped ones too
     unlogged_skipped: int = 0  # those of them that were skipped
+    unlogged_figures: dict[str, list[float]] = field(default_factory=dict)  # of each a weighted sum, and its weight
     tokens: int = 0  # tokens fed, padding not counted
     best_metric: float | None = None
     best_step: int | None = None
@@ -62,6 +64,8 @@ class Progress:
             default = defaults[name]
             if isinstance(default, list):
                 fits = isinstance(value, list) and all(isinstance(record, dict) for record in value)
+            elif isinstance(default, dict):
+                fits = isinstance(value, dict) and all(map(_is_sum, value.values()))
             elif type(default) is int:
                 fits = type(value) is int and 0 <= value < 2**63
             else:
@@ -70,6 +74,11 @@ class Progress:
             if not fits:
                 raise ValueError(f"progress: {name} is {str(value)[:60]}")
         return cls(**saved)
+
+
+def _is_sum(value: Any) -> bool:
+    """Whether a value is a sum and its weight."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(x, float) for x in value)
 
 
 class Hooks(NamedTuple):
@@ -248,8 +257,11 @@ def run_loop(
 
 def _count(entry: Dispatched, progress: Progress, hooks: Hooks, last: LastLog) -> None:
     """Wait for an update, and count it as done or as skipped."""
-    metrics: Any = Metrics(*(x.item() for x in jax.device_get(entry.metrics)))
+    metrics: Any = jax.tree.map(lambda x: x.item(), jax.device_get(entry.metrics))
     if metrics.finite:
+        for name, found in metrics.figures.items():
+            before = progress.unlogged_figures.get(name, (0.0, 0.0))
+            progress.unlogged_figures[name] = [old + new for old, new in zip(before, found)]
         progress.bad_steps = 0
         progress.total_loss += metrics.loss
         progress.unlogged_loss += metrics.loss
@@ -268,6 +280,7 @@ def _log_record(
     record: dict[str, Any] = {}
     if counted:  # readers of the log look for "loss", and expect a number
         record = {"loss": progress.unlogged_loss / counted, "grad_norm": last.grad_norm}
+        record |= with_margins(means_of(progress.unlogged_figures))
     record |= {"learning_rate": entry.learning_rate, "epoch": hooks.epoch_at(entry.step), "step": entry.step}
     if progress.unlogged_skipped:
         record["skipped_updates"] = progress.unlogged_skipped
@@ -275,7 +288,17 @@ def _log_record(
     rates |= {"num_input_tokens_seen": entry.tokens, "seconds": timing.total()}
     last.seconds, last.tokens = now, entry.tokens
     progress.unlogged_loss, progress.unlogged_steps, progress.unlogged_skipped = 0.0, 0, 0
+    progress.unlogged_figures = {}
     return record, rates
+
+
+def means_of(figures: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Weighted means of figures; those that nothing counts in are left out.
+
+    >>> means_of({"kl": (3.0, 2.0), "rewards/rejected": (0.0, 0.0)})
+    {'kl': 1.5}
+    """
+    return {name: total / weight for name, (total, weight) in figures.items() if weight}
 
 
 def _is_patience_over(progress: Progress, improvement: Improvement) -> bool:

@@ -9,7 +9,9 @@ from jtune.data import Plan, StreamPlan
 from jtune.distributed import processes
 from jtune.interop import hf, manifest, peft
 from jtune.interop.endings import Endings, write_generation, write_tokenizer
+from jtune.interop.value_head import save_value_head
 from jtune.loading.source import Source
+from jtune.models.value_head import split_head
 from jtune.train import results
 from jtune.train.cadence import Cadence
 from jtune.train.checkpoint import Checkpointer
@@ -60,8 +62,9 @@ def check_writable(params: Any, files: ModelFiles) -> None:
     Raises:
       ConfigError: what trains and cannot be written, by the name of its module.
     """
+    params, mask = split_head(params)[0], split_head(files.mask)[0]
     if files.config.finetuning.finetuning_type == "lora":
-        peft.check_writable(params, files.mask, files.source.decoder, resized=files.source.resized)
+        peft.check_writable(params, mask, files.source.decoder, resized=files.source.resized)
     else:
         hf.check_writable(params, files.source.decoder, base_of(files))
 
@@ -74,13 +77,17 @@ def base_of(files: ModelFiles) -> Path | None:
 def save_model(folder: Path, params: Any, files: ModelFiles) -> None:
     """Write the model as others load it: a PEFT adapter for lora, else a Hugging Face checkpoint; and the tokenizer.
 
-    All processes call it, since each has a part of the parameters; the first writes.
+    A value head has a file of its own, as in LLaMA-Factory. All processes call it, since each has a part of the
+    parameters; the first writes.
     """
     model, finetuning, decoder = files.config.model, files.config.finetuning, files.source.decoder
+    (params, head), (mask, _) = split_head(params), split_head(files.mask)
+    if head is not None:
+        save_value_head(head, folder)
     if finetuning.finetuning_type == "lora":
         peft.save_adapter(
             params,
-            files.mask,
+            mask,
             decoder,
             folder,
             base=model.model_name_or_path or "",

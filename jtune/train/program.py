@@ -12,11 +12,13 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jtune import tuning
 from jtune.config import Config
-from jtune.data import Plan
+from jtune.data import Plan, Sizes
 from jtune.loading.model import Model, abstract_like
-from jtune.losses.batch import make_loss_sum
+from jtune.losses.batch import OTHER, Losses, make_loss_sum, token_losses
 from jtune.losses.objective import Objective, step_key
 from jtune.losses.reference import frozen_of, step_constants, with_frozen
+from jtune.losses.segments import make_unit_losses
+from jtune.losses.units import UnitObjective
 from jtune.models import CausalLM
 from jtune.sharding import arrays, batch_shards, replicated
 from jtune.sharding.compiler import compiler_options
@@ -44,7 +46,7 @@ class Program(NamedTuple):
     """
 
     module: CausalLM
-    objective: Objective
+    objective: Objective | UnitObjective
     tx: optax.GradientTransformation
     params: Any
     mask: Any
@@ -57,19 +59,23 @@ class Program(NamedTuple):
     second: CausalLM | None = None
 
 
-def make_program(config: Config, model: Model, mesh: Mesh | AbstractMesh, objective: Objective) -> Program:
+def make_program(
+    config: Config, model: Model, mesh: Mesh | AbstractMesh, objective: Objective | UnitObjective
+) -> Program:
     """The train step of a model that is ready to train, on arrays or on shapes."""
     training, finetuning = config.training, config.finetuning
     trainable, frozen = tuning.partition(model.params, model.mask)
     dtype, second = model.module.dtype, model.second if objective.anchored else None
     tx = optimizer_of(training, finetuning, trainable, model.module.config)
+    running = objective.running if isinstance(objective, UnitObjective) else None
+    float16 = dtype == jnp.float16
     return Program(
         module=model.module,
         objective=objective,
         tx=tx,
         params=abstract_like(model.params),
         mask=model.mask,
-        state=abstract_state(trainable, tx, mesh, float16=dtype == jnp.float16),  # type: ignore[arg-type]
+        state=abstract_state(trainable, tx, mesh, float16=float16, running=running),  # type: ignore[arg-type]
         constants=step_constants(objective, trainable, frozen, dtype, second and second.params),
         mesh=mesh,
         max_grad_norm=training.max_grad_norm,
@@ -85,27 +91,28 @@ def unstacked(program: Program) -> Program:
     return program._replace(constants=with_frozen(program.constants, frozen))
 
 
-def lower_step(program: Program, batch: Mapping[str, jax.ShapeDtypeStruct], label_capacity: int) -> Any:
+def losses_of(program: Program, sizes: Sizes) -> Losses:
+    """What the step sums over a microbatch."""
+    how = {"label_capacity": sizes.labelled, "batch_shards": batch_shards(program.mesh)}  # type: ignore[arg-type]
+    if not isinstance(program.objective, UnitObjective):
+        return token_losses(make_loss_sum(program.module, objective=program.objective, second=program.second, **how))
+    how |= {"other_capacity": sizes.other[1].labelled if sizes.other else 0, "second": program.second}
+    return make_unit_losses(program.module, program.objective, **how)
+
+
+def lower_step(program: Program, batch: Mapping[str, jax.ShapeDtypeStruct], sizes: Sizes) -> Any:
     """The train step, lowered for the shapes of a batch.
 
     Args:
       program: its constants as `jax.ShapeDtypeStruct`s (`unstacked`).
-      label_capacity: see `jtune.losses.batch.make_loss_sum`.
     """
     mesh = program.mesh
     assert isinstance(mesh, Mesh)
     everywhere = replicated(mesh)
-    loss_sum = make_loss_sum(
-        program.module,
-        label_capacity=label_capacity,
-        batch_shards=batch_shards(mesh),
-        objective=program.objective,
-        second=program.second,
-    )
     of_state = shardings_of(program.state)
     step = jax.jit(
         make_train_step(
-            loss_sum,
+            losses_of(program, sizes),
             program.tx,
             max_grad_norm=program.max_grad_norm,
             dropout_key=program.dropout_key,
@@ -132,18 +139,20 @@ def compile_steps(
     Args:
       program: its constants as arrays.
     """
-    compiled: dict[tuple[int, int, int], Any] = {}
+    compiled: dict[Any, Any] = {}
     constants, everywhere = program.constants, replicated(program.mesh)  # type: ignore[arg-type]
     abstract = program._replace(constants=abstract_like(constants))
 
     def update(state: TrainState, batch: Mapping[str, jax.Array], learning_rate: float):
-        accum, rows, seq = batch["input_ids"].shape
-        shape = accum, rows, seq
-        if shape not in compiled:
+        shape, other = (
+            batch["input_ids"].shape,
+            batch[f"{OTHER}input_ids"].shape if f"{OTHER}input_ids" in batch else None,
+        )
+        if (shape, other) not in compiled:
             log.info("compiling the step for [accum, batch, seq] = %s", list(shape))
             with timing.spent("compile"):
-                lowered = lower_step(abstract, abstract_like(batch), plan.label_capacity(shape))
-                compiled[shape] = lowered.compile()
-        return compiled[shape](state, constants, batch, arrays.put(np.float32(learning_rate), everywhere))
+                lowered = lower_step(abstract, abstract_like(batch), plan.sizes(shape, other))
+                compiled[shape, other] = lowered.compile()
+        return compiled[shape, other](state, constants, batch, arrays.put(np.float32(learning_rate), everywhere))
 
     return update

@@ -9,6 +9,7 @@ import jax
 
 from jtune.config import TrainingArguments
 from jtune.data import Plan, Stream, StreamPlan
+from jtune.losses.units import UnitObjective
 from jtune.train.identity import Run
 from jtune.train.loop import Progress
 from jtune.train.program import Program
@@ -59,7 +60,8 @@ def start_or_resume(
 def new_state(program: Program, trainable: Any) -> TrainState:
     """The state before the first update; `trainable` is donated."""
     float16 = program.state.loss_scale is not None
-    make = lambda trainable: init_state(trainable, program.tx, float16=float16)
+    running = program.objective.running if isinstance(program.objective, UnitObjective) else None
+    make = lambda trainable: init_state(trainable, program.tx, float16=float16, running=running)
     return jax.jit(make, out_shardings=shardings_of(program.state), donate_argnums=0)(trainable)
 
 

@@ -26,11 +26,14 @@ class TrainState(NamedTuple):
     trainable: Any  # the parameter tree with None for frozen leaves
     opt_state: Any
     loss_scale: LossScale | None  # float16 only
+    running: Any = None  # what a loss of units keeps from update to update (`UnitObjective.running`)
 
 
-def init_state(trainable, tx: optax.GradientTransformation, *, float16: bool = False) -> TrainState:
+def init_state(
+    trainable, tx: optax.GradientTransformation, *, float16: bool = False, running: Any = None
+) -> TrainState:
     scale = LossScale(jnp.float32(2.0**16), jnp.int32(0)) if float16 else None
-    return TrainState(jnp.int32(0), trainable, init_optimizer(tx, trainable), scale)
+    return TrainState(jnp.int32(0), trainable, init_optimizer(tx, trainable), scale, running)
 
 
 def state_shardings(
@@ -52,12 +55,15 @@ def state_shardings(
         transform_non_params=lambda _: everywhere,
         is_leaf=is_moments,
     )
-    return TrainState(everywhere, trainable_shardings, opt, jax.tree.map(lambda _: everywhere, abstract.loss_scale))
+    scalars: Any = jax.tree.map(lambda _: everywhere, (abstract.loss_scale, abstract.running))
+    return TrainState(everywhere, trainable_shardings, opt, *scalars)
 
 
-def abstract_state(trainable: Any, tx: optax.GradientTransformation, mesh: Mesh, *, float16: bool) -> TrainState:
+def abstract_state(
+    trainable: Any, tx: optax.GradientTransformation, mesh: Mesh, *, float16: bool, running: Any = None
+) -> TrainState:
     """The training state as `ShapeDtypeStruct`s with shardings: optimizer moments lie where their parameters lie."""
-    shapes = jax.eval_shape(lambda t: init_state(t, tx, float16=float16), trainable)
+    shapes = jax.eval_shape(lambda t: init_state(t, tx, float16=float16, running=running), trainable)
     shardings = state_shardings(shapes, jax.tree.map(lambda x: x.sharding, trainable), tx, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jtune.losses.batch import Batch, LossSum
+from jtune.losses.batch import OTHER, Batch, Losses
 from jtune.train.optimizer import apply_update
 from jtune.train.state import LossScale, TrainState
 
@@ -19,15 +19,16 @@ GROWTH_INTERVAL = 2000  # good steps before the float16 loss scale doubles
 class Metrics(NamedTuple):
     """Scalars of one update, on the device until someone reads them."""
 
-    loss: jax.Array  # mean over the tokens that count
+    loss: jax.Array  # mean over the tokens that count; of units, mean over LLaMA-Factory's microbatches
     grad_norm: jax.Array  # global norm of the trainable gradients, before clipping
-    tokens: jax.Array  # tokens that count in the loss
+    tokens: jax.Array  # what the sum of losses was divided by: tokens that count
     finite: jax.Array  # bool; False: the update was skipped
     loss_scale: jax.Array  # float32, what the loss was multiplied by; 1 unless float16
+    figures: dict[str, tuple[jax.Array, jax.Array]]  # of units, of each metric: a weighted sum, the sum of weights
 
 
 def make_train_step(
-    loss_sum: LossSum,
+    losses: Losses,
     tx: optax.GradientTransformation,
     *,
     max_grad_norm: float,
@@ -50,10 +51,15 @@ def make_train_step(
     place = lambda grads: grads if gradients is None else jax.lax.with_sharding_constraint(grads, gradients)
 
     def accumulate(state: TrainState, frozen, batch: Batch):
+        running = state.running
         divisor = jnp.maximum(batch["divisor"], 1.0)
         # float16 scales the mean loss, as is usual, so that the scale means the same for every batch size.
         scale = 1.0 if state.loss_scale is None else state.loss_scale.scale / divisor
-        rows: dict[str, Any] = {key: x for key, x in batch.items() if key != "divisor"}
+        rows: dict[str, Any] = {key: x for key, x in batch.items() if key != "divisor" and not key.startswith(OTHER)}
+        if losses.needs_before(len(rows["input_ids"])):
+            assert losses.before is not None
+            more, running = losses.before(state.trainable, frozen, batch, running)
+            rows |= more
 
         def microbatch(index):
             key = None
@@ -62,24 +68,26 @@ def make_train_step(
             micro = {name: jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for name, x in rows.items()}
 
             def scaled(trainable):
-                loss = loss_sum(trainable, frozen, micro, key)
-                return loss * scale, loss
+                loss, figures, after = losses.of_microbatch(trainable, frozen, micro, key, running)
+                return loss * scale, (loss, figures, after)
 
-            grads, loss = jax.grad(scaled, has_aux=True)(state.trainable)
-            return jax.tree.map(lambda x: x.astype(jnp.float32), (place(grads), loss))
+            grads, (loss, figures, after) = jax.grad(scaled, has_aux=True)(state.trainable)
+            return jax.tree.map(lambda x: x.astype(jnp.float32), (place(grads), loss, figures)), after
 
         if rows["input_ids"].shape[0] == 1:
-            grads, loss = microbatch(0)
+            (grads, loss, figures), running = microbatch(0)
         else:
             # Microbatches with tokens come first; empty ones are not computed.
             used = jnp.sum(jnp.any(rows["segment_ids"] > 0, axis=(1, 2)))
             zeros = place(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)), jnp.float32(0)
-            add = lambda index, total: jax.tree.map(jnp.add, total, microbatch(index))
-            grads, loss = jax.lax.fori_loop(0, used, add, zeros)
-        return jax.tree.map(lambda g: g / (divisor * scale), grads), loss / divisor, divisor
+            of_figures = jax.eval_shape(lambda: microbatch(0)[0][2])
+            zeros = *zeros, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), of_figures)
+            add = lambda index, total: jax.tree.map(jnp.add, total, microbatch(index)[0])
+            grads, loss, figures = jax.lax.fori_loop(0, used, add, zeros)
+        return jax.tree.map(lambda g: g / (divisor * scale), grads), loss / divisor, divisor, figures, running
 
     def train_step(state: TrainState, frozen, batch: Batch, learning_rate) -> tuple[TrainState, Metrics]:
-        grads, loss, tokens = accumulate(state, frozen, batch)
+        grads, loss, tokens, figures, running = accumulate(state, frozen, batch)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         if max_grad_norm > 0:
@@ -95,8 +103,9 @@ def make_train_step(
             keep(trainable, state.trainable),
             keep(opt_state, state.opt_state),
             _next_scale(state.loss_scale, finite),
+            keep(running, state.running),
         )
-        return state, Metrics(loss, grad_norm, tokens, finite, loss_scale)
+        return state, Metrics(loss, grad_norm, tokens, finite, loss_scale, figures)
 
     return train_step
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from jtune.models import DecoderConfig, logical_axes
+from jtune.models.value_head import AXES
 from jtune.tuning.nodes import Axes, is_node
 
 # Adapter stacks of fewer elements cost more to gather than to keep whole.
@@ -20,9 +21,9 @@ def prepared_axes(params: Any, decoder: DecoderConfig) -> Any:
 
 
 def declared_axes(decoder: DecoderConfig) -> Callable[[Any], Axes]:
-    """The decoder's logical axes by a path of `jax.tree_util`, in whatever stacks the layers are."""
+    """The logical axes of the decoder and of a value head, by a path of `jax.tree_util`; layers in whatever stacks."""
     is_axes = lambda x: isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)
     names = lambda path: tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
     declared = jax.tree_util.tree_leaves_with_path(logical_axes(decoder), is_leaf=is_axes)
-    by_name = {names(path): axes for path, axes in declared}
+    by_name = {names(path): axes for path, axes in declared} | AXES
     return lambda path: by_name[names(path)]

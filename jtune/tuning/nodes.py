@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from jtune.errors import ConfigError
 from jtune.models.families.base import Names
 from jtune.models.names import knows
+from jtune.models.value_head import VALUE_HEAD
 
 PyTree = Any
 Path = tuple[str, ...]
+HEADS = ("lm_head", VALUE_HEAD)  # outermost modules that "all" does not mean
 Axes = tuple[str | None, ...]
 
 
@@ -132,7 +134,7 @@ def select(params: PyTree, targets: Sequence[str] | str, names: Names | None = N
 
     Args:
       targets: names of modules (`q_proj`), or the ends of their paths (`self_attn.q_proj`); `all`: every linear module
-        but the head, and not those of a mixture's experts and router, which must be named. A string may have commas.
+        but the heads, and not those of a mixture's experts and router, which must be named. A string may have commas.
       names: what the model's family calls its modules (`jtune.models.families.module_names`): its words count as well.
 
     Raises:
@@ -144,7 +146,7 @@ def select(params: PyTree, targets: Sequence[str] | str, names: Names | None = N
     names = names or Names()
     for target in [name.strip() for name in targets.split(",")] if isinstance(targets, str) else targets:
         if target == "all":
-            match = {p for p in found if p[0] != "lm_head" and "experts" not in p and p[-1] != "gate"}
+            match = {p for p in found if p[0] not in HEADS and "experts" not in p and p[-1] != "gate"}
         else:
             match = {p for p in found if knows(p, target, names)}
         if not match:

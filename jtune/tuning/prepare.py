@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jtune.config import FinetuningArguments
+from jtune.config.stages import rules_of
 from jtune.errors import ConfigError
 from jtune.models import DecoderConfig
 from jtune.models.decoder import numbered
@@ -63,6 +64,8 @@ def prepare(
     else:
         params, whole = with_adapter(params, args, decoder, adapters, load_adapter, key)
         mask = whole_modules(params, adapter_mask(params), whole)
+    if rules_of(args.stage).scores and "lm_head" in mask:  # no score depends on it
+        mask = {**mask, "lm_head": jax.tree.map(lambda _: False, mask["lm_head"])}
     return in_dtypes(params, mask, jnp.bfloat16 if args.pure_bf16 else jnp.float32, frozen_dtype), mask
 
 

@@ -10,25 +10,51 @@ import time
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from small import case, command, curve, environment, train, write_data, write_model
+from small import case, command, curve, environment, rows, state, train, write_data, write_model
 
 METHODS = {
     "full": {"finetuning_type": "full"},
     "lora": {"finetuning_type": "lora", "lora_dropout": 0.1, "packing": True},
     "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
 }
+# Of preferences: a reference that is computed before the first update, one in every update, and scores with their head.
+PREFERENCES = {
+    "dpo": {"stage": "dpo", "dataset": "pairs", "finetuning_type": "lora", "pref_loss": "sigmoid"},
+    "dpo-moments": {"stage": "dpo", "dataset": "pairs", "finetuning_type": "lora", "pref_bco_weight": 0.5},
+    "kto": {"stage": "kto", "dataset": "marked", "finetuning_type": "lora", "precompute_ref_log_probs": False},
+    "rm": {"stage": "rm", "dataset": "pairs", "finetuning_type": "full"},
+}
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
-    return write_model(folder / "model"), write_data(folder / "data")
+    answers = rows()
+    of_others = [row["output"] for row in answers[1:] + answers[:1]]
+    pairs = [
+        {"instruction": row["instruction"], "chosen": row["output"], "rejected": other}
+        for row, other in zip(answers, of_others, strict=True)
+    ]
+    marked = [row | {"kto_tag": i % 3 != 0} for i, row in enumerate(answers)]
+    data = write_data(folder / "data", pairs=pairs, marked=marked)
+    info = json.loads((data / "dataset_info.json").read_text())
+    info["pairs"] |= {"ranking": True, "columns": {"chosen": "chosen", "rejected": "rejected"}}
+    info["marked"] |= {"columns": {"kto_tag": "kto_tag"}}
+    (data / "dataset_info.json").write_text(json.dumps(info))
+    return write_model(folder / "model"), data
 
 
 def weights(folder):
     files = list(folder.glob("*.safetensors"))
-    assert len(files) == 1
-    return load_file(files[0])
+    assert files
+    return {f"{file.name} {name}": x for file in files for name, x in load_file(file).items()}
+
+
+def logged(folder):
+    """All that was logged but what the clock says."""
+    of_clock = ("runtime", "per_second")
+    history = state(folder)["log_history"][:-1]
+    return [{k: v for k, v in record.items() if not k.endswith(of_clock)} for record in history]
 
 
 def assert_same_run(a, b):
@@ -73,6 +99,22 @@ def test_killed_again_and_again_the_run_is_the_same_to_the_bit(method, parts, tm
     done = train(broken)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed from" in done.stdout
+    assert_same_run(whole.parent / "out", out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_a_run_of_preferences_that_is_killed_is_the_same_to_the_bit(name, parts, tmp_path):
+    whole, broken = (case(tmp_path / folder, *parts, **PREFERENCES[name]) for folder in ("whole", "broken"))
+    done = train(whole)
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = broken.parent / "out"
+    for lines, delay in ((0, 0.5), (4, 0.02), (9, 0.1)):  # the first while it starts
+        kill_when(broken, out, lines, delay)
+    done = train(broken)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed from" in done.stdout
+    assert logged(whole.parent / "out") == logged(out)
     assert_same_run(whole.parent / "out", out)
 
 

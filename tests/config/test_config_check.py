@@ -116,7 +116,7 @@ def test_trackers_are_named_once_and_what_no_tracker_reads_is_noted():
         ("no_repeat_ngram_size=3", "leave it out"),
         ("report_to=wandbb", "Did you mean wandb?"),
         ("finetuning_type=oft", "lora"),
-        ("stage=dpo", "preference training is not built yet; jtune trains stages pt and sft"),
+        ("stage=ppo", "it is not built; jtune trains stages pt, sft, rm, dpo, kto"),
         ("lr_scheduler_type=reduce_lr_on_plateau", "one of linear, cosine"),
         ("optim=galore_adamw_8bit", "adamw_8bit with use_galore: true"),
         ("optim=lomo", "adafactor"),

@@ -30,6 +30,21 @@ def value(name, *words, command="train"):
         ("resume_lora_training=false", "create_new_adapter", True),
         ("resume_lora_training=true", "create_new_adapter", False),
         ("lora_bf16_mode=true", "pure_bf16", True),
+        ("stage=dpo dpo_beta=0.2", "pref_beta", 0.2),
+        ("stage=kto kto_beta=0.2", "pref_beta", 0.2),
+        ("stage=kto kto_ftx=0.2", "pref_ftx", 0.2),
+        ("stage=orpo", "stage", "dpo"),
+        ("stage=orpo orpo_beta=0.2", "pref_loss", ["orpo"]),
+        ("stage=dpo beta=0.2", "pref_beta", 0.2),
+        ("stage=dpo loss_type=hinge", "pref_loss", ["hinge"]),
+        ("stage=dpo loss_type=aot_pair", "pref_loss", ["aot"]),
+        ("stage=dpo loss_type=[sigmoid,sft] loss_weights=[1,0.5]", "pref_loss_weights", [1, 0.5]),
+        ("stage=dpo rpo_alpha=1", "pref_ftx", 1),
+        ("stage=dpo rpo_alpha=null", "pref_ftx", 0),
+        ("stage=kto desirable_weight=2", "kto_chosen_weight", 2),
+        ("stage=kto undesirable_weight=2", "kto_rejected_weight", 2),
+        ("stage=rm center_rewards_coefficient=0.01", "rm_center_coef", 0.01),
+        ("teacher_model_name_or_path=t", "teacher_model", "t"),
         ("--neft_alpha 5", "neftune_noise_alpha", 5),
         ("new_special_tokens=<a>,<b>", "add_special_tokens", ["<a>", "<b>"]),
         ("fp8=true", "bf16", True),
@@ -88,6 +103,10 @@ def test_a_translated_argument_keeps_its_line_and_is_noted(tmp_path):
     case.write_text("model_name_or_path: m\ndataset: a\ndo_train: true\nper_gpu_train_batch_size: 0\n")
     with pytest.raises(ConfigError, match=r"case\.yaml:4: per_device_train_batch_size must be at least 1"):
         load_config([str(case)])
+
+
+def test_a_default_under_an_old_name_is_not_talked_about():
+    assert load_config([*TRAIN, "stage=dpo", "dpo_loss=sigmoid", "dpo_beta=0.1", "orpo_beta='0.1'"]).notes == ()
 
 
 def test_a_mapping_may_be_a_json_file(tmp_path):

@@ -92,11 +92,14 @@ class Rows:
         ids = np.full(self.lengths[i], i, np.int32)
         return {"input_ids": ids, "labels": ids}
 
+    def segments(self, i):
+        return (self[i],)
+
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_parts_of_a_batch_are_the_batch_and_read_their_own_examples_only(packing):
     rows = Rows(100)
-    plan = plan_batches(rows, rules_of("sft"), Size(2, 4, 2), Order(0, True, 3), packing=packing, cutoff_len=32)
+    plan = plan_batches(rows, Size(2, 4, 2), Order(0, True, 3), packing=packing, cutoff_len=32)
     for step in (0, plan.max_steps - 1):
         whole = plan.update(step)
         shape = plan.shape(step)
@@ -118,7 +121,7 @@ def test_the_parts_of_a_batch_are_the_batch_and_read_their_own_examples_only(pac
 
 def test_a_part_of_an_update_may_hold_nothing():
     rows = Rows(1)
-    plan = plan_batches(rows, rules_of("sft"), Size(1, 2, 1), Order(0, True, 1), packing=False, cutoff_len=32)
+    plan = plan_batches(rows, Size(1, 2, 1), Order(0, True, 1), packing=False, cutoff_len=32)
     halves = [plan.update(0, (i, i + 1)) for i in range(2)]
     assert sorted(int(h["segment_ids"].sum()) for h in halves) == [0, rows.lengths[0]]
 

@@ -12,7 +12,7 @@ from jtune import tuning
 from jtune.config import FinetuningArguments, TrainingArguments
 from jtune.evaluation.loss import make_eval_step
 from jtune.loading.model import abstract_like, placement
-from jtune.losses.batch import make_loss_sum
+from jtune.losses.batch import make_loss_sum, token_losses
 from jtune.losses.objective import Objective, embedding_noise, objective_of
 from jtune.losses.reference import WithReference, step_constants
 from jtune.models import CausalLM
@@ -55,7 +55,7 @@ def train(rows, seq, goal, *, method="full", accum=1, updates=2, config=PEAKED, 
     loss_sum = make_loss_sum(CausalLM(config), label_capacity=capacity, batch_shards=1, objective=goal)
     trainable = tuning.partition(moved(params, mask), mask)[0]
     tx = adamw(trainable)
-    step = jax.jit(make_train_step(loss_sum, tx, max_grad_norm=1.0, dropout_key=key))
+    step = jax.jit(make_train_step(token_losses(loss_sum), tx, max_grad_norm=1.0, dropout_key=key))
     state, figures = init_state(trainable, tx), []
     for _ in range(updates):
         state, metrics = step(state, frozen, batch, RATE)
@@ -160,7 +160,7 @@ def test_at_the_start_there_is_nothing_to_hold_back_and_later_there_is():
         trainable, frozen = tuning.partition(params, mask)
         held = step_constants(OBJECTIVES[kind], trainable, frozen, jnp.float32)
         loss_sum = make_loss_sum(CausalLM(PEAKED), label_capacity=128, batch_shards=1, objective=OBJECTIVES[kind])
-        step = jax.jit(make_train_step(loss_sum, adamw(trainable), max_grad_norm=1.0), donate_argnums=0)
+        step = jax.jit(make_train_step(token_losses(loss_sum), adamw(trainable), max_grad_norm=1.0), donate_argnums=0)
         state, losses[kind] = init_state(trainable, adamw(trainable)), []
         for _ in range(3):
             state, metrics = step(state, held, batch, 1e-4 if not losses[kind] else 3e-2)
@@ -198,7 +198,11 @@ def test_noise_follows_from_the_seed_the_step_and_the_microbatch():
         params, mask = prepared(config=PEAKED)
         trainable, frozen = tuning.partition(params, mask)
         loss_sum = make_loss_sum(CausalLM(PEAKED), label_capacity=128, batch_shards=1, objective=goal)
-        step = jax.jit(make_train_step(loss_sum, adamw(trainable), max_grad_norm=1.0, dropout_key=jax.random.key(seed)))
+        step = jax.jit(
+            make_train_step(
+                token_losses(loss_sum), adamw(trainable), max_grad_norm=1.0, dropout_key=jax.random.key(seed)
+            )
+        )
         state = init_state(trainable, adamw(trainable))
         after, first = step(state, frozen, batch, 0.0)
         kept = jax.tree.map(np.asarray, after)  # as a checkpoint has it

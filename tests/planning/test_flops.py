@@ -11,6 +11,7 @@ from jtune import tuning
 from jtune.models import DecoderConfig, abstract_params
 from jtune.models.config import Delta, Experts, Indexer, Latent, Layer, ShortConv
 from jtune.models.families import decoder_config
+from jtune.models.value_head import draw_value_head
 from jtune.planning.chips import peak_flops
 from jtune.planning.flops import flops_per_token, mean_attended, recomputed_per_token
 from jtune.tuning.freeze import freeze
@@ -77,6 +78,14 @@ def test_full_is_three_forward_passes():
     params, mask = tuned(TINY, "full")
     forward = 3 * (2 * LAYER + ATTENTION) + 2 * HEAD
     assert flops_per_token(TINY, params, mask, lengths=[4]) == 3 * forward
+
+
+def test_a_value_head_stands_in_the_place_of_the_head():
+    params, mask = tuned(TINY, "full")
+    head = draw_value_head(8, jax.random.key(0))
+    both = {**params, "v_head": head}, {**mask, "v_head": jax.tree.map(lambda _: True, head)}
+    forward = 3 * (2 * LAYER + ATTENTION) + 2 * 8 * 0.5
+    assert flops_per_token(TINY, *both, lengths=[4], label_share=0.5) == 3 * forward
 
 
 def test_nothing_that_trains_is_one_forward_pass():

@@ -13,7 +13,7 @@ from jtune import tuning
 from jtune.errors import ConfigError
 from jtune.evaluation.loss import make_eval_step
 from jtune.loading.model import abstract_like, placement
-from jtune.losses.batch import make_loss_sum
+from jtune.losses.batch import make_loss_sum, token_losses
 from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.models.config import Delta, Experts, Latent, Layer, QueryScale, ShortConv
 from jtune.sharding import (
@@ -178,7 +178,11 @@ def alone(family, method, packed):
     trainable, frozen = tuning.partition(params, mask)
     tx = adamw(trainable)
     loss_sum = make_loss_sum(CausalLM(FAMILIES[family]), label_capacity=ROWS * SEQ, batch_shards=1)
-    step, state, figures = jax.jit(make_train_step(loss_sum, tx, max_grad_norm=1.0)), init_state(trainable, tx), []
+    step, state, figures = (
+        jax.jit(make_train_step(token_losses(loss_sum), tx, max_grad_norm=1.0)),
+        init_state(trainable, tx),
+        [],
+    )
     for _ in range(2):
         state, metrics = step(state, frozen, batch_of(packed), RATE)
         figures.append((float(metrics.loss), float(metrics.grad_norm)))

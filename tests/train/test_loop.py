@@ -34,7 +34,7 @@ def run(
         loss = batch if losses is None else losses[batch]
         norm, scale = norms[batch] if norms else 1.0, scales[batch] if scales else 1.0
         finite = jnp.bool_(math.isfinite(loss) and math.isfinite(norm))
-        return state + 1, Metrics(*map(jnp.float32, (loss, norm, 10)), finite, jnp.float32(scale))
+        return state + 1, Metrics(*map(jnp.float32, (loss, norm, 10)), finite, jnp.float32(scale), {})
 
     def watch(event):
         events.append((event.kind, event.step))

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import xxhash
@@ -20,12 +21,14 @@ from jtune.cli.interrupt import repeated_interrupt
 from jtune.cli.main import main
 from jtune.config import load_config
 from jtune.config.arguments import FIELDS
+from jtune.data import Encoded
 from jtune.errors import CheckpointError, ConfigError
 from jtune.models import DecoderConfig
 from jtune.models.config import Layer
 from jtune.secrets import redact, remember, words_to_show
 from jtune.train import results, resume_json
 from jtune.train.checkpoint_folder import is_ours
+from jtune.train.digest import data_fingerprint
 from jtune.train.identity import (
     GROUPS,
     KINDS,
@@ -116,7 +119,13 @@ def arguments(*words):
         ([], ["use_dft_loss=true"], ["use_dft_loss: False then, True now"]),
         ([], ["optim=lion_32bit"], ["optim: adamw then, lion now"]),
         ([], ["adapter_name_or_path=a"], ["adapter_name_or_path: [] then, ['a'] now"]),
+        (["stage=dpo", "pref_loss=hinge"], ["stage=dpo"], ["pref_loss: ['hinge'] then, ['sigmoid'] now"]),
+        (["stage=dpo"], ["stage=dpo", "pref_bco_weight=1"], ["pref_bco_weight: 0.0 then, 1.0 now"]),
+        (["stage=kto"], ["stage=kto", "ref_model=r"], ["ref_model: None then, r now"]),
+        ([], ["teacher_model=t"], ["teacher_model: None then, t now"]),
         # What changes nothing is no other run.
+        (["stage=dpo"], ["stage=dpo", "pref_beta=0.2", "precompute_ref_log_probs=false", "lora_dropout=0.1"], []),
+        (["ref_model=r", "pref_loss=hinge"], ["kto_chosen_weight=2"], []),
         (["lora_target=q_proj,v_proj"], ["lora_target=v_proj,q_proj"], []),
         (["optim=adamw_torch"], ["optim=paged_adamw_32bit"], []),
         (["finetuning_type=full", "lora_rank=4"], ["finetuning_type=full"], []),
@@ -136,6 +145,8 @@ def test_what_changes_the_course_is_named_with_both_values():
         "lr_scheduler_type was cosine, is linear; weight_decay was 0.0, is 0.1; neftune_noise_alpha was None, is 5.0; "
         "number of updates was 4, is 8"
     )
+    kto = Run({}, arguments("stage=kto")), Run({}, arguments("stage=kto", "kto_chosen_weight=2", "simpo_gamma=1"))
+    assert describe_course(*kto) == "kto_chosen_weight was 1.0, is 2.0"
     assert describe_course(then, then) is None
     assert differences(then, now) == []
     assert not {name for name in now.arguments if KINDS[name] == "free"}
@@ -148,6 +159,22 @@ def test_checkpoints_of_older_code_are_not_compared_in_what_they_lack():
     assert differences(old, Run({**old.identity, "vocabulary": [9, []]}, {})) == ["vocabulary: None then, [9, []] now"]
     other = Run({**old.identity, **later, "model": {"norm_eps": 1e-5}}, {})
     assert differences(Run({**old.identity, **later}, {}), other) == ["model: norm_eps: 1e-06 then, 1e-05 now"]
+
+
+def test_other_tags_margins_or_rejected_answers_are_other_data():
+    def fingerprint(prefix="", **columns):
+        return data_fingerprint(Encoded(datasets.Dataset.from_dict(columns), prefix=prefix))
+
+    ids = [[1, 2], [3, 4]]
+    answers = {"input_ids": ids, "labels": ids}
+    assert fingerprint(**answers, kto_tags=[True, False]) != fingerprint(**answers, kto_tags=[True, True])
+    pairs = {f"{side}_{name}": ids for side in ("chosen", "rejected") for name in ("input_ids", "labels")}
+    plain = fingerprint("chosen_", **pairs)
+    assert fingerprint("chosen_", **pairs, margin=[1.0, 2.0]) not in (
+        plain,
+        fingerprint("chosen_", **pairs, margin=[1.0, 3.0]),
+    )
+    assert fingerprint("chosen_", **pairs | {"rejected_input_ids": [[1, 2, 3], [3, 4]]}) != plain
 
 
 def test_layers_have_the_digest_that_older_code_gave_them():

@@ -157,7 +157,7 @@ def test_a_second_step_of_a_shape_compiles_nothing_and_the_state_is_donated():
     trainable, frozen = tuning.partition(params, mask)
     tx = adamw(trainable)
     state_like = abstract_state(trainable, tx, mesh, float16=False)
-    plan = type("Plan", (), {"label_capacity": staticmethod(lambda shape: 128)})
+    plan = type("Plan", (), {"sizes": staticmethod(lambda shape, other: Sizes(128))})
     program = program_of(CausalLM(CONFIG), tx, state_like, frozen, mesh=mesh)
     update = compile_steps(program, plan, Timing())
     state = jax.device_put(init_state(trainable, tx), shardings_of(state_like))
@@ -192,7 +192,7 @@ def test_unrolled_layers_take_their_kernels_from_lists_and_the_stacks_are_gone(s
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert shapes(restacked_shapes(held)) == shapes(abstract_like(frozen))
 
-    tx, plan = adamw(trainable), type("Plan", (), {"label_capacity": staticmethod(lambda shape: 128)})
+    tx, plan = adamw(trainable), type("Plan", (), {"sizes": staticmethod(lambda shape, other: Sizes(128))})
     like = abstract_state(trainable, tx, mesh, float16=False)
     accum = 2 if sizes else 1
     batch = lay_out(ONE_EACH, 16, accum)

@@ -14,7 +14,7 @@ from steps import adamw
 from jtune import tuning
 from jtune.errors import ConfigError
 from jtune.interop import hf, peft
-from jtune.losses.batch import make_loss_sum
+from jtune.losses.batch import make_loss_sum, token_losses
 from jtune.models import CausalLM, DecoderConfig, init_params
 from jtune.models.kernels import project
 from jtune.sharding import make_mesh, replicated, tree_shardings
@@ -76,7 +76,7 @@ def trained(params, updates=3, mesh=None):
     tx = adamw(trainable)
     state = init_state(trainable, tx)
     loss_sum = make_loss_sum(CausalLM(CONFIG, mesh=mesh), label_capacity=128, batch_shards=1)
-    step = jax.jit(make_train_step(loss_sum, tx, max_grad_norm=1.0, dropout_key=None))
+    step = jax.jit(make_train_step(token_losses(loss_sum), tx, max_grad_norm=1.0, dropout_key=None))
     data = batch() if mesh is None else jax.device_put(batch(), replicated(mesh))
     losses = []
     for _ in range(updates):

@@ -70,9 +70,9 @@ def costs(rows_U: np.ndarray, batch: int, seq: int, shards: int) -> np.ndarray:
 
 
 def choose_shapes(
-    sorted_UN: np.ndarray, *, updates: int, longest: int, per_device: int, shards: int
+    sorted_UN: np.ndarray, *, updates: int, longest: int, per_device: int, shards: int, most: int = MAX_SHAPES
 ) -> list[tuple[int, int]]:
-    """At most four (batch, seq) that make the updates cheap. The first has room for the longest example.
+    """At most `most` (batch, seq) that make the updates cheap. The first has room for the longest example.
 
     A microbatch has no more tokens on a shard than the padded layout would have: `per_device` rows as long as the
     longest example. Facility location by greedy addition, replacing one shape at a time for as long as that helps.
@@ -90,8 +90,8 @@ def choose_shapes(
     shapes, cost_CU = [], []
     for seq in sorted(seqs):
         rows_U = rows_needed(sorted_UN, seq)
-        most = tokens // seq
-        for rows in sorted({-(-most // n) for n in (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)}):
+        full = tokens // seq
+        for rows in sorted({-(-full // n) for n in (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)}):
             shapes.append((rows * shards, seq))
             cost_CU.append(costs(rows_U, rows * shards, seq, shards))
     cost_CU = np.stack(cost_CU)
@@ -101,7 +101,7 @@ def choose_shapes(
         return cost_CU[chosen].min(axis=0).sum()
 
     chosen = [min(universal, key=lambda c: cost([c]))]
-    while len(chosen) < MAX_SHAPES:
+    while len(chosen) < most:
         better = _improve([*chosen, chosen[0]], universal, cost_CU)
         if (cost(chosen) - cost(better)) * updates <= COMPILE_UPDATES * cost(better):
             break

@@ -8,8 +8,9 @@ Shapes are chosen by the first window, as for a run over it. What does not fit i
 ones later, goes into the last shape, which takes whatever can come.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,18 @@ import numpy as np
 from jtune.data.batching.order import epoch_order
 from jtune.data.batching.pack import Packs, pack
 from jtune.data.batching.shapes import Shape, costs, place, rows_needed, rung
-from jtune.data.batching.train import BatchPlan, Examples, Layout, capacity_of, filled, lay_out, packing_windows
+from jtune.data.batching.train import (
+    BatchPlan,
+    Examples,
+    Layout,
+    UnitLayout,
+    capacity_of,
+    filled,
+    lay_out,
+    packing_windows,
+    same_rows,
+)
+from jtune.data.batching.units import Sizes, UnitSet, sizes_of_fields
 from jtune.data.encode.encoded import Encoded
 from jtune.data.sources.load import places
 from jtune.data.stream import Position, Stream, windows
@@ -30,7 +42,8 @@ class Part(NamedTuple):
     """A window, with its units in the order in which updates take them."""
 
     encoded: Encoded
-    packs: Packs | None  # None: units are examples
+    examples: Examples  # of `encoded`: they, or the units that are made of them
+    packs: Packs | None  # None: units of the stream are examples
     order: np.ndarray  # int32 [units]
     first: int  # the number of its first unit in the stream
     begin: Position
@@ -59,11 +72,15 @@ class StreamPlan:
 
     num_epochs = 1
 
-    def __init__(self, stream: Stream, model: BatchPlan, *, max_steps: int, cutoff_len: int):
+    def __init__(
+        self, stream: Stream, model: BatchPlan, *, max_steps: int, cutoff_len: int, units_of: Callable[[Encoded], Any]
+    ):
         """
         Args:
           model: the plan of a run over the first window alone.
+          units_of: what is laid out of a window (`jtune.data.batching.units.units_of`).
         """
+        self.units_of = units_of
         self.stream, self.model, self.max_steps, self.cutoff_len = stream, model, max_steps, cutoff_len
         self.updates_per_epoch = max_steps
         self.shards, self.packed = model.shards, model.packs is not None
@@ -71,11 +88,13 @@ class StreamPlan:
         self.size = batch * accumulation  # units of an update
         # As many rows as an update has units, each as long as one can be, all labelled: more cannot come. The further
         # microbatch, always empty, makes it another shape than full rows are usually in.
-        last = Shape(accumulation + 1, batch, cutoff_len if self.packed else rung(cutoff_len))
-        tokens = {s: s.batch * s.seq // self.shards for s in (*model.shapes, last)}
-        self.capacities = {s: capacity_of(round(HEADROOM * model.label_capacity(s)), tokens[s]) for s in model.shapes}
-        self.capacities[last] = tokens[last]
+        segments = len(model.encoded.segments(0))
+        last = Shape(accumulation + 1, batch, cutoff_len if self.packed else rung(segments * cutoff_len))
+        self.capacities = capacities_of(model, last)
         self.shapes = tuple(self.capacities)
+        if model.mismatched is not None:
+            last = last._replace(seq=rung(cutoff_len))
+            self.mismatched_capacities = capacities_of(model.mismatched, last)
         self.seek({})
 
     def seek(self, position: Position) -> None:
@@ -107,6 +126,17 @@ class StreamPlan:
     def label_capacity(self, shape: tuple[int, int, int]) -> int:
         return self.capacities[Shape(*shape)]
 
+    def sizes(self, shape: tuple[int, int, int], other: tuple[int, int, int] | None = None) -> Sizes:
+        """As of a `BatchPlan`. How short units may get is not known: an update has `size` of them."""
+        if self.model.fields is None:
+            return Sizes(self.label_capacity(shape))
+        fields, more = sizes_of_fields(self.model.fields), None
+        if self.model.mismatched is not None:
+            of_other = next(iter(self.mismatched_capacities)) if other is None else Shape(*other)
+            of_fields = sizes_of_fields(self.model.mismatched.fields or {})
+            more = of_other, Sizes(self.mismatched_capacities[of_other], self.size, of_fields)
+        return Sizes(self.label_capacity(shape), self.size, fields, more)
+
     def epoch_at(self, step: int) -> float:
         """The share of the run that is done: how long a pass is, nobody knows. So has the Trainer, in a first pass."""
         return step / self.max_steps
@@ -118,7 +148,14 @@ class StreamPlan:
 
     def update(self, step: int, only: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
         """As of a `BatchPlan`."""
-        return lay_out(self._layout(step), self.shards, only, f"update {step}")
+        layout = self._layout(step)
+        arrays = lay_out(layout, self.shards, only, f"update {step}")
+        if layout.units is None or layout.encoded.mismatched is None:
+            return arrays
+        other = self._placed(layout.encoded.mismatched, layout.examples, layout.examples, self.mismatched_capacities)
+        rows = None if only is None else same_rows(only, layout.shape, other.shape)
+        laid = lay_out(other, self.shards, rows, f"update {step}")
+        return arrays | {f"kl_{name}": x for name, x in laid.items() if name != "divisor"}
 
     def tokens(self, step: int) -> int:
         encoded, examples, _ = self._taken(step)
@@ -158,14 +195,14 @@ class StreamPlan:
                 packs = pack(encoded.lengths, filled(encoded, self.cutoff_len), may_share)
             units = len(encoded if packs is None else packs)
             taken = epoch_order(units, order.seed, window.number, order.shuffle)
-            yield Part(encoded, packs, taken, first, window.begin, window.end)
+            yield Part(encoded, self.units_of(encoded), packs, taken, first, window.begin, window.end)
             first += units
 
     def _layout(self, step: int) -> Layout:
         if self._made is None or self._made[0] != step:
             self._read_for(step)
             encoded, examples, slots = self._taken(step)
-            self._made = step, self._placed(encoded, examples, slots)
+            self._made = step, self._placed(encoded, examples, slots, self.capacities)
         return self._made[1]
 
     def _read_for(self, step: int) -> None:
@@ -191,21 +228,26 @@ class StreamPlan:
         """The examples of an update, where they are, and which unit of the update each belongs to."""
         parts, first = self._spanned(step), step * self.size
         taken = [part.take(first, first + self.size) for part in parts]
-        encoded = parts[0].encoded if len(parts) == 1 else Joined([part.encoded for part in parts])
+        encoded = joined([part.examples for part in parts])
         offsets = np.cumsum([0, *(len(part.encoded) for part in parts[:-1])])
         examples = np.concatenate([examples + offset for (examples, _), offset in zip(taken, offsets)])
         return encoded, examples, np.concatenate([units for _, units in taken]) - first
 
-    def _placed(self, encoded: Examples, examples: np.ndarray, units: np.ndarray) -> Layout:
+    def _placed(
+        self, encoded: Examples, examples: np.ndarray, units: np.ndarray, capacities: Mapping[Shape, int]
+    ) -> Layout:
         """The examples in the cheapest shape that takes them."""
         lengths, labelled = encoded.lengths[examples][None], encoded.labelled[examples][None]
         if self.packed:
             per_shard = self.model.epochs.batch // self.shards
             peak = np.bincount(units // per_shard, labelled[0]).max()
-            shape = next(s for s in self.shapes if peak <= self.capacities[s])
-            return Layout(encoded, examples, units, shape, self.capacities[shape])
+            shape = next(s for s in self.shapes if peak <= capacities[s])
+            return Layout(encoded, examples, units, shape, capacities[shape])
+        of_units = None
+        if isinstance(encoded, UnitSet):
+            of_units = UnitLayout(encoded.fields, self.model.epochs.batch, self.size)
         by_length = -np.sort(-lengths, axis=1)
-        *usual, last = self.shapes
+        *usual, last = capacities
         rows = [rows_needed(by_length, s.seq) for s in usual]
         prices = [costs(r, s.batch, s.seq, self.shards)[0] for r, s in zip(rows, usual)]
         cheapest = [
@@ -213,15 +255,22 @@ class StreamPlan:
         ]
         for shape in (*cheapest, last):
             slots, peak = place(lengths, labelled, shape, self.shards)
-            if peak[0] <= self.capacities[shape]:
-                return Layout(encoded, examples, slots[0], shape, self.capacities[shape])
+            if peak[0] <= capacities[shape]:
+                return Layout(encoded, examples, slots[0], shape, capacities[shape], of_units)
         raise AssertionError("the last shape takes whatever can come")
+
+
+def capacities_of(model: BatchPlan, last: Shape) -> dict[Shape, int]:
+    """Labelled targets of a shard, at most, for the shapes of a plan, and for the one that takes whatever can come."""
+    tokens = {s: s.batch * s.seq // model.shards for s in (*model.shapes, last)}
+    found = {s: capacity_of(round(HEADROOM * model.label_capacity(s)), tokens[s]) for s in model.shapes}
+    return found | {last: tokens[last]}
 
 
 class Joined:
     """Examples of several sets in one line."""
 
-    def __init__(self, sets: Sequence[Examples]):
+    def __init__(self, sets: Sequence[Any]):
         self.sets = sets
         self.starts = np.cumsum([0, *map(len, sets)])
         self.lengths = np.concatenate([encoded.lengths for encoded in sets])
@@ -234,3 +283,22 @@ class Joined:
     def __getitem__(self, index: int) -> Any:
         at = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.sets[at][index - int(self.starts[at])]
+
+    def segments(self, index: int) -> tuple[Any, ...]:
+        return (self[index],)
+
+    def column(self, name: str) -> np.ndarray | None:
+        found = [encoded.column(name) for encoded in self.sets]
+        return None if any(values is None for values in found) else np.concatenate(found)
+
+
+def joined(sets: Sequence[Any]) -> Any:
+    """Examples, or units, of several sets in one line."""
+    first = sets[0]
+    if len(sets) == 1:
+        return first
+    if not isinstance(first, UnitSet):
+        return Joined(sets)
+    sides = tuple(Joined(side) for side in zip(*(units.sides for units in sets)))
+    mismatched = None if first.mismatched is None else joined([units.mismatched for units in sets])
+    return replace(first, sides=sides, mismatched=mismatched)

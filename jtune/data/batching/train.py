@@ -4,7 +4,7 @@
 Arrays are `[accum, batch, seq]`; shard s of the batch axis owns rows s * batch/shards up to (s+1) * batch/shards.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +15,8 @@ from jtune.config.packing import PADDING
 from jtune.config.stages import StageRules
 from jtune.data.batching.order import Epochs, plan_epochs
 from jtune.data.batching.pack import Packs, pack
-from jtune.data.batching.shapes import Shape, choose_shapes, costs, place, rows_needed
+from jtune.data.batching.shapes import MAX_SHAPES, Shape, choose_shapes, costs, place, rows_needed
+from jtune.data.batching.units import Segment, Sizes, UnitSet, grouped, sizes_of_fields, unit_arrays
 from jtune.data.encode.encoded import IGNORED, Encoded
 from jtune.errors import DataError
 
@@ -32,8 +33,8 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
-        """`input_ids` and `labels`, int32 `[length]`."""
+    def segments(self, index: int) -> Sequence[Segment]:
+        """`input_ids` and `labels`, int32 `[length]`, of each segment of an example; as many for all examples."""
         ...
 
 
@@ -49,6 +50,8 @@ class BatchPlan:
     shape_of: np.ndarray  # uint8 [max_steps], index into shapes
     capacities: Mapping[Shape, int]
     padding_share: float  # of the token slots of all used microbatches of the run, exact
+    fields: Mapping[str, np.ndarray] | None = None  # of units, what a loss sees of each, [n, ...]; None: no units
+    mismatched: "BatchPlan | None" = None  # of feedback, the same updates of answers to other prompts
 
     @property
     def max_steps(self) -> int:
@@ -65,6 +68,18 @@ class BatchPlan:
     def epoch_at(self, step: int) -> float:
         """The Trainer's `epoch` after `step` updates (see `Epochs.epoch_at`)."""
         return self.epochs.epoch_at(step)
+
+    def with_reference(self, first: np.ndarray, other: np.ndarray | None = None) -> "BatchPlan":
+        """The plan with the sums of a reference model, float32 `[n, segments, 2]`, among what a loss sees of units.
+
+        Args:
+          other: of mismatched answers.
+        """
+        mismatched = self.mismatched
+        if mismatched is not None:
+            assert other is not None
+            mismatched = mismatched.with_reference(other)
+        return replace(self, fields={**(self.fields or {}), "reference": first}, mismatched=mismatched)
 
     def label_capacity(self, shape: tuple[int, int, int]) -> int:
         """No microbatch of `shape` has more labelled targets than this on a shard; a multiple of 128, or all tokens."""
@@ -94,8 +109,22 @@ class BatchPlan:
         return rows if self.packs is None else self.packs.take(rows)[0]
 
     def tokens(self, step: int) -> int:
-        """Tokens of update `step`, padding not counted."""
+        """Tokens of update `step` that are learned from, padding not counted."""
         return int(self.encoded.lengths[self.examples(step)].sum())
+
+    def width(self, shape: tuple[int, int, int]) -> int:
+        """Units that a row of `shape` may hold, at most."""
+        return min(self.epochs.batch * self.epochs.accumulation, max(1, shape[2] // int(self.encoded.lengths.min())))
+
+    def sizes(self, shape: tuple[int, int, int], other: tuple[int, int, int] | None = None) -> Sizes:
+        """The static sizes of a batch of `shape`, and of its mismatched answers, whose shape is `other`."""
+        if self.fields is None:
+            return Sizes(self.label_capacity(shape))
+        more = None
+        if self.mismatched is not None:
+            (only,) = self.mismatched.shapes
+            more = only, self.mismatched.sizes(only)
+        return Sizes(self.label_capacity(shape), self.width(shape), sizes_of_fields(self.fields), more)
 
     def shape(self, step: int) -> Shape:
         """`[accum, batch, seq]` of update `step`."""
@@ -110,7 +139,9 @@ class BatchPlan:
         Returns:
           input_ids, targets (the next token of the segment, 0 where it does not count), positions (from 0 in each
           segment), segment_ids (from 1 in each row, 0 is padding), int32; loss_weights (1 where the target counts),
-          float32; and the scalar divisor, float32.
+          float32; and the scalar divisor, float32. Of units besides, `[accum, batch, units]` or with an axis for their
+          segments: group int32, share and `fields` float32; and of feedback all this of the mismatched answers, with
+          `kl_` before its name, in a shape of their own.
 
         Raises:
           DataError: the data is not what it was when the plan was made.
@@ -123,8 +154,26 @@ class BatchPlan:
             examples = rows
             sizes = self.encoded.lengths[rows][None], self.encoded.labelled[rows][None]
             slots = place(*sizes, shape, self.shards)[0][0]
-        layout = Layout(self.encoded, examples, slots, shape, self.capacities[shape])
-        return lay_out(layout, self.shards, only, f"update {step}")
+        units = None if self.fields is None else UnitLayout(self.fields, self.epochs.batch, self.width(shape))
+        layout = Layout(self.encoded, examples, slots, shape, self.capacities[shape], units)
+        arrays = lay_out(layout, self.shards, only, f"update {step}")
+        if self.mismatched is None:
+            return arrays
+        rows = None if only is None else same_rows(only, shape, self.mismatched.shape(step))
+        return arrays | {f"kl_{name}": x for name, x in self.mismatched.update(step, rows).items() if name != "divisor"}
+
+
+def same_rows(only: tuple[int, int], shape: Shape, other: Shape) -> tuple[int, int]:
+    """The rows of `other` that lie on the devices of the rows `only` of `shape`: whole shards of both."""
+    return only[0] * other.batch // shape.batch, only[1] * other.batch // shape.batch
+
+
+class UnitLayout(NamedTuple):
+    """What is laid out of units besides their tokens."""
+
+    fields: Mapping[str, np.ndarray]  # of all units of the set, [n, ...]
+    batch: int  # units of a group, LLaMA-Factory's microbatch
+    width: int  # units of a row, at most
 
 
 class Layout(NamedTuple):
@@ -135,26 +184,34 @@ class Layout(NamedTuple):
     slots: np.ndarray  # int64 [n], `microbatch * batch + row`
     shape: Shape
     capacity: int  # targets of a (microbatch, shard), at most
+    units: UnitLayout | None = None
 
 
 def lay_out(layout: Layout, shards: int, only: tuple[int, int] | None, name: str) -> dict[str, np.ndarray]:
     """The arrays of an update (see `BatchPlan.update`); `name` is what it is called when something is wrong."""
-    encoded, examples, slots, shape, capacity = layout
-    divisor = np.asarray(divisor_of(encoded, examples), np.float32)
+    encoded, examples, slots, shape, capacity, units = layout
+    group, share = grouped(len(examples), units.batch if units else 1)
+    divisor = np.asarray(group[-1] + 1 if units else divisor_of(encoded, examples), np.float32)
     if only is not None and only != (0, shape.batch):
         first, stop = only
         microbatch, row = np.divmod(slots, shape.batch)
         mine = (row >= first) & (row < stop)
         examples, slots = examples[mine], (microbatch * (stop - first) + row - first)[mine]
+        group, share = group[mine], share[mine]
         shards = shards * (stop - first) // shape.batch
         shape = shape._replace(batch=stop - first)
     arrays = fill(encoded, examples, slots, shape.accum * shape.batch, shape.seq)
     check_capacity(arrays["loss_weights"], shape.accum * shards, capacity, name)
-    return {key: x.reshape(shape) for key, x in arrays.items()} | {"divisor": divisor}
+    if units is not None:
+        fields = {"group": group, "share": share} | {name: x[examples] for name, x in units.fields.items()}
+        arrays |= unit_arrays(fields, slots, shape.accum * shape.batch, units.width)
+    by_microbatch = lambda x: x.reshape(shape.accum, shape.batch, *x.shape[1:])
+    return {key: by_microbatch(x) for key, x in arrays.items()} | {"divisor": divisor}
 
 
 def divisor_of(encoded: Examples, examples: np.ndarray) -> int:
-    """What the sum of the losses of these examples is divided by: the number of labels that are not -100.
+    """What the sum of the losses of these examples is divided by: the number of labels that are not -100. (That of
+    units is divided by the number of their groups.)
 
     As in Hugging Face's Trainer, the label of an example's first token is among them where there is one (stage pt,
     train_on_prompt), though nothing predicts it.
@@ -194,7 +251,6 @@ class Order(NamedTuple):
 
 def plan_batches(
     encoded: Examples,
-    stage: StageRules,
     size: Size,
     order: Order,
     *,
@@ -213,14 +269,12 @@ def plan_batches(
     `padding_share` does not count these, and the shapes are chosen on the understanding that they cost nothing.
 
     Args:
-      stage: one whose examples are single sequences.
+      encoded: examples of single sequences, or a `UnitSet`, of which a pair takes the place of an example.
       windows: of `pack`.
 
     Raises:
       DataError: nothing to train on, or an example that does not fit into a row.
     """
-    if not stage.learns_tokens:
-        raise ValueError(f"stage {stage.name!r} has no single sequence per example: expected conversations or texts")
     packs = pack(encoded.lengths, filled(encoded, cutoff_len), windows) if packing else None
     epochs = plan_epochs(
         len(encoded) if packs is None else len(packs),
@@ -246,7 +300,23 @@ def plan_batches(
         lengths = np.append(packs.sums(encoded.lengths), 0)
     capacities = {s: capacity_of(peak, s.batch * s.seq // size.shards) for s, peak in zip(shapes, peaks)}
     real = sum(int(lengths[t].sum()) for t in tables)
-    return BatchPlan(encoded, epochs, size.shards, packs, tuple(shapes), shape_of, capacities, 1 - real / slots)
+    plan = BatchPlan(encoded, epochs, size.shards, packs, tuple(shapes), shape_of, capacities, 1 - real / slots)
+    return with_units(plan, encoded, tables, size) if isinstance(encoded, UnitSet) else plan
+
+
+def with_units(plan: BatchPlan, units: UnitSet, tables: list[np.ndarray], size: Size) -> BatchPlan:
+    """The plan of units: with what a loss sees of them, and of feedback with the same updates of mismatched answers,
+    which are all of one shape: for each pair of shapes a step is compiled.
+    """
+    other = units.mismatched
+    if other is None:
+        return replace(plan, fields=units.fields)
+    shapes, shape_of, peaks, _ = _plan_layouts(other, plan.epochs, tables, size.per_device, size.shards, most=1)
+    capacities = {s: capacity_of(peak, s.batch * s.seq // size.shards) for s, peak in zip(shapes, peaks)}
+    mismatched = replace(
+        plan, encoded=other, shapes=tuple(shapes), shape_of=shape_of, capacities=capacities, fields=other.fields
+    )
+    return replace(plan, fields=units.fields, mismatched=mismatched)
 
 
 def _tables(epochs: Epochs) -> Iterator[np.ndarray]:
@@ -256,13 +326,20 @@ def _tables(epochs: Epochs) -> Iterator[np.ndarray]:
         yield from np.array_split(table, -(-table.size // PLANNED_ENTRIES))
 
 
-def _plan_layouts(encoded: Examples, epochs: Epochs, tables: list[np.ndarray], per_device: int, shards: int):
+def _plan_layouts(
+    encoded: Examples, epochs: Epochs, tables: list[np.ndarray], per_device: int, shards: int, most: int = MAX_SHAPES
+):
     """Lay out every update. Returns the shapes, the shape of each update (an index), for each shape the most labelled
     targets of a (microbatch, shard), and the token slots of all microbatches that are used."""
     lengths, labelled = np.append(encoded.lengths, 0), np.append(encoded.labelled, 0)
     by_length = [-np.sort(-lengths[t], axis=1) for t in tables]
     chosen = choose_shapes(
-        by_length[0], updates=epochs.max_steps, longest=int(lengths.max()), per_device=per_device, shards=shards
+        by_length[0],
+        updates=epochs.max_steps,
+        longest=int(lengths.max()),
+        per_device=per_device,
+        shards=shards,
+        most=most,
     )
     rows = [np.concatenate([rows_needed(x, seq) for x in by_length]) for _, seq in chosen]
     shape_of = np.argmin([costs(r, *shape, shards) for r, shape in zip(rows, chosen)], axis=0)
@@ -300,16 +377,18 @@ def check_capacity(loss_weights: np.ndarray, groups: int, capacity: int, name: s
 
 
 def fill(encoded: Examples, examples: np.ndarray, slots: np.ndarray, rows: int, seq: int) -> dict[str, np.ndarray]:
-    """Read `examples` and lay them, as segments in this order, into `slots` (the row of each): arrays `[rows, seq]`.
+    """Read `examples` and lay their segments in this order into `slots` (the row of each): arrays `[rows, seq]`.
 
-    The target of a position is the label of the next one within the example; the last position of an example has none.
+    The target of a position is the label of the next one within the segment; the last position of a segment has none.
     """
     if len(examples) == 0:  # a process may have no part in an update
         dtypes = dict.fromkeys(("input_ids", "targets", "positions", "segment_ids"), np.int32)
         return {key: np.zeros((rows, seq), t) for key, t in (dtypes | {"loss_weights": np.float32}).items()}
     order = np.argsort(slots, kind="stable")
     examples, slots = examples[order], slots[order]
-    read = [encoded[int(i)] for i in examples]
+    by_example = [encoded.segments(int(i)) for i in examples]
+    slots = np.repeat(slots, len(by_example[0]))
+    read = [segment for segments in by_example for segment in segments]
     lengths = np.array([len(r["input_ids"]) for r in read])
     number = np.arange(len(read))
     row_first = np.maximum.accumulate(np.where(np.diff(slots, prepend=-1) != 0, number, 0))
@@ -317,14 +396,17 @@ def fill(encoded: Examples, examples: np.ndarray, slots: np.ndarray, rows: int, 
     begins = ends - lengths
     columns = begins - begins[row_first]
     if (columns + lengths).max() > seq:
+        example = examples[(columns + lengths).argmax() // len(by_example[0])]
         raise DataError(
-            f"example {examples[(columns + lengths).argmax()]} no longer fits into its row of {seq} tokens: "
+            f"example {example} no longer fits into its row of {seq} tokens: "
             "the encoded rows have changed since the plan was made. Start again with overwrite_cache: true."
         )
 
     targets = np.append(np.concatenate([r["labels"] for r in read]), IGNORED)[1:]
     targets[ends[lengths > 0] - 1] = IGNORED
     counts = targets != IGNORED
+    weighted = "weights" in read[0]
+    weights = np.concatenate([r["weights"] for r in read]) if weighted else counts
     positions = np.arange(ends[-1]) - np.repeat(begins, lengths)
     where = np.repeat(slots * seq + columns, lengths) + positions
 
@@ -338,5 +420,5 @@ def fill(encoded: Examples, examples: np.ndarray, slots: np.ndarray, rows: int, 
         "targets": laid(np.where(counts, targets, 0)),
         "positions": laid(positions),
         "segment_ids": laid(np.repeat(number - row_first + 1, lengths)),
-        "loss_weights": laid(counts, np.float32),
+        "loss_weights": laid(weights, np.float32),
     }

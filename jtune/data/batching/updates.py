@@ -1,12 +1,15 @@
 """The updates of a run, from what its user said: the one place that reads arguments for them."""
 
+from functools import partial
+
 import numpy as np
 
 from jtune.config import Config
 from jtune.config.packing import packs_examples
 from jtune.config.stages import rules_of
-from jtune.data.batching.stream import Joined, StreamPlan
+from jtune.data.batching.stream import StreamPlan, joined
 from jtune.data.batching.train import BatchPlan, Examples, Order, Size, packing_windows, plan_batches
+from jtune.data.batching.units import units_of
 from jtune.data.encode.encoded import Encoded
 from jtune.data.stream import Stream
 
@@ -24,16 +27,19 @@ def plan_updates(config: Config, encoded: Encoded, shards: int, stream: Stream |
       stream: the rest, where `encoded` is the first window of it.
     """
     training, data = config.training, config.data
-    windows = packing_windows(encoded, data, rules_of(config.finetuning.stage))
+    stage = rules_of(config.finetuning.stage)
+    windows = packing_windows(encoded, data, stage)
+    units = units_of(encoded, stage, config.finetuning.ld_alpha)
     if stream is None:
-        return _plan(config, encoded, shards, training.max_steps, training.dataloader_drop_last, windows)
+        return _plan(config, units, shards, training.max_steps, training.dataloader_drop_last, windows)
     how = shards, min(training.max_steps, MODELLED), False
-    model = _plan(config, encoded, *how, windows)
-    size, units = model.epochs.batch * model.epochs.accumulation, model.epochs.examples
-    if units < size:  # an update reaches over several windows: so must those of the model
-        again = -(-size // units)
-        model = _plan(config, Joined([encoded] * again), *how, None)
-    return StreamPlan(stream, model, max_steps=training.max_steps, cutoff_len=data.cutoff_len)
+    model = _plan(config, units, *how, windows)
+    size, count = model.epochs.batch * model.epochs.accumulation, model.epochs.examples
+    if count < size:  # an update reaches over several windows: so must those of the model
+        again = -(-size // count)
+        model = _plan(config, joined([units] * again), *how, None)
+    of_window = partial(units_of, stage=stage, beyond=config.finetuning.ld_alpha)
+    return StreamPlan(stream, model, max_steps=training.max_steps, cutoff_len=data.cutoff_len, units_of=of_window)
 
 
 def _plan(
@@ -43,7 +49,6 @@ def _plan(
     shuffle = not config.finetuning.disable_shuffling
     return plan_batches(
         encoded,
-        rules_of(config.finetuning.stage),
         Size(training.per_device_train_batch_size, shards, training.gradient_accumulation_steps),
         Order(
             order_seed(config),

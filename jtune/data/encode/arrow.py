@@ -83,6 +83,8 @@ class Rows:
         for name, column in self.columns.items():
             if name == "kto_tags":
                 column.append(bool(self.batch["desirable"][i]))
+            elif name == "margin":
+                column.append(self.batch["margin"][i] or 0.0)
             else:
                 column.append(own[name] if name in own else (ids or {}).get(name, ()))
 

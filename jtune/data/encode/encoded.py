@@ -6,7 +6,7 @@ from functools import cached_property
 import datasets
 import numpy as np
 
-from jtune.data.cache.shards import preprocessing_batches
+from jtune.data.cache.shards import arrow_column, preprocessing_batches
 from jtune.errors import DataError
 
 IGNORED = -100  # the label of a token that is not learned
@@ -40,14 +40,30 @@ class Encoded:
     @property
     def rows(self) -> datasets.Dataset:
         """The examples as a table of ids and labels: `input_ids` and `labels`, of pairs `chosen_input_ids` ..."""
-        names = [name for name in self.table.column_names if name.endswith(("input_ids", "labels", "kto_tags"))]
+        shown = ("input_ids", "labels", "kto_tags", "margin")
+        names = [name for name in self.table.column_names if name.endswith(shown)]
         table = self.table.select_columns(names)
         return table if self.kept is None else table.select(self.kept)
+
+    def segments(self, index: int) -> tuple[dict[str, np.ndarray], ...]:
+        """The segments of example `index`: it is one."""
+        return (self[index],)
 
     @property
     def rejected(self) -> "Encoded":
         """Of pairs, the other side."""
         return Encoded(self.table, self.kept, "rejected_")
+
+    @property
+    def mismatched(self) -> "Encoded":
+        """Of feedback, each prompt with the answer to another one."""
+        return Encoded(self.table, self.kept, "kl_")
+
+    def column(self, name: str) -> np.ndarray | None:
+        """A column of numbers of the examples, float32 `[n]`; None where the table has none of that name."""
+        if name not in self.table.column_names:
+            return None
+        return self._of_kept(arrow_column(self.table, name).to_numpy(zero_copy_only=False)).astype(np.float32)
 
     @cached_property
     def lengths(self) -> np.ndarray:

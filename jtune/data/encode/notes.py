@@ -5,7 +5,7 @@ It is looked for while rows are encoded, and kept with them: a set that was enco
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -14,18 +14,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jtune.data.cache.shards import arrow_column
+from jtune.data.encode.answers import poor_answers
 from jtune.data.formats.media import PLACEHOLDERS
-from jtune.data.report import Note
+from jtune.data.report import EXAMPLES, ROW_NOTES, Note
 from jtune.data.sources.load import places
 from jtune.data.sources.registry import Entry
 from jtune.data.templates.template import Template
 from jtune.data.tokens.special import find, pattern
 
-KINDS = ("special", "media", "thoughts", "tools", "unused")
+KINDS = ("special", "media", "thoughts", "tools", "unused", *ROW_NOTES)
 
 
-def noted(batch: pa.Table, template: Template) -> list[dict[str, Any]]:
-    """What is to be said of aligned rows: `{kind: items}` with the `dataset` and `row` it is said of."""
+def noted(
+    batch: pa.Table, template: Template, answers: Mapping[str, Iterable[int]] | None = None
+) -> list[dict[str, Any]]:
+    """What is to be said of aligned rows: `{kind: items}` with the `dataset` and `row` it is said of.
+
+    Args:
+      answers: rows of the batch by what is the matter with their answers (see answers.py).
+    """
     said: dict[str, dict[int, set[str]]] = {kind: {} for kind in KINDS}
     tell = lambda kind, row, items: said[kind].setdefault(row, set()).update(items)
     fields = {name: _field(batch, name) for name in ("content", "original", "unused")}
@@ -48,14 +55,21 @@ def noted(batch: pa.Table, template: Template) -> list[dict[str, Any]]:
     for column in fields["unused"]:
         for row, keys in _matching(*column, "."):
             tell("unused", row, [key for key in keys.split(", ") if key not in (template.keys or ())])
+    for kind, numbers in (answers or {}).items():
+        for row in numbers:
+            tell(kind, row, ["answers"])
     rows = sorted({row for found in said.values() for row, items in found.items() if items})
     origin = batch.select(["dataset", "row"]).take(pa.array(rows, pa.int64())).to_pylist()
     found = ({kind: sorted(said[kind][row]) for kind in KINDS if said[kind].get(row)} for row in rows)
     return [one | place for one, place in zip(found, origin)]
 
 
-def notes_of(made: datasets.Dataset, entries: Sequence[Entry]) -> tuple[Note, ...]:
-    """The notes of encoded rows, which have a column `noted`."""
+def notes_of(made: datasets.Dataset, entries: Sequence[Entry], most_examples: int = EXAMPLES) -> tuple[Note, ...]:
+    """The notes of encoded rows, which have a column `noted`.
+
+    Args:
+      most_examples: rows whose place is told, of each kind of `ROW_NOTES`; of the others, the first.
+    """
     column = arrow_column(made, "noted")
     at = np.flatnonzero(pc.call_function("is_valid", [column]).to_numpy())
     rows: list[Mapping[str, Any]] = []
@@ -66,14 +80,16 @@ def notes_of(made: datasets.Dataset, entries: Sequence[Entry]) -> tuple[Note, ..
         held = [row for row in rows if kind in row]
         items = Counter(item for row in held for item in row[kind])
         if held:
-            place = datasets.Dataset.from_dict({name: [held[0][name]] for name in ("dataset", "row")})
-            notes.append(Note(kind, len(held), tuple(x for x, _ in items.most_common()), *places(entries, place)))
+            shown = held[: most_examples if kind in ROW_NOTES else 1]
+            rows_of = datasets.Dataset.from_dict({name: [row[name] for row in shown] for name in ("dataset", "row")})
+            first, *more = places(entries, rows_of)
+            notes.append(Note(kind, len(held), tuple(x for x, _ in items.most_common()), first, tuple(more)))
     return tuple(notes)
 
 
 def column_of(batch: pa.Table, made: pa.Table, template: Template) -> pa.Array:
     """The column `noted` of the rows `made` of a batch: JSON, a list of what `noted` says, mostly null."""
-    told = noted(batch, template)
+    told = noted(batch, template, poor_answers(batch, made))
     if not told or not len(made):
         return pa.nulls(len(made), pa.string())
     if "row" not in made.column_names:  # texts of many rows, joined

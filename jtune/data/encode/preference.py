@@ -19,9 +19,7 @@ from jtune.data.encode.turns import (
 from jtune.data.templates.template import Template
 
 SIDE = {"input_ids": IDS, "labels": IDS}
-PAIRS = datasets.Features(
-    {f"{side}_{name}": feature for side in ("chosen", "rejected") for name, feature in SIDE.items()} | ORIGIN | NOTED
-)
+BOTH = {f"{side}_{name}": feature for side in ("chosen", "rejected") for name, feature in SIDE.items()}
 FEEDBACK = datasets.Features(
     {f"{prefix}{name}": feature for prefix in ("", "kl_") for name, feature in SIDE.items()}
     | {"kto_tags": datasets.Value("bool")}
@@ -30,12 +28,19 @@ FEEDBACK = datasets.Features(
 )
 
 
+def pair_features(margins: bool = False) -> datasets.Features:
+    """The columns of encoded pairs: ids and labels of both answers, and where sets have `margins`, each pair's."""
+    return datasets.Features(BOTH | ({"margin": datasets.Value("float32")} if margins else {}) | ORIGIN | NOTED)
+
+
 def encode_pairs(batch: Aligned, *, template: Template, rules: Rules) -> pa.Table:
-    """Chosen and rejected answers after the prompt they share; both are cut where the longer one must be."""
+    """Chosen and rejected answers after the prompt they share; both are cut where the longer one must be. A pair of a
+    set without margins has margin 0.
+    """
     how = rendering(template, "pair")
     chosen = tokenised(render_rows(batch, template, how), template)
     rejected = tokenised(render_rows(batch, template, how, batch["rejected"]), template)
-    out = Rows(batch, PAIRS)
+    out = Rows(batch, pair_features(rules.margins))
     for i, (better, worse) in enumerate(zip(chosen, rejected)):
         if isinstance(better, str) or isinstance(worse, str):
             out.add(i, fault=better if isinstance(better, str) else worse)

@@ -19,7 +19,7 @@ from jtune.config.stages import StageRules
 from jtune.data.cache.fingerprint import fingerprint
 from jtune.data.cache.shards import UNSHARED, Sharing, make_in_shards
 from jtune.data.encode.arrow import aligned_columns, encode_slice
-from jtune.data.encode.preference import FEEDBACK, PAIRS, encode_feedback, encode_pairs
+from jtune.data.encode.preference import FEEDBACK, encode_feedback, encode_pairs, pair_features
 from jtune.data.encode.supervised import CONVERSATIONS, encode_conversations, encode_last_answers
 from jtune.data.encode.turns import Rules
 from jtune.data.templates.template import Template
@@ -40,7 +40,7 @@ def encode_rows(
 
     Args:
       stage: by its rows, the columns: of conversations, `CONVERSATIONS`; of prompts the same, but only the last answer
-        is labelled, and all of it; of pairs, `PAIRS`; of feedback, `FEEDBACK`.
+        is labelled, and all of it; of pairs, `pair_features`; of feedback, `FEEDBACK`.
 
     Raises:
       DataError: `train_on_prompt` with a template that cannot.
@@ -62,7 +62,7 @@ def encode_rows(
         "conversation": (encode_conversations, CONVERSATIONS),
         "prompt": (encode_last_answers, CONVERSATIONS),
         "feedback": (encode_feedback, FEEDBACK, "desirable"),
-        "pair": (encode_pairs, PAIRS, "rejected"),
+        "pair": (encode_pairs, pair_features(rules.margins), "rejected", "margin"),
     }[stage.rows]
     read = aligned_columns(table, "messages", "system", "tools", "fault", "dataset", "row", *more)
     # With kto, an answer is also set against the next question of its batch: rows depend on how they are batched.

@@ -76,7 +76,8 @@ def encode_set(
             long = long[:0]
         origin = table
     else:
-        rules = Rules(cutoff_len, data_args.mask_history, data_args.train_on_prompt, encoding)
+        margins = any(entry.columns.margin for entry in entries)
+        rules = Rules(cutoff_len, data_args.mask_history, data_args.train_on_prompt, encoding, margins)
         made = origin = encode_rows(table, template, stage, rules, sharing)
         dropped, joined = _count_faults(made, entries, most_examples), False
         faulty = is_faulty(made)
@@ -98,7 +99,7 @@ def encode_set(
         cut=len(long),
         dropped=dropped,
         joined=joined,
-        notes=notes_of(made, entries),
+        notes=notes_of(made, entries, most_examples),
     )
     return encoded, report
 

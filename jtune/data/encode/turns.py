@@ -23,12 +23,14 @@ class Rules:
     Attributes:
       overlong: what becomes of a row of more than `cutoff_len` tokens. "truncate": it is cut, as in LLaMA-Factory;
         "drop": it is left out; "split": a conversation becomes several, each beginning with a question.
+      margins: of pairs, whether some set says by how much the chosen answer is better.
     """
 
     cutoff_len: int
     mask_history: bool = False
     train_on_prompt: bool = False
     overlong: str = "truncate"
+    margins: bool = False
 
 
 def too_long(cutoff_len: int) -> str:

@@ -1,6 +1,6 @@
 """Rows of any format as conversations of one form.
 
-    alpaca, sharegpt, openai ── align ── {messages, system, tools, rejected, desirable, fault, row}
+    alpaca, sharegpt, openai ── align ── {messages, system, tools, rejected, margin, desirable, fault, row}
 
 `messages` alternates question (user or observation) and answer (assistant or function) and ends with an answer; in
 stage pt the first one is the text. What role and content do not say is kept beside them (see messages.py). A row that
@@ -37,6 +37,7 @@ from jtune.data.formats.fields import (
     NOT_LEARNED,
     TRUTH,
     add_unused,
+    number_of,
     text_of,
     tools_of,
     without_padding,
@@ -56,6 +57,7 @@ class Conversation(NamedTuple):
     system: str = ""
     tools: str = ""
     rejected: Message | None = None
+    margin: float | None = None
     desirable: bool | None = None
 
 
@@ -150,7 +152,8 @@ def align_row(row: Mapping[Any, Any], entry: Entry, stage: StageRules = RULES["s
     tools = tools_of(row.get(columns.tools) if columns.tools else None) or tools_of(tools_in_messages(row, entry))
     if entry.ranking:
         chosen, rejected = ranked_answers(row, entry)
-        return Conversation([*messages, chosen], system, tools, rejected)
+        margin = number_of(row.get(columns.margin), columns.margin) if columns.margin else None
+        return Conversation([*messages, chosen], system, tools, rejected, margin)
     desirable = TRUTH.get(str(row.get(columns.kto_tag)).strip().lower()) if columns.kto_tag else None
     if columns.kto_tag and desirable is None:
         raise FaultyRow(f"{columns.kto_tag} is neither true nor false")

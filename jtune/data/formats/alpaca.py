@@ -120,6 +120,7 @@ def alpaca_table(table: pa.Table, entry: Entry, stage: StageRules) -> dict[str, 
         "system": empty(system),
         "tools": empty(tools),
         "rejected": pa.nulls(len(table), ALIGNED.arrow_schema.field("rejected").type),
+        "margin": pa.nulls(len(table), pa.float32()),
         "desirable": pa.nulls(len(table), pa.bool_()),
         "fault": fault.astype(object),
     }

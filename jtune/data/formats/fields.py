@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
@@ -18,6 +19,7 @@ ALIGNED = datasets.Features(
         "system": TEXT,
         "tools": TEXT,  # JSON: a list of functions
         "rejected": MESSAGE,  # in sets of pairs, the answer that is worse than the last one
+        "margin": datasets.Value("float32"),  # in sets of pairs that have one, by how much the last answer is better
         "desirable": datasets.Value("bool"),  # in sets of feedback, whether the last answer is
         "fault": TEXT,  # why the row is left out; "" if it is not
         "dataset": datasets.Value("int32"),  # index of the entry
@@ -38,6 +40,24 @@ def text_message(role: str, content: Any, what: str | None) -> Message:
     if content is None:
         raise FaultyRow(f"{what} without content")
     return {"role": role, "content": text_of(content, what)}
+
+
+def number_of(value: Any, what: str | None) -> float:
+    """A number, also as text; nothing is 0.
+
+    >>> number_of("1.5", "margin"), number_of(None, "margin")
+    (1.5, 0.0)
+
+    Raises:
+      FaultyRow: it is no finite number.
+    """
+    try:
+        number = float(value or 0)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise FaultyRow(f"{what} is not a number")
+    return number
 
 
 def text_of(value: Any, what: str | None) -> str:

@@ -116,7 +116,7 @@ def say_unused(entry: Entry, found: Sequence[str], stage: StageRules) -> None:
     unread = {"response", "system", "tools"} if stage.rows == "text" else set()
     own = {"prompt", "query", "response", "history"}
     unread |= {"messages"} if entry.formatting == "alpaca" else own
-    unread |= {"response"} if entry.ranking else {"chosen", "rejected"}
+    unread |= {"response"} if entry.ranking else {"chosen", "rejected", "margin"}
     used = {getattr(entry.columns, field.name) for field in fields(Columns) if field.name not in unread}
     if stage.rows == "text" and (entry.formatting != "alpaca" or entry.columns.history in found):
         note_once(f"dataset {entry.name!r}: stage pt learns the first message of a row only", logging.WARNING)
@@ -169,6 +169,8 @@ def check_columns(entry: Entry, found: list[str], stage: StageRules) -> None:
 
 def check_stage(entry: Entry, stage: StageRules) -> None:
     """Raise a DataError for sets that are not for `stage`."""
+    if entry.columns.margin and not entry.ranking:
+        raise DataError(f"""dataset {entry.name!r}: only pairs have a margin: set "ranking": true, or leave it out""")
     kind = "ranking" if entry.ranking else "kto_tag" if entry.columns.kto_tag else ""
     if kind and not (stage.rows == "text" and kind == "kto_tag"):
         wanted = "pair" if kind == "ranking" else "feedback"

@@ -45,6 +45,7 @@ class Columns:
     chosen: str | None = None
     rejected: str | None = None
     kto_tag: str | None = None
+    margin: str | None = None  # of pairs: by how much the chosen answer is better (arXiv:2307.09288)
 
 
 @dataclass(frozen=True)

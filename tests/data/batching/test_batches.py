@@ -33,20 +33,22 @@ class Examples:
         labels = np.where(np.arange(len(ids)) >= len(ids) - self.tail[i], ids, -100)
         return {"input_ids": ids.astype(np.int32), "labels": labels.astype(np.int32)}
 
+    def segments(self, i):
+        return (self[i],)
+
 
 def chat(n, cap=512, seed=0, mean=4.7):
     return Examples(np.clip(np.random.default_rng(seed).lognormal(mean, 0.8, n), 2, cap))
 
 
-def planned(encoded, stage, per_device_batch_size, batch_shards, accumulation, seed, shuffle, num_epochs, **more):
+def planned(encoded, per_device_batch_size, batch_shards, accumulation, seed, shuffle, num_epochs, **more):
     order = {name: more.pop(name) for name in ("max_steps", "drop_last", "by_length") if name in more}
     size = Size(per_device_batch_size, batch_shards, accumulation)
-    return plan_batches(encoded, stage, size, Order(seed, shuffle, num_epochs, **order), **more)
+    return plan_batches(encoded, size, Order(seed, shuffle, num_epochs, **order), **more)
 
 
 def plan(encoded, **kw):
     defaults = {
-        "stage": rules_of("sft"),
         "packing": False,
         "cutoff_len": 512,
         "per_device_batch_size": 2,
@@ -182,7 +184,7 @@ def test_packed_rows_have_one_shape_and_short_updates_end_in_empty_rows():
 
 def test_pretraining_blocks_are_one_segment_each():
     encoded = Examples(np.full(12, 64), train_on_all=True)
-    batches = plan(encoded, stage=rules_of("pt"), packing=True, cutoff_len=64, shuffle=False)
+    batches = plan(encoded, packing=True, cutoff_len=64, shuffle=False)
     arrays = batches.update(1)
     assert sorted(batches.examples(1)) == [4, 5, 6, 7]
     assert (arrays["segment_ids"] == 1).all()
@@ -249,8 +251,6 @@ def test_data_that_changed_under_the_plan_is_an_error():
     encoded.tail = np.full(8, 299)
     with pytest.raises(DataError, match="labelled targets on a shard"):
         batches.update(0)
-    with pytest.raises(ValueError, match="stage 'rm'"):
-        plan(encoded, stage=rules_of("rm"))
 
 
 def test_an_example_longer_than_the_row_is_an_error():
@@ -335,7 +335,7 @@ def test_evaluation_of_a_few_rows_is_not_padded_to_a_large_batch():
 def test_the_divisor_counts_the_first_label_as_the_trainer_does():
     encoded = Examples([10, 20, 30, 40], train_on_all=True)
     batches = planned(
-        encoded, stage=rules_of("pt"), packing=False, cutoff_len=40, per_device_batch_size=2, batch_shards=1,
+        encoded, packing=False, cutoff_len=40, per_device_batch_size=2, batch_shards=1,
         accumulation=2, seed=0, shuffle=False, num_epochs=1,
     )  # fmt: skip
     arrays = batches.update(0)

@@ -29,6 +29,7 @@ def table(*chats, tools="", rejected=None):
             "system": "",
             "tools": tools,
             "rejected": rejected and {"role": "assistant", "content": rejected},
+            "margin": None,
             "desirable": None,
             "fault": "",
             "dataset": 0,

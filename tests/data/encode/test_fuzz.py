@@ -82,7 +82,15 @@ ROWS = {"sharegpt": SHAREGPT, "alpaca": ALPACA, "openai": SHAREGPT.map(openai), 
 def aligned(rows, entry):
     made = []
     for number, row in enumerate(rows):
-        said = {"messages": [], "system": "", "tools": "", "rejected": None, "desirable": None, "fault": ""}
+        said = {
+            "messages": [],
+            "system": "",
+            "tools": "",
+            "rejected": None,
+            "margin": None,
+            "desirable": None,
+            "fault": "",
+        }
         try:
             said |= align_row(row, entry)._asdict()
         except FaultyRow as fault:

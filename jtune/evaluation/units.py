@@ -1,0 +1,149 @@
+"""Sums over the segments of units, for all units of a set: what evaluations and precomputed references are made of."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jtune.config import Config
+from jtune.config.stages import rules_of
+from jtune.data import Encoded, EvalBatch, Segments, UnitSet, eval_batches, grouped, units_of
+from jtune.losses.feedback import with_margins
+from jtune.losses.segments import Figures, Owners, SumsOf, mean_logits, of_sums, segment_sums, sums_of
+from jtune.losses.units import UnitObjective
+from jtune.models import CausalLM
+from jtune.models.decoder import hidden_states
+from jtune.sharding import arrays, batch_sharding, batch_shards, check_row_length, replicated
+from jtune.sharding.compiler import compiler_options
+
+Sums = tuple[np.ndarray, dict[str, np.ndarray]]  # float32 [n, S, 2] of units in two parts, and [n, S] of their figures
+
+
+class Reference(NamedTuple):
+    """The sums of a reference model over a set."""
+
+    first: np.ndarray  # float32 [n, S, 2], in two parts (`jtune.losses.segments.segment_sums`)
+    other: np.ndarray | None = None  # float32 [n, 1, 2], of mismatched answers
+
+
+def make_sums(
+    module: CausalLM, what: SumsOf, units: UnitSet, mesh: Mesh, config: Config
+) -> tuple[Callable[[Any], Sums], int]:
+    """`sums(params)` over all units of a set, and the number of its steps. Segments lie in rows without their units."""
+    segments, shards = Segments(units), batch_shards(mesh)
+    rows, everywhere = batch_sharding(mesh, accumulated=False), replicated(mesh)
+    plan = eval_batches(
+        segments,
+        stage=rules_of(config.finetuning.stage),
+        per_device_batch_size=config.training.per_device_eval_batch_size,
+        batch_shards=shards,
+        cutoff_len=config.data.cutoff_len,
+    )
+    check_row_length(mesh, plan.shape[1])
+
+    def of_batch(params: Any, batch: Any, example_BT: jax.Array) -> tuple[jax.Array, Figures]:
+        hidden = hidden_states(module, params, batch["input_ids"], batch["positions"], batch["segment_ids"]).x
+        owners, capacity = Owners(example_BT, plan.slots), plan.label_capacity
+        return segment_sums(module, what, params, hidden, batch, owners, capacity=capacity, shards=shards)
+
+    compiled = jax.jit(of_batch, out_shardings=everywhere, compiler_options=compiler_options(mesh))
+
+    def step(params: Any, batch: EvalBatch) -> Any:
+        return compiled(params, *jax.tree.map(lambda x: arrays.put(x, rows), (batch.arrays, batch.example)))
+
+    def sums(params: Any) -> Sums:
+        running = [(batch.indices, step(params, batch)) for batch in plan]  # dispatched, not awaited
+        found: Any = jax.tree.map(lambda x: np.zeros((len(segments), *x.shape[1:]), np.float32), running[0][1])
+
+        def put(indices: np.ndarray, total: np.ndarray, part: np.ndarray) -> None:
+            total[indices] = part[: len(indices)]
+
+        for indices, part in running:
+            jax.tree.map(lambda total, x, indices=indices: put(indices, total, x), found, jax.device_get(part))
+        return jax.tree.map(lambda x: x.reshape(len(units), segments.width, *x.shape[1:]), found)
+
+    return sums, len(plan)
+
+
+def make_reference(
+    module: CausalLM, objective: UnitObjective, units: UnitSet, mesh: Mesh, config: Config
+) -> Callable[[Any], Reference]:
+    """`reference(params)`: the sums of a reference model with these parameters over a set."""
+    what = sums_of(module, objective)
+    of = [make_sums(module, what, x, mesh, config)[0] for x in (units, units.mismatched) if x is not None]
+    return lambda params: Reference(*(sums(params)[0] for sums in of))
+
+
+def make_unit_loss(
+    module: CausalLM,
+    sets: Mapping[str, Encoded],
+    mesh: Mesh,
+    config: Config,
+    objective: UnitObjective,
+    references: Mapping[str, Reference],
+) -> Callable[[Any], dict[str, float]]:
+    """`loss(params)`: the loss and the metrics of every evaluation set, under `eval_` or `eval_<name>_`.
+
+    Args:
+      references: the sums of the reference over each set, under `eval` or `eval_<name>`; empty without a reference.
+    """
+    stage, beyond = rules_of(config.finetuning.stage), config.finetuning.ld_alpha
+    what, size = sums_of(module, objective), config.training.per_device_eval_batch_size * batch_shards(mesh)
+    prepared = {}
+    for name, encoded in sets.items():
+        units = units_of(encoded, stage, beyond)
+        others = None if units.mismatched is None else make_sums(module, what, units.mismatched, mesh, config)[0]
+        prepared[name] = units, *make_sums(module, what, units, mesh, config), others
+
+    def loss(params: Any) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for name, (units, sums, steps, others) in prepared.items():
+            began = time.monotonic()
+            reference = references[f"eval_{name}".rstrip("_")] if objective.anchored else None
+            other = others(params)[0] if others else None
+            found = figures_of(objective, units, sums(params), other, reference, size)
+            seconds = max(1e-9, time.monotonic() - began)
+            found |= {
+                "runtime": round(seconds, 4),
+                "samples_per_second": round(len(units) / seconds, 3),
+                "steps_per_second": round(steps / seconds, 3),
+            }
+            metrics |= {f"{f'eval_{name}'.rstrip('_')}_{key}": value for key, value in found.items()}
+        return metrics
+
+    return loss
+
+
+def figures_of(
+    objective: UnitObjective,
+    units: UnitSet,
+    sums: Sums,
+    other: np.ndarray | None,
+    reference: Reference | None,
+    size: int,
+) -> dict[str, float]:
+    """The mean loss of units, and the means of what is logged of them, over LLaMA-Factory's batches of `size`.
+
+    Args:
+      other: sums of the mismatched answers, of feedback.
+    """
+    group, share = map(jnp.asarray, grouped(len(units), size))
+    fields = {name: jnp.asarray(x) for name, x in units.fields.items()}
+    of_reference = None if reference is None else jnp.asarray(reference.first)
+    found = of_sums(jnp.asarray(sums[0]), of_reference, share=share, group=group, **fields)
+    if objective.shared is not None:
+        first = found
+        if units.mismatched is not None:
+            assert other is not None
+            of_other = None if reference is None or reference.other is None else jnp.asarray(reference.other)
+            fields = {name: jnp.asarray(x) for name, x in units.mismatched.fields.items()}
+            first = of_sums(jnp.asarray(other), of_other, share=share, group=group, **fields)
+        found = found._replace(shared=objective.shared(first, group, objective.running)[0])
+    losses, metrics = objective.loss(found)
+    metrics |= mean_logits(found, {name: jnp.asarray(x) for name, x in sums[1].items()})
+    totals = {name: (float(jnp.sum(v * w)), float(jnp.sum(w))) for name, (v, w) in metrics.items()}
+    return with_margins({"loss": float(jnp.mean(losses))} | {name: v / w for name, (v, w) in totals.items() if w})
