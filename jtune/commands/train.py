@@ -227,8 +227,9 @@ def prepare_model(config: Config, source: Source, rows: Rows, mesh: Mesh) -> Mod
     model = load_model(config, source, mesh)
     preflight.check_weights(model.params)
     if source.second is not None:
-        model = model._replace(second=load_second(source.second, mesh))
-        preflight.check_weights(model.second.params)
+        second = load_second(source.second, mesh)
+        preflight.check_weights(second.params)
+        model = model._replace(second=second)
     replicated = unsplit(tuning.prepared_axes(model.params, source.decoder), model.params, mesh)
     if replicated:
         log.info("%s", describe_unsplit(replicated))
