@@ -41,9 +41,8 @@ def arguments(base, **options):
 
 def load(base, **options):
     """(source, model) of a run in stage rm."""
-    config = arguments(base, **options)
-    source = read_source(config)
-    return source, load_model(config, source, make_mesh())
+    source = read_source(arguments(base, **options))
+    return source, load_model(source.config, source, make_mesh())
 
 
 def moved(model, amount=0.05):
