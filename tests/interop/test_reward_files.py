@@ -1,6 +1,7 @@
 """Reward models in files: torch scores what we write as we do, we read it back, and what does not fit is named."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import jax
@@ -208,6 +209,21 @@ def test_a_classifier_of_one_label_is_a_reward_model(tied, bases, tmp_path):
     assert "id2label" not in written
     _, again = load(tmp_path / "written", finetuning_type="full", do_train=False)
     np.testing.assert_allclose(scores(again, again.params), expected, atol=1e-5)
+
+
+def test_a_value_head_among_the_tensors_of_a_model_is_read_as_trl_saves_it(bases, tmp_path):
+    head = draw_value_head(32, jax.random.key(4))
+    save_value_head(head, shutil.copytree(bases[False], tmp_path / "trl"))
+    tensors = load_file(tmp_path / "trl" / "model.safetensors") | load_file(tmp_path / "trl" / FILE)
+    save_file(tensors, tmp_path / "trl" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "trl" / FILE).unlink()
+    source, model = load(tmp_path / "trl", finetuning_type="full", do_train=False)
+    jax.tree.map(np.testing.assert_array_equal, model.params["v_head"], head)
+    write(tmp_path / "written", source, model, model.params)
+    assert (
+        load_file(tmp_path / "written" / "model.safetensors").keys()
+        == load_file(bases[False] / "model.safetensors").keys()
+    )
 
 
 def test_a_classifier_of_two_labels_is_none(bases, tmp_path):
