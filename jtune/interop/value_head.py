@@ -105,6 +105,11 @@ def _way(folder: Path) -> str:
     )
 
 
+def forget_value_head(folder: Path) -> None:
+    """Remove the value head of an earlier model, which would be read as that of the model that takes its place."""
+    (folder / FILE).unlink(missing_ok=True)
+
+
 def save_value_head(head: Mapping[str, Any], folder: Path) -> None:
     """Write `value_head.safetensors`. All processes call it; the first writes.
 

@@ -18,7 +18,7 @@ from jtune.interop.value_head import FILE, read_value_head, save_value_head
 from jtune.loading.model import load_model
 from jtune.loading.source import read_source
 from jtune.models.decoder import hidden_states
-from jtune.models.value_head import draw_value_head, score
+from jtune.models.value_head import draw_value_head, score, split_head
 from jtune.sharding import make_mesh
 from jtune.train.output import ModelFiles, check_writable, save_model
 from jtune.tuning.show import tensor
@@ -136,6 +136,15 @@ def test_the_head_of_the_last_adapter_counts_then_that_of_the_model_else_it_is_d
     np.testing.assert_array_equal(drawn, draw_value_head(32, jax.random.key(3))["kernel"])
     with pytest.raises(DataError, match=r"there is no value_head\.safetensors in .*model: its scores would be random"):
         load(tmp_path / "model", do_train=False)
+
+
+def test_no_value_head_is_left_where_another_model_takes_the_place_of_a_reward_model(bases, tmp_path):
+    source, model = load(bases[True], lora_target="q_proj")
+    write(tmp_path, source, model, model.params)
+    assert (tmp_path / FILE).exists()
+    (params, _), (mask, _) = split_head(model.params), split_head(model.mask)
+    write(tmp_path, source, model._replace(mask=mask), params)
+    assert not (tmp_path / FILE).exists()
 
 
 @pytest.mark.parametrize(
