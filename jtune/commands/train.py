@@ -51,7 +51,7 @@ from jtune.train.files import full_disk_explained
 from jtune.train.identity import Run, arguments_of, identity_of
 from jtune.train.loop import Hooks, Progress, run_loop
 from jtune.train.output import ModelFiles, Output, check_writable
-from jtune.train.plot import plot_losses
+from jtune.train.plot import plot_losses, plot_measures
 from jtune.train.program import Program, compile_steps, make_program, unstacked
 from jtune.train.restore import restore
 from jtune.train.resume import start_or_resume
@@ -349,7 +349,7 @@ def best_state(config: Config, program: Program, state: TrainState, progress: Pr
 
 
 def write_results(output: Output, state: TrainState, progress: Progress, start: Start, parameters: int) -> None:
-    """The model, `train_results.json`, `trainer_state.json` and the loss plot."""
+    """The model, `train_results.json`, `trainer_state.json` and the plots."""
     config, folder, plan = output.files.config, output.folder, output.plan
     with output.timing.spent("checkpoint"), writing_model(folder):
         output.save_model(folder, state)
@@ -370,5 +370,7 @@ def write_results(output: Output, state: TrainState, progress: Progress, start: 
     with writing_model(folder):
         results.save_results(folder, "train", summary)
         output.save_trainer_state(folder, progress)
-        title = f"Training loss of {config.training.run_name or folder}"
-        plot_losses(progress.log_history, folder / "training_loss.png", title)
+        name = config.training.run_name or str(folder)
+        unit = "nats per token" if rules_of(config.finetuning.stage).learns_tokens else ""
+        plot_losses(progress.log_history, folder / "training_loss.png", f"Training loss of {name}", unit)
+        plot_measures(progress.log_history, folder, name)

@@ -265,7 +265,9 @@ class TrainingArguments:
     )
     do_train: bool = arg(False, "train")
     do_eval: bool = arg(False, "evaluate at the end; implied by eval_strategy")
-    do_predict: bool = arg(False, "at the end, answer the evaluation sets: generated_predictions.jsonl")
+    do_predict: bool = arg(
+        False, "at the end, answer the evaluation sets (stage rm: score them): generated_predictions.jsonl"
+    )
     predict_with_generate: bool = arg(
         False, "evaluation also generates answers, and measures BLEU and ROUGE (stage sft)"
     )

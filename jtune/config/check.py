@@ -371,6 +371,9 @@ def _evaluation(v: SimpleNamespace) -> Iterator[Rule]:
     if v.eval_samples and not (v.do_eval or scheduled or v.eval_on_start):
         yield ("eval_samples", "eval_strategy"), "evaluations show eval_samples: set eval_strategy: steps"
     stage = rules_of(v.stage)
+    if v.eval_samples and stage.scores:
+        message = f"eval_samples shows answers, and stage {v.stage} trains a model that gives scores: leave it out"
+        yield ("eval_samples", "stage"), message
     if v.predict_with_generate and not stage.answers:
         message = f"predict_with_generate is only for stage sft, not {v.stage}: do_eval measures the loss"
         yield ("predict_with_generate", "stage"), message

@@ -14,6 +14,7 @@ from jtune.losses.units import (
     Units,
     group_means,
     log_probabilities,
+    log_ratios,
     segment_means,
 )
 
@@ -51,7 +52,8 @@ def kto(beta: float, good: float = 1.0, bad: float = 1.0, ftx: float = 0.0) -> U
 
     def loss(units: Units) -> tuple[jax.Array, UnitMetrics]:
         policy, wanted, kl = log_probabilities(units)[..., 0], units.wanted, units.shared["kl"]
-        ratio = (units.policy - units.reference)[..., 0]
+        ratio = log_ratios(units)[..., 0]
+        assert wanted is not None
         side = 2 * wanted - 1
         losses = (good * wanted + bad * (1 - wanted)) * jax.nn.sigmoid(beta * side * (kl - ratio))
         if ftx:
@@ -80,7 +82,8 @@ def group_statistics(first: Units, group: jax.Array, running: Any) -> tuple[dict
     Args:
       first: for each answer of the update its prompt with an answer to another one, and `wanted` of the answer itself.
     """
-    kl = jnp.maximum(group_means((first.policy - first.reference)[..., 0], first), 0)
+    assert first.wanted is not None
+    kl = jnp.maximum(group_means(log_ratios(first)[..., 0], first), 0)
     return {"kl": kl[group], "good_share": group_means(first.wanted, first)[group]}, running
 
 

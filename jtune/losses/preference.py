@@ -19,6 +19,7 @@ from jtune.losses.units import (
     group_means,
     group_sums,
     log_probabilities,
+    log_ratios,
     segment_means,
 )
 
@@ -102,7 +103,7 @@ def pair_of(units: Units, names: Mapping[str, float]) -> Pair:
         raise DataError(
             f"the rows have a margin, which pref_loss: {losses} does not use: take sigmoid, or drop the column"
         )
-    ratio = log_probabilities(units) if units.reference is None else units.policy - units.reference
+    ratio = log_ratios(units)
     means, mean_ratio = segment_means(units), ratio / jnp.maximum(units.counts, 1)
     sides = [x[..., side] for x in (ratio, mean_ratio, means) for side in (0, 1)]
     return Pair(*sides, margin=jnp.zeros_like(sides[0]) if units.margin is None else units.margin, shared=units.shared)
@@ -111,7 +112,7 @@ def pair_of(units: Units, names: Mapping[str, float]) -> Pair:
 def metrics_of(units: Units, pair: Pair, names: Mapping[str, float], beta: float) -> UnitMetrics:
     """What LLaMA-Factory logs of pairs. Rewards are beta times what the losses compare: sums, or means of tokens."""
     on_means = set(names) <= ON_MEANS
-    tie = 0.0 if units.reference is None else TIE
+    tie = 0.0 if units.reference is None else TIE / jnp.maximum(jnp.min(units.counts, axis=-1), 1) if on_means else TIE
     chosen, rejected = (pair.mean_chosen, pair.mean_rejected) if on_means else (pair.chosen, pair.rejected)
     logps = (pair.logp_chosen, pair.logp_rejected) if on_means else jnp.moveaxis(log_probabilities(units), -1, 0)
     values = {
@@ -149,8 +150,7 @@ def shared_of(names: Iterable[str], beta: float) -> Shared | None:
 
 def divergences(first: Units) -> dict[str, jax.Array]:
     """`kl_chosen`, `kl_rejected`: mean log-ratio of a side over the pairs of the group, or 0 if that is negative."""
-    ratio = first.policy - first.reference
-    of_side = lambda side: jnp.maximum(group_means(ratio[..., side], first), 0)[first.group]
+    of_side = lambda side: jnp.maximum(group_means(log_ratios(first)[..., side], first), 0)[first.group]
     return {"kl_chosen": of_side(0), "kl_rejected": of_side(1)}
 
 
@@ -159,15 +159,15 @@ def reference_shift(first: Units) -> dict[str, jax.Array]:
 
     The pairs of a group are ranked by what the policy says of them, and what the reference says of them is sorted.
     """
-    policy, reference = (
-        x[..., 0] - x[..., 1] for x in (log_probabilities(first), log_probabilities(first, first.reference))
-    )
+    assert first.reference is not None
+    sums = log_probabilities(first), log_probabilities(first, first.reference)
+    policy, reference = (x[..., 0] - x[..., 1] for x in sums)
     return {"reference_shift": reference - of_same_rank(policy, reference, first)}
 
 
 def ranked_answers(first: Units) -> dict[str, jax.Array]:
     """The log-ratios of the rejected answer of the chosen one's rank in the group, and the other way round."""
-    chosen, rejected = jnp.moveaxis(first.policy - first.reference, -1, 0)
+    chosen, rejected = jnp.moveaxis(log_ratios(first), -1, 0)
     return {
         "ranked_rejected": of_same_rank(chosen, rejected, first),
         "ranked_chosen": of_same_rank(rejected, chosen, first),
@@ -202,7 +202,7 @@ def running_mean(first: Units, beta: float, running: Running) -> tuple[jax.Array
     Returns:
       deltas `[as many as there are units]`, by the number of the group; `running` with all groups of the update.
     """
-    rewards = group_means(beta * jnp.mean(first.policy - first.reference, axis=-1), first)
+    rewards = group_means(beta * jnp.mean(log_ratios(first), axis=-1), first)
     there = (group_sums(first.share, first.group) > 0).astype(jnp.float32)
     groups = running["groups"] + jnp.cumsum(there)
     means = running["mean"] + jnp.cumsum(there * (rewards - running["mean"])) / jnp.maximum(groups, 1)

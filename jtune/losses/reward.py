@@ -23,7 +23,7 @@ def bradley_terry(center_coefficient: float = 0.0) -> UnitLoss:
     """`-log sigmoid(s_c - s_r - margin) + center_coefficient * (s_c + s_r)^2`, for scores s of the two answers.
 
     arXiv:2203.02155; the margin, where the rows have one: arXiv:2307.09288; centring, which keeps the mean of scores
-    near 0: arXiv:2312.09244. `accuracy` is the share of pairs with s_c > s_r.
+    near 0: arXiv:2312.09244. `accuracy` is the share of all pairs with s_c > s_r.
     """
 
     def loss(units: Units) -> tuple[jax.Array, UnitMetrics]:
@@ -32,6 +32,7 @@ def bradley_terry(center_coefficient: float = 0.0) -> UnitLoss:
         losses = -jax.nn.log_sigmoid(chosen - rejected - margin)
         if center_coefficient:
             losses += center_coefficient * (chosen + rejected) ** 2
-        return losses, {"accuracy": ((chosen > rejected).astype(jnp.float32), units.share)}
+        there = (units.share > 0).astype(jnp.float32)
+        return losses, {"accuracy": ((chosen > rejected).astype(jnp.float32), there)}
 
     return loss

@@ -76,6 +76,11 @@ def group_means(values: jax.Array, units: Units) -> jax.Array:
     return group_sums(units.share * values, units.group) / jnp.where(shares > 0, shares, 1)
 
 
+def log_ratios(units: Units) -> jax.Array:
+    """By how much the policy finds segments likelier than the reference: `[U, S]`. Without one, log-probabilities."""
+    return log_probabilities(units) if units.reference is None else units.policy - units.reference
+
+
 def segment_means(units: Units) -> jax.Array:
     """The mean of a labelled token, `[U, S]`; 0 for a segment without any."""
     return log_probabilities(units) / jnp.maximum(units.counts, 1)

@@ -66,6 +66,7 @@ def test_a_plain_case_loads_without_notes(stage):
         (f"{DPO} train_on_prompt=true", "train_on_prompt is only for stage sft: stage dpo learns the answers that are"),
         (f"{KTO} mask_history=true", "mask_history is only for stage sft: stage kto learns the answers that are comp"),
         (f"{RM} predict_with_generate=true", "predict_with_generate is only for stage sft, not rm"),
+        (f"{RM} eval_samples=2 eval_dataset=b do_eval=true", "eval_samples shows answers, and stage rm trains a model"),
         (f"{DPO} do_predict=true eval_dataset=b", "do_predict is only for stages sft (answers) and rm (scores)"),
         (
             f"{DPO} eval_dataset=b eval_strategy=steps early_stopping_steps=2 metric_for_best_model=accuracy",

@@ -15,7 +15,6 @@ from safetensors.numpy import load_file
 from small import case, command, curve, environment, state, train, write_data, write_model
 
 from jtune.commands import simulate
-from jtune.config.stages import rules_of
 from jtune.data.batching.train import Order, Size, plan_batches
 from jtune.distributed import connect, shutdown
 from jtune.errors import ConfigError

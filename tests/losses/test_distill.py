@@ -11,6 +11,7 @@ from steps import CONFIG, ONE_EACH, PACKED, RATE, adamw, lay_out, prepared, prog
 
 from jtune import tuning
 from jtune.config import FinetuningArguments, TrainingArguments
+from jtune.data import Sizes
 from jtune.loading.model import abstract_like, placement
 from jtune.losses.batch import make_loss_sum
 from jtune.losses.distill import distilled
@@ -198,7 +199,7 @@ def test_eight_devices_equal_one(kind, method, sizes, monkeypatch):
     batch = {name: jax.device_put(x, rows(x)) for name, x in lay_out(ONE_EACH, 16, accum).items()}
     modules = CausalLM(STUDENT, mesh=mesh), CausalLM(TEACHER, mesh=mesh)
     program = program_of(modules[0], tx, like, abstract_like(held), objective=goal, second=modules[1])
-    step = lower_step(program, abstract_like(batch), len(ONE_EACH) // accum // shards * 16).compile(
+    step = lower_step(program, abstract_like(batch), Sizes(len(ONE_EACH) // accum // shards * 16)).compile(
         {"xla_backend_optimization_level": 0}
     )
     state, figures = jax.device_put(init_state(trainable, tx), shardings_of(like)), []

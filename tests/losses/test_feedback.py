@@ -163,3 +163,18 @@ def test_the_name_says_what_is_minimised():
     assert objective(pref_ftx=0.1).name == (
         "KTO, beta 0.2, good answers weigh 1.5 and bad ones 0.75, cross-entropy of good answers of weight 0.1"
     )
+
+
+def test_what_both_models_have_in_common_may_be_left_out_of_both():
+    whole = feedback()
+    offsets = [np.float32(np.round(x.reference)) for x in whole]
+    less = [
+        x._replace(policy=x.policy - offset, reference=x.reference - offset, offset=offset)
+        for x, offset in zip(whole, offsets, strict=True)
+    ]
+    for ftx in (0.0, 0.5):
+        loss, gradient, logged = update(objective(pref_ftx=ftx), *whole)
+        found = update(objective(pref_ftx=ftx), *less)
+        close(found[0], loss, rtol=1e-5)
+        close(found[1], gradient, rtol=1e-4, atol=1e-7)
+        assert found[2] == pytest.approx(logged, rel=1e-4, abs=1e-5)

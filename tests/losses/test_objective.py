@@ -10,6 +10,7 @@ from steps import CONFIG, ONE_EACH, PACKED, RATE, adamw, examples, lay_out, prep
 
 from jtune import tuning
 from jtune.config import FinetuningArguments, TrainingArguments
+from jtune.data import Sizes
 from jtune.evaluation.loss import make_eval_step
 from jtune.loading.model import abstract_like, placement
 from jtune.losses.batch import make_loss_sum, token_losses
@@ -119,7 +120,7 @@ def test_eight_devices_equal_one(kind, method, sizes, monkeypatch):
     rows = lambda x: batch_sharding(mesh, accumulated=True) if np.ndim(x) else replicated(mesh)
     batch = {name: jax.device_put(x, rows(x)) for name, x in lay_out(ONE_EACH, 16, accum).items()}
     program = program_of(CausalLM(config, mesh=mesh), tx, like, abstract_like(frozen), dropout_key=key, objective=goal)
-    step = lower_step(program, abstract_like(batch), len(ONE_EACH) // accum // shards * 16).compile(
+    step = lower_step(program, abstract_like(batch), Sizes(len(ONE_EACH) // accum // shards * 16)).compile(
         {"xla_backend_optimization_level": 0}
     )
     start = tuning.partition(moved(params, mask), mask)[0]

@@ -251,3 +251,15 @@ def test_rewards_are_of_means_where_all_losses_are():
     sums = update(objective("sigmoid"), given)[2]["rewards/chosen"]
     assert update(objective("sigmoid", "ipo"), given)[2]["rewards/chosen"] == sums
     assert update(objective("sigmoid_norm"), given)[2]["rewards/chosen"] != sums
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_what_both_models_have_in_common_may_be_left_out_of_both(name):
+    given = units()
+    offset = np.float32(np.round(given.reference))
+    less = given._replace(policy=given.policy - offset, reference=given.reference - offset, offset=offset)
+    loss, gradient, logged = update(objective(name), given)
+    found = update(objective(name), less)
+    close(found[0], loss, rtol=1e-5)
+    close(found[1], gradient, rtol=1e-4, atol=1e-6)
+    assert found[2] == pytest.approx(logged, rel=1e-4, abs=1e-5)

@@ -16,6 +16,7 @@ import yaml
 from jtune.cli.main import main
 from jtune.commands.train import train
 from jtune.config import load_config
+from jtune.data import Sizes
 from jtune.interop import hf, weights
 from jtune.loading.model import load_model
 from jtune.loading.source import read_bare_source, read_source
@@ -328,7 +329,7 @@ def test_bytes_are_those_of_the_shards(only_config, tmp_path):
     shapes = abstract_program(config, source, mesh, platform="cpu")
     real = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes.state.trainable)
     here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(real))
-    found = bytes_by_kind(shapes, batch_shapes((1, 8, 64), mesh))
+    found = bytes_by_kind(shapes, batch_shapes((1, 8, 64), Sizes(8 * 64), mesh))
     assert found["trained_parameters"] == here
     assert found["optimizer_state"] == 2 * here + 4  # two moments and a count
 

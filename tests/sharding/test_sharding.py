@@ -10,6 +10,7 @@ import pytest
 from steps import adamw, program_of
 
 from jtune import tuning
+from jtune.data import Sizes
 from jtune.errors import ConfigError
 from jtune.evaluation.loss import make_eval_step
 from jtune.loading.model import abstract_like, placement
@@ -152,7 +153,7 @@ def lowered(family, method, packed, accum, mesh, remat="none"):
     like = abstract_state(trainable, tx, mesh, float16=False)
     labelled = int(np.asarray(batch["loss_weights"]).reshape(accum * batch_shards(mesh), -1).sum(1).max())
     program = program_of(CausalLM(config, mesh=mesh, remat=remat), tx, like, abstract_like(frozen))
-    step = lower_step(program, abstract_like(batch), labelled)
+    step = lower_step(program, abstract_like(batch), Sizes(labelled))
     # The state is donated, and weights are shared between tests: copies of them go in.
     copy = jax.jit(lambda t: init_state(jax.tree.map(jnp.copy, t), tx), out_shardings=shardings_of(like))
     return copy(trainable), frozen, batch, step

@@ -13,6 +13,7 @@ from jtune.errors import NonFiniteError
 from jtune.train import plot, results
 from jtune.train.cadence import Cadence, Improvement
 from jtune.train.callbacks import logs, terminal
+from jtune.train.events import Event
 from jtune.train.loop import Hooks, Progress, run_loop
 from jtune.train.step import Metrics
 
@@ -209,6 +210,28 @@ def test_files_of_a_run_with_skipped_updates_are_json_and_its_plot_is_drawn(tmp_
     assert plot.plot_losses(progress.log_history, tmp_path / "loss.png", "loss")
     skipped = [r for r in progress.log_history if "loss" not in r]
     assert not plot.plot_losses(skipped, tmp_path / "none.png", "loss")
+
+
+def test_what_is_measured_of_preferences_is_logged_shown_and_drawn(tmp_path):
+    rewards = {"rewards/chosen": 0.5, "rewards/rejected": -0.25, "rewards/accuracies": 0.75, "rewards/margins": 0.75}
+    records = [
+        {"step": 1, "loss": 0.5, "learning_rate": 1e-3, **rewards},
+        {"step": 1, "eval_loss": 0.6, **{f"eval_{key}": value for key, value in rewards.items()}},
+    ]
+    said = io.StringIO()
+    for subscriber in (logs.log_file(tmp_path / "log.jsonl", 0), terminal.progress_lines(0, out=said)):
+        for kind, record in zip(("log", "evaluate"), records):
+            subscriber(Event(kind, 1, 1, 1.0, record))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line.get("accuracy") for line in lines] == [0.75, None]  # as in LLaMA-Factory
+    first, second = said.getvalue().splitlines()
+    assert "loss 0.5000  accuracy 0.75  margin 0.75  lr" in first
+    assert "eval loss 0.6000  accuracy 0.7500  margin 0.75" in second
+    drawn = plot.plot_measures(records, tmp_path, "run")
+    assert [path.name for path in drawn] == ["training_rewards_accuracies.png", "training_rewards_chosen.png"]
+    scores = [{"step": 1, "loss": 0.5, "accuracy": 0.5}, {"step": 1, "eval_accuracy": 0.5}]
+    assert [path.name for path in plot.plot_measures(scores, tmp_path, "run")] == ["training_eval_accuracy.png"]
+    assert plot.plot_measures([{"step": 1, "loss": 0.5}], tmp_path, "run") == []
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

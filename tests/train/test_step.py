@@ -24,6 +24,7 @@ from steps import (
 )
 
 from jtune import tuning
+from jtune.data import Sizes
 from jtune.loading.model import abstract_like, placement, with_remat
 from jtune.losses.batch import make_loss_sum
 from jtune.losses.token import token_nll

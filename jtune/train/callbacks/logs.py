@@ -74,6 +74,7 @@ def log_file(path: Path, start_step: int) -> Subscriber:
             "total_steps": event.max_steps,
             "loss": record.get("loss"),
             "eval_loss": record.get("eval_loss"),
+            "accuracy": record.get("rewards/accuracies"),
             "skipped_updates": record.get("skipped_updates"),
             "lr": record.get("learning_rate"),
             "epoch": event.epoch,

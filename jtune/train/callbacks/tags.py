@@ -15,7 +15,7 @@ def numbers(record: Mapping[str, Any]) -> dict[str, int | float]:
 
 def tag(key: str) -> str:
     """
-    >>> tag("loss"), tag("eval_loss")
-    ('train/loss', 'eval/loss')
+    >>> tag("loss"), tag("eval_loss"), tag("eval_rewards/chosen")
+    ('train/loss', 'eval/loss', 'eval/rewards/chosen')
     """
     return "eval/" + key.removeprefix("eval_") if key.startswith("eval_") else "train/" + key
