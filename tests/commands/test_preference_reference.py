@@ -11,11 +11,18 @@ import small
 import jtune
 from jtune.cli.main import main
 from jtune.config import load_config
+from jtune.data import plan_updates
 from jtune.evaluation import reference_cache, references
+from jtune.evaluation.units import Reference
 from jtune.interop import hf
+from jtune.loading.data import load_data
+from jtune.loading.second import with_second
+from jtune.loading.source import read_source
 from jtune.models import init_params
 from jtune.models.families import decoder_config
 from jtune.planning import plan
+from jtune.sharding import make_mesh
+from jtune.stages import stage_of
 
 RUN = {
     "stage": "dpo", "dataset": "pairs", "finetuning_type": "lora", "lora_target": "q_proj,v_proj,down_proj",
@@ -128,9 +135,6 @@ def test_the_reference_is_another_model_by_the_formula(parts, other, tmp_path):
     path = small.case(tmp_path, *parts, **RUN | {"ref_model": str(other), "max_steps": 1, "eval_strategy": "no"})
     assert run(path) == 0
     first = figures(tmp_path / "out")[0]
-    from jtune.data import plan_updates
-    from jtune.loading.data import load_data
-
     config = load_config([str(path)], command="train")
     tokenizer = jtune.load_tokenizer(str(parts[0]))
     encoded = load_data(config, tokenizer, 10**6).train
@@ -151,6 +155,7 @@ def test_the_reference_is_another_model_by_the_formula(parts, other, tmp_path):
     assert first["rewards/chosen"] == pytest.approx(0.1 * np.mean(ratio["chosen"]), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_sums_are_kept_and_a_moved_reference_is_noticed(parts, other, tmp_path, capsys, monkeypatch):
     asked = RUN | {"ref_model": str(other), "save_strategy": "steps"}
     whole, cut = (small.case(tmp_path / name, *parts, **asked) for name in ("whole", "cut"))
@@ -181,6 +186,39 @@ def test_sums_are_kept_and_a_moved_reference_is_noticed(parts, other, tmp_path, 
     assert "teacher or reference: " in "".join(capsys.readouterr())
 
 
+def test_a_second_model_is_given_up_when_its_sums_are_known(parts, other, tmp_path):
+    path = small.case(tmp_path, *parts, **RUN | {"ref_model": str(other)})
+    config, mesh = load_config([str(path), "overwrite_cache=true"], command="train"), make_mesh()
+    source = with_second(read_source(config))
+    splits = load_data(config, source.tokenizer, source.vocab_size)
+    objective = stage_of("dpo").objective(config.finetuning, config.training)
+    before = sum(x.nbytes for x in jax.live_arrays())
+    found = references.of_second(config, source, splits, mesh, objective)
+    assert {name: x.first.shape for name, x in found.sums.items()} == {"train": (108, 2, 2), "eval": (12, 2, 2)}
+    assert sum(x.nbytes for x in jax.live_arrays()) - before < 1024
+    within = load_config([str(path), "precompute_ref_log_probs=false"], command="train")
+    assert references.of_second(within, source, splits, mesh, objective) is None  # the step needs it
+
+
+def test_processes_read_sums_only_if_all_have_the_same(tmp_path, monkeypatch):
+    config = load_config([f"compile_cache_dir={tmp_path}", "model_name_or_path=m"], command="plan")
+    units = type("Units", (), {"counts": np.zeros((3, 2)), "mismatched": None, "__len__": lambda _: 3})()
+    made = []
+
+    def compute():
+        made.append(Reference(np.full((3, 2, 2), len(made), np.float32)))
+        return made[-1]
+
+    keep = lambda: reference_cache.kept(config, "train", "key", units, compute).first[0, 0, 0]
+    assert (keep(), keep(), len(made)) == (0, 0, 1)
+    monkeypatch.setattr(reference_cache.exchange, "all_gather", lambda _, mine: [mine, "none"])  # another has no file
+    assert (keep(), len(made)) == (1, 2)
+    monkeypatch.setattr(reference_cache.processes, "is_first", lambda: False)
+    assert keep() == 2
+    monkeypatch.setattr(reference_cache.exchange, "all_gather", lambda _, mine: [mine, mine])
+    assert (keep(), len(made)) == (1, 3)  # the first has written
+
+
 def test_a_damaged_file_of_sums_is_made_again(parts, tmp_path, monkeypatch):
     path = small.case(tmp_path, *parts, **RUN | {"compile_cache_dir": str(tmp_path / "cache"), "max_steps": 1})
     assert run(path, "eval_strategy=no", "val_size=0", "do_eval=false") == 0
@@ -202,7 +240,7 @@ def test_the_plan_holds_a_reference_only_where_the_step_does(parts, other, tmp_p
     of = lambda *asked: plan.plan(load_config([str(path), *asked], command="plan"))["per_device_bytes"]["by_kind"]
     assert of()["second_model"] == 0
     assert of("precompute_ref_log_probs=false")["second_model"] > 0
-    assert of("pref_loss=simpo", "precompute_ref_log_probs=false")["second_model"] == 0
+    assert of("pref_loss=simpo", "ref_model=nowhere")["second_model"] == 0  # it has no reference, and none is read
 
 
 def test_a_run_that_only_evaluates_has_its_reference(parts, other, tmp_path):
