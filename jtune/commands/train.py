@@ -23,7 +23,7 @@ from jtune.distributed import exchange, processes, shutdown
 from jtune.distributed.command import command_to_go_on
 from jtune.errors import Preempted
 from jtune.evaluation.measures import Measures, finish, log_samples, make_measures
-from jtune.evaluation.references import TRAIN, of_step, precompute, with_reference
+from jtune.evaluation.references import TRAIN, of_model, of_second, of_step, with_reference
 from jtune.evaluation.text_metrics import check_installed
 from jtune.interop import peft, serving
 from jtune.interop.endings import Endings, resolve_endings
@@ -83,12 +83,13 @@ def train(config: Config) -> dict[str, Any]:
     source = prepare_source(config)
     config = source.config
     rows = prepare_rows(config, source)
-    model = prepare_model(config, source, rows, mesh)
     objective = stage_of(config.finetuning.stage).objective(config.finetuning, training)
+    references = of_second(config, source, rows.splits, mesh, objective)
+    model = prepare_model(config, source, rows, mesh, reads_second=references is None)
+    references = references or of_model(config, model, rows.splits, mesh, objective)
     end_ids = (rows.template.end_id,) if training.predict_with_generate else ()
-    references = precompute(config, model, rows.splits, mesh, objective)
     measures = make_measures(
-        config, source, rows.splits, model.module, objective, end_ids=end_ids, references=references
+        config, source, rows.splits, model.module, objective, end_ids=end_ids, references=references.sums
     )
     if not training.do_train:
         log_samples(measures, model.params)
@@ -98,14 +99,14 @@ def train(config: Config) -> dict[str, Any]:
     assert rows.splits.train is not None
     assert rows.endings is not None
     files = ModelFiles(config, source, model.mask, rows.endings)
-    plan = with_reference(prepare_plan(config, rows.splits, mesh), references.get(TRAIN))
+    plan = with_reference(prepare_plan(config, rows.splits, mesh), references.sums.get(TRAIN))
     program = prepare_program(config, model, mesh, of_step(config, objective), plan)
     trainable = tuning.partition(model.params, model.mask)[0]
     rates = make_rates(model_flops(config, program, rows.splits), mesh)
     parameters = tuning.count(model.params)
 
     # ------------------------------------------------------------------ start or resume
-    identity = identity_of(config, source, program, trainable, rows.splits, plan)
+    identity = identity_of(config, source, program, trainable, rows.splits, plan, references.digest)
     run = Run(json.loads(json.dumps(identity)), arguments)
     state, progress = start_or_resume(training, run, program, trainable, plan, rows.splits.stream, timing)
     del trainable, model  # nothing else may keep the first parameters alive
@@ -200,7 +201,7 @@ def prepare_source(config: Config) -> Source:
     """The model before its weights are read. Of processes that share the hub's cache, the first downloads."""
     group = exchange.process_group(hub_cache(config))
     folder = group.first("fetching the model", partial(fetch_model, config.model))
-    if not config.training.do_train:
+    if not config.training.do_train and not rules_of(config.finetuning.stage).has_reference:
         return read_source(config, folder)
     group.first("fetching the second model", partial(fetch_second, config))
     return with_second(read_source(config, folder))
@@ -224,12 +225,16 @@ def prepare_rows(config: Config, source: Source) -> Rows:
     return Rows(template, splits, endings)
 
 
-def prepare_model(config: Config, source: Source, rows: Rows, mesh: Mesh) -> Model:
-    """The parameters on the mesh, the same in all processes; what trains is shown, and can be written."""
+def prepare_model(config: Config, source: Source, rows: Rows, mesh: Mesh, *, reads_second: bool) -> Model:
+    """The parameters on the mesh, the same in all processes; what trains is shown, and can be written.
+
+    Args:
+      reads_second: and those of the second model, if there is one.
+    """
     preflight.check_model_files(model_folders(source))
     model = load_model(config, source, mesh)
     preflight.check_weights(model.params)
-    if source.second is not None:
+    if source.second is not None and reads_second:
         second = load_second(source.second, mesh)
         preflight.check_weights(second.params)
         model = model._replace(second=second)

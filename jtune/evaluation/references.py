@@ -1,8 +1,8 @@
 """The sums of a reference model over the sets of a run, computed once before the first update."""
 
-import logging
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -11,13 +11,16 @@ from jtune.config import Config
 from jtune.config.stages import rules_of
 from jtune.data import Plan, Splits, UnitSet, units_of
 from jtune.data.batching.train import BatchPlan
+from jtune.evaluation.reference_cache import kept, key_of
 from jtune.evaluation.units import Reference, make_reference
 from jtune.loading.model import Model
+from jtune.loading.second import load_second
+from jtune.loading.source import Source
 from jtune.losses.objective import Objective
 from jtune.losses.units import UnitObjective
+from jtune.train.digest import as_read, tree_fingerprint
+from jtune.train.preflight import check_weights
 from jtune.tuning import lora
-
-log = logging.getLogger("jtune")
 
 TRAIN = "train"  # the name of the training set; those of evaluation sets are `eval` and `eval_<name>`
 
@@ -49,28 +52,66 @@ def with_reference(plan: Plan, reference: Reference | None) -> Plan:
     return plan.with_reference(reference.first, reference.other)
 
 
-def precompute(
+class References(NamedTuple):
+    """The reference of a run, before the first update.
+
+    Attributes:
+      sums: over every set that needs them, under `TRAIN`, `eval` or `eval_<name>`.
+      digest: of its parameters; None: the run has none.
+    """
+
+    sums: Mapping[str, Reference] = MappingProxyType({})
+    digest: str | None = None
+
+
+def of_second(
+    config: Config, source: Source, splits: Splits, mesh: Mesh, objective: Objective | UnitObjective
+) -> References | None:
+    """`references_of` a second model, which is read for it and given up again, before the one that trains is read.
+
+    None: the run has no second model, or its step needs it.
+    """
+    if source.second is None or not is_precomputed(config, objective):
+        return None
+    second = load_second(source.second, mesh)
+    check_weights(second.params)
+    return references_of(config, second, splits, mesh, objective)
+
+
+def of_model(
     config: Config, model: Model, splits: Splits, mesh: Mesh, objective: Objective | UnitObjective
-) -> Mapping[str, Reference]:
-    """The sums of the reference over every set that needs them; nothing where units have no reference."""
+) -> References:
+    """`references_of` the model as it is at the start, or of the second one beside it."""
     if not isinstance(objective, UnitObjective) or not objective.anchored:
-        return {}
+        return References()
+    if model.second is not None:
+        return references_of(config, model.second, splits, mesh, objective)
+    found = references_of(config, model._replace(params=start_of(config, model.params)), splits, mesh, objective)
+    return found._replace(digest=tree_fingerprint(start_of(config, as_read(model.params))))
+
+
+def references_of(
+    config: Config, reference: Model, splits: Splits, mesh: Mesh, objective: Objective | UnitObjective
+) -> References:
+    """The sums of a reference over every set that needs them, computed, or read where they were computed before."""
+    assert isinstance(objective, UnitObjective)
     sets = {f"eval_{name}".rstrip("_"): encoded for name, encoded in splits.eval.items()}
     if splits.train is not None and is_precomputed(config, objective):
         sets[TRAIN] = splits.train
     stage, beyond = rules_of(config.finetuning.stage), config.finetuning.ld_alpha
-    params = start_of(config, model)
-    found = {}
+    module, params = reference.module, reference.params
+    digest, sums = tree_fingerprint(params), {}
     for name, encoded in sets.items():
-        log.info("reference: log-probabilities of %d rows (%s)", len(encoded), name)
         units = units_of(encoded, stage, beyond)
-        found[name] = make_reference(model.module, objective, units, mesh, config)(params)
-    return found
+        compute = lambda units=units: make_reference(module, objective, units, mesh, config)(params)
+        sums[name] = kept(config, name, key_of(module, digest, units), units, compute)
+    return References(sums, digest)
 
 
-def start_of(config: Config, model: Model) -> Any:
-    """The parameters of the reference: the model as it is, without the adapter that trains.
+def start_of(config: Config, params: Any) -> Any:
+    """The parameters of the reference: the model as it is, without the adapter that trains unless `ref_adapter: start`.
 
     A run that only evaluates takes the model as it is for its own reference, as LLaMA-Factory does.
     """
-    return lora.split(model.params)[0] if config.training.do_train else model.params
+    whole = not config.training.do_train or config.finetuning.ref_adapter == "start"
+    return params if whole else lora.split(params)[0]

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from jtune.config import Config
+from jtune.config.preference import needs_reference
 from jtune.config.stages import rules_of
 from jtune.errors import DataError
 from jtune.interop.peft_shapes import adapter_shapes
@@ -45,7 +47,8 @@ def role_of(config: Config) -> str | None:
     args, stage = config.finetuning, rules_of(config.finetuning.stage)
     if stage.learns_tokens and args.teacher_model:
         return "teacher_model"
-    return "ref_model" if stage.has_reference and (args.ref_model or args.ref_model_adapters) else None
+    asked = args.ref_model or args.ref_model_adapters
+    return "ref_model" if asked and needs_reference(SimpleNamespace(**vars(args))) else None
 
 
 def second_config(config: Config) -> Config:

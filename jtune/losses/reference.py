@@ -24,6 +24,13 @@ class WithReference(NamedTuple):
     start: Any
 
 
+class WithStart(NamedTuple):
+    """The same, where the reference is the model at the start, adapter and all: `start` is what trains, as it was."""
+
+    frozen: Any
+    start: Any
+
+
 class WithSecond(NamedTuple):
     """The same, where the reference is a second model, with a module of its own (`jtune.loading.second`)."""
 
@@ -31,15 +38,18 @@ class WithSecond(NamedTuple):
     second: Any  # its parameters
 
 
+KINDS = WithReference, WithStart, WithSecond
+
+
 def start_of(trainable: Any, dtype: Any) -> Any:
-    """A copy of what trains, adapters apart; in `dtype` where that is smaller. To be jitted."""
+    """A copy of what trains; in `dtype` where that is smaller. To be jitted."""
     smaller = lambda x: x.astype(dtype) if jnp.dtype(dtype).itemsize < x.dtype.itemsize else x
-    return jax.tree.map(lambda x: jnp.copy(smaller(x)), partition(trainable, adapter_mask(trainable))[1])
+    return jax.tree.map(lambda x: jnp.copy(smaller(x)), trainable)
 
 
-def start_shardings(trainable: Any) -> Any:
-    """Where the leaves of `start_of` lie: where those that train lie."""
-    return jax.tree.map(lambda x: x.sharding, partition(trainable, adapter_mask(trainable))[1])
+def without_adapters(trainable: Any) -> Any:
+    """What trains, adapters apart."""
+    return partition(trainable, adapter_mask(trainable))[1]
 
 
 def models_of(trainable: Any, frozen: Any) -> list[Any]:
@@ -47,13 +57,21 @@ def models_of(trainable: Any, frozen: Any) -> list[Any]:
     own = combine(trainable, frozen_of(frozen))
     if isinstance(frozen, WithSecond):
         return [own, frozen.second]
+    if isinstance(frozen, WithStart):
+        return [own, combine(frozen.start, frozen.frozen)]
     if isinstance(frozen, WithReference):
         return [own, lora.split(combine(frozen.start, frozen.frozen))[0]]
     return [own]
 
 
 def step_constants(
-    objective: Objective | UnitObjective, trainable: Any, frozen: Any, dtype: jnp.dtype, second: Any = None
+    objective: Objective | UnitObjective,
+    trainable: Any,
+    frozen: Any,
+    dtype: jnp.dtype,
+    second: Any = None,
+    *,
+    keeps_adapter: bool = False,
 ) -> Any:
     """What the step takes and does not change: `frozen`, and what the reference of an anchored objective needs besides.
 
@@ -61,28 +79,26 @@ def step_constants(
       trainable: as it is at the start, of arrays or of `jax.ShapeDtypeStruct`s with shardings, which give the same.
       dtype: of the computation: the copy is no wider.
       second: parameters of the model that is the reference; None: it is this one as it is at the start.
+      keeps_adapter: with its adapter.
     """
     if not objective.anchored:
         return frozen
     if second is not None:
         return WithSecond(frozen, second)
-    copied, where = partial(start_of, dtype=dtype), start_shardings(trainable)
+    kind = WithStart if keeps_adapter else WithReference
+    trainable = trainable if keeps_adapter else without_adapters(trainable)
+    copied, where = partial(start_of, dtype=dtype), jax.tree.map(lambda x: x.sharding, trainable)
     if any(isinstance(x, jax.Array) for x in jax.tree.leaves(trainable)):
-        return WithReference(frozen, jax.jit(copied, out_shardings=where)(trainable))
+        return kind(frozen, jax.jit(copied, out_shardings=where)(trainable))
     placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    return WithReference(frozen, jax.tree.map(placed, jax.eval_shape(copied, trainable), where))
+    return kind(frozen, jax.tree.map(placed, jax.eval_shape(copied, trainable), where))
 
 
 def frozen_of(constants: Any) -> Any:
     """The frozen parameters among what a step takes and does not change."""
-    return constants.frozen if isinstance(constants, WithReference | WithSecond) else constants
-
-
-def without_second(constants: Any) -> Any:
-    """The constants of a step that belong to the model that trains."""
-    return constants.frozen if isinstance(constants, WithSecond) else constants
+    return constants.frozen if isinstance(constants, KINDS) else constants
 
 
 def with_frozen(constants: Any, frozen: Any) -> Any:
     """The constants of a step with other frozen parameters."""
-    return constants._replace(frozen=frozen) if isinstance(constants, WithReference | WithSecond) else frozen
+    return constants._replace(frozen=frozen) if isinstance(constants, KINDS) else frozen

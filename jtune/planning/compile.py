@@ -1,24 +1,22 @@
 """The memory of the train step by the compiler: compiled ahead of time, for shapes; the result is kept on disk."""
 
-import hashlib
 import json
 import logging
 import re
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-import jtune
 from jtune.config import Config
 from jtune.data import Sizes
 from jtune.distributed import processes
 from jtune.files import atomic_write
 from jtune.planning.shapes import batch_shapes, bytes_by_kind
 from jtune.train import program as train_program
+from jtune.train.digest import fingerprint
 from jtune.train.optimizer import optimizer_settings
 from jtune.train.program import Program, unstacked
 
@@ -104,18 +102,3 @@ def _described(tree: Any) -> list[Any]:
     """All properties of a tree of shapes that a compiled program depends on."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path), x.shape, x.dtype.name, str(x.sharding.spec)) for path, x in leaves]
-
-
-def fingerprint(*parts: Any) -> str:
-    """A digest of `parts`, of the versions of everything that compiles, and of jtune's own code."""
-    digest = hashlib.sha256(repr(parts).encode())
-    for name in ("jax", "jaxlib", "libtpu", "flax", "optax"):
-        try:
-            digest.update(f"{name} {version(name)}".encode())
-        except PackageNotFoundError:
-            digest.update(name.encode())
-    root = Path(jtune.__file__).parent
-    for folder in ("models", "tuning", "losses", "train", "sharding"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:32]

@@ -6,14 +6,18 @@ associative, so the sum does not depend on how the array is sharded or in what o
 or two swapped elements change it.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import xxhash
 
+import jtune
 from jtune import tuning
 from jtune.data import Encoded
 
@@ -80,3 +84,18 @@ def as_read(params: Any) -> Any:
     """`params` without what PiSSA takes apart, which another mesh rounds otherwise."""
     is_taken_apart = lambda x: isinstance(x, tuning.lora.PiSSA)
     return jax.tree.map(lambda x: None if is_taken_apart(x) else x, params, is_leaf=is_taken_apart)
+
+
+def fingerprint(*parts: Any) -> str:
+    """A digest of `parts`, of the versions of everything that compiles programs, and of jtune's own code."""
+    digest = hashlib.sha256(repr(parts).encode())
+    for name in ("jax", "jaxlib", "libtpu", "flax", "optax"):
+        try:
+            digest.update(f"{name} {version(name)}".encode())
+        except PackageNotFoundError:
+            digest.update(name.encode())
+    root = Path(jtune.__file__).parent
+    for folder in ("models", "tuning", "losses", "train", "evaluation", "sharding"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:32]

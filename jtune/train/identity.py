@@ -26,7 +26,7 @@ from jtune.config import Config, optimizers, trackers
 from jtune.config.stages import rules_of
 from jtune.data import Plan, Splits, length_seed, order_seed, rows_are_packed
 from jtune.loading.source import Source
-from jtune.losses.reference import without_second
+from jtune.losses.reference import frozen_of
 from jtune.models import DecoderConfig
 from jtune.models.config import Layer
 from jtune.models.value_head import split_head
@@ -92,7 +92,6 @@ GROUPS: tuple[Group, ...] = (
     Group("identity", ("use_dft_loss", "use_eaft_loss", "use_asft_loss")),
     # pref_bco_weight brings the running moments of BCO into the state.
     Group("identity", ("pref_loss", "pref_bco_weight"), lambda v: rules_of(v.stage).compares_answers),
-    Group("identity", ("ref_model", "ref_model_adapters", "ref_model_quantization_bit"), _referred),
     Group("identity", ("ref_adapter",), lambda v: _referred(v) and _lora(v) and v.adapter_name_or_path),
     # ---------------------------------------------------------------- what the optimizer's state means
     Group("identity", ("optim", "use_galore", "use_apollo", "use_adam_mini", "use_muon")),
@@ -128,9 +127,9 @@ GROUPS: tuple[Group, ...] = (
     Group("free", ("mix_strategy", "interleave_probs", "streaming", "buffer_size", "disable_shuffling")),  # data, order
     Group("free", ("data_seed", "packing", "cutoff_len", "num_train_epochs", "max_steps")),  # order, rows, updates
     Group("free", ("per_device_train_batch_size", "gradient_accumulation_steps")),  # examples per update
-    # second model
+    # teacher or reference
     Group("free", ("teacher_model", "teacher_model_adapters", "teacher_model_quantization_bit")),
-    Group("free", ("precompute_ref_log_probs",)),  # ref_model and its kin
+    Group("free", ("ref_model", "ref_model_adapters", "ref_model_quantization_bit", "precompute_ref_log_probs")),
     Group("free", ("init_special_tokens", "adafactor")),  # frozen weights; optim
     Group("free", ("train_sampling_strategy", "galore_layerwise", "apollo_layerwise")),  # order; max_grad_norm
     # ---------------------------------------------------------------- how it is read, computed, shown and written
@@ -169,16 +168,26 @@ def arguments_of(config: Config) -> dict[str, Any]:
 
 
 def identity_of(
-    config: Config, source: Source, program: Program, trainable: Any, splits: Splits, plan: Plan
+    config: Config,
+    source: Source,
+    program: Program,
+    trainable: Any,
+    splits: Splits,
+    plan: Plan,
+    reference: str | None = None,
 ) -> dict[str, Any]:
     """What the data, batches, model and updates of a run are: a checkpoint of another run differs in it.
 
     Args:
       trainable: the parameters that train, as they were read.
+      reference: the digest of the reference of units (`jtune.evaluation.references.References`).
     """
     training, finetuning, change = config.training, config.finetuning, source.change
     assert splits.train is not None
     assert isinstance(program.mesh, Mesh)
+    if program.second is not None and reference is None:
+        reference = frozen_fingerprint(program.constants.second)
+    frozen = program.constants if reference is None else frozen_of(program.constants)
     examples = training.per_device_train_batch_size * batch_shards(program.mesh)
     identity = {
         "data": data_fingerprint(splits.train),
@@ -186,10 +195,10 @@ def identity_of(
         "order": [order_seed(config), not finetuning.disable_shuffling, *other_order(config)],
         "rows": [rows_are_packed(config), config.data.cutoff_len],
         UPDATES: plan.max_steps,
-        "frozen weights": frozen_fingerprint(without_second(program.constants)),
+        "frozen weights": frozen_fingerprint(frozen),
     }
-    if program.second is not None:
-        identity["second model"] = frozen_fingerprint(program.constants.second)
+    if reference is not None:
+        identity["teacher or reference"] = reference
     if change is not None:
         identity["vocabulary"] = [source.decoder.vocab_size, list(change.new)]
     decoder, head = split_head(trainable)

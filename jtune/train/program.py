@@ -69,6 +69,7 @@ def make_program(
     tx = optimizer_of(training, finetuning, trainable, model.module.config)
     running = objective.running if isinstance(objective, UnitObjective) else None
     float16 = dtype == jnp.float16
+    keeps_adapter = isinstance(objective, UnitObjective) and finetuning.ref_adapter == "start"
     return Program(
         module=model.module,
         objective=objective,
@@ -76,7 +77,9 @@ def make_program(
         params=abstract_like(model.params),
         mask=model.mask,
         state=abstract_state(trainable, tx, mesh, float16=float16, running=running),  # type: ignore[arg-type]
-        constants=step_constants(objective, trainable, frozen, dtype, second and second.params),
+        constants=step_constants(
+            objective, trainable, frozen, dtype, second and second.params, keeps_adapter=keeps_adapter
+        ),
         mesh=mesh,
         max_grad_norm=training.max_grad_norm,
         dropout_key=step_key(objective, model.params, training.seed),

@@ -102,7 +102,7 @@ def test_a_run_with_a_teacher_resumes_to_the_bit_and_another_teacher_is_another_
         shutil.copytree(out / "checkpoint-4", again / "checkpoint-4")
         capsys.readouterr()
         assert run(cut, f"teacher_model={folder}") == code
-    assert "second model: " in "".join(capsys.readouterr())
+    assert "teacher or reference: " in "".join(capsys.readouterr())
 
 
 def test_the_base_with_an_adapter_in_four_bits_teaches_a_new_adapter(parts, tmp_path):

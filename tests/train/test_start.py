@@ -121,11 +121,10 @@ def arguments(*words):
         ([], ["adapter_name_or_path=a"], ["adapter_name_or_path: [] then, ['a'] now"]),
         (["stage=dpo", "pref_loss=hinge"], ["stage=dpo"], ["pref_loss: ['hinge'] then, ['sigmoid'] now"]),
         (["stage=dpo"], ["stage=dpo", "pref_bco_weight=1"], ["pref_bco_weight: 0.0 then, 1.0 now"]),
-        (["stage=kto"], ["stage=kto", "ref_model=r"], ["ref_model: None then, r now"]),
-        ([], ["teacher_model=t"], ["teacher_model: None then, t now"]),
         # What changes nothing is no other run.
         (["stage=dpo"], ["stage=dpo", "pref_beta=0.2", "precompute_ref_log_probs=false", "lora_dropout=0.1"], []),
         (["ref_model=r", "pref_loss=hinge"], ["kto_chosen_weight=2"], []),
+        (["stage=kto", "ref_model=r"], ["stage=kto", "ref_model=s"], []),  # they are compared by their weights
         (["lora_target=q_proj,v_proj"], ["lora_target=v_proj,q_proj"], []),
         (["optim=adamw_torch"], ["optim=paged_adamw_32bit"], []),
         (["finetuning_type=full", "lora_rank=4"], ["finetuning_type=full"], []),
