@@ -93,6 +93,8 @@ def make_unit_loss(
     """
     stage, beyond = rules_of(config.finetuning.stage), config.finetuning.ld_alpha
     what, size = sums_of(module, objective), config.training.per_device_eval_batch_size * batch_shards(mesh)
+    # A model that is its own reference has no rewards; LLaMA-Factory leaves them out, too.
+    is_own = objective.anchored and not config.training.do_train and config.finetuning.ref_model is None
     prepared = {}
     for name, encoded in sets.items():
         units = units_of(encoded, stage, beyond)
@@ -106,6 +108,8 @@ def make_unit_loss(
             reference = references[f"eval_{name}".rstrip("_")] if objective.anchored else None
             other = others(params)[0] if others else None
             found = figures_of(objective, units, sums(params), other, reference, size)
+            if is_own:
+                found = {key: value for key, value in found.items() if not key.startswith("rewards/")}
             seconds = max(1e-9, time.monotonic() - began)
             found |= {
                 "runtime": round(seconds, 4),
