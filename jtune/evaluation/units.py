@@ -108,9 +108,9 @@ def make_unit_loss(
             reference = references[f"eval_{name}".rstrip("_")] if objective.anchored else None
             other = others(params)[0] if others else None
             found = figures_of(objective, units, sums(params), other, reference, size)
+            seconds = max(1e-9, time.monotonic() - began)
             if is_own:
                 found = {key: value for key, value in found.items() if not key.startswith("rewards/")}
-            seconds = max(1e-9, time.monotonic() - began)
             found |= {
                 "runtime": round(seconds, 4),
                 "samples_per_second": round(len(units) / seconds, 3),
