@@ -94,6 +94,8 @@ def make_unit_measure(
     """
     stage, beyond = rules_of(config.finetuning.stage), config.finetuning.ld_alpha
     what, size = sums_of(module, objective), config.training.per_device_eval_batch_size * batch_shards(mesh)
+    # A model that is its own reference has no rewards; LLaMA-Factory leaves them out, too.
+    is_own = objective.anchored and not config.training.do_train and config.finetuning.ref_model is None
     prepared = {}
     for name, encoded in sets.items():
         units = units_of(encoded, stage, beyond)
@@ -110,6 +112,8 @@ def make_unit_measure(
             every[name] = sums(params)
             found = figures_of(objective, units, every[name], other, reference, size)
             seconds = max(1e-9, time.monotonic() - began)
+            if is_own:
+                found = {key: value for key, value in found.items() if not key.startswith("rewards/")}
             found |= {
                 "runtime": round(seconds, 4),
                 "samples_per_second": round(len(units) / seconds, 3),
