@@ -28,8 +28,8 @@ def questions(day: date) -> list[dict[str, str]]:
 
 
 def pairs(day: date) -> list[dict[str, str]]:
-    """The questions about one date, each with the answer that is preferred. In words the date is to lose its year; other
-    answers are to stay as they are, and not to lose their ends."""
+    """The questions about one date, each with the answer that is preferred. In words the date is to lose its year;
+    other answers are to stay as they are, and not to lose their ends."""
     words, *others = questions(day)
     learned = words.pop("output")
     preferred = [words | {"chosen": f"{day.day} {day:%B}", "rejected": learned}]
