@@ -23,6 +23,7 @@ from jtune.models.value_head import score, score_keys
 from jtune.tuning import prepared_axes
 
 Figures = dict[str, jax.Array]  # sums over segments of what is logged of their tokens
+SHARED = "shared_"  # begins the names of what follows from all units of an update, among the arrays of a microbatch
 STEP = 1 / 16  # float32 sums of multiples of it are exact up to a million
 
 
@@ -206,9 +207,6 @@ def of_sums(policy: jax.Array, reference: jax.Array | None = None, **fields: jax
     offset = jnp.zeros_like(policy[..., 0]) if reference is None else reference[..., 0]
     rest = None if reference is None else reference[..., 1]
     return Units(policy[..., 0] - offset + policy[..., 1], reference=rest, offset=offset, **fields)  # type: ignore[arg-type]
-
-
-SHARED = "shared_"  # begins the names of what follows from all units of an update, among the arrays of a microbatch
 
 
 def at(batch: Mapping[str, jax.Array], index: Any) -> dict[str, jax.Array]:
