@@ -69,6 +69,22 @@ def write_data(folder: Path, **sets) -> Path:
     return folder
 
 
+def write_preferences(folder: Path) -> Path:
+    """A dataset_dir with the sets `pairs` and `marked`, beside those of `write_data`."""
+    answers = rows()
+    others = [row["output"] for row in (*answers[1:], answers[0])]
+    pairs = [
+        {"instruction": row["instruction"], "chosen": row["output"], "rejected": x} for row, x in zip(answers, others)
+    ]
+    marked = [row | {"kto_tag": i % 3 != 0} for i, row in enumerate(answers)]
+    write_data(folder, pairs=pairs, marked=marked)
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["pairs"] |= {"ranking": True, "columns": {"chosen": "chosen", "rejected": "rejected"}}
+    info["marked"] |= {"columns": {"kto_tag": "kto_tag"}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
 def case(folder: Path, model: Path, data: Path, **changes) -> Path:
     """A YAML: 12 updates, a checkpoint every third, an evaluation every sixth."""
     content = {

@@ -17,7 +17,7 @@ from jtune.interop import hf, manifest, serving
 from jtune.interop.classifier import Form, as_classifier, padding_token
 from jtune.interop.endings import Endings, forget_tokenizer, resolve_endings, write_generation, write_tokenizer
 from jtune.interop.value_head import FILE as VALUE_HEAD_FILE
-from jtune.interop.value_head import is_classifier, read_value_head, save_value_head
+from jtune.interop.value_head import forget_value_head, is_classifier, read_value_head, save_value_head
 from jtune.loading import vocabulary
 from jtune.loading.model import adapter_reader
 from jtune.loading.source import fetch_model, read_source
@@ -91,6 +91,7 @@ def export(config: Config) -> Path:
             save_value_head(head, unfinished)
         difference = np.abs(sample(decoder, params) - before).max()
         forget_tokenizer(out)
+        forget_value_head(out)
     what = "logit" if head is None else "score"
     log.info(
         "%ss of the written model differ by at most %.3g from those of the base with its adapters; "

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shutil import which
 
@@ -32,7 +32,11 @@ def quickstart(words: Sequence[str] = ()) -> None:
     folder, overrides = split_folder(words)
     case = folder / "quickstart.yaml"
     folder.mkdir(parents=True, exist_ok=True)
-    case.write_text(_with_paths(DATA.with_name("quickstart.yaml").read_text(), folder))
+    preferring = folder / "dpo.yaml"
+    run = {"model_name_or_path": MODEL, "dataset_dir": DATA, "output_dir": folder / "run"}
+    case.write_text(_with_paths(DATA.with_name("quickstart.yaml").read_text(), run))
+    then = run | {"model_name_or_path": folder / "run", "output_dir": folder / "preferring"}
+    preferring.write_text(_with_paths(DATA.with_name("dpo.yaml").read_text(), then))
     log.info("the case: %s", case)
 
     log.info("\nbefore training:")
@@ -58,6 +62,7 @@ def quickstart(words: Sequence[str] = ()) -> None:
         f"look at it:    {jtune} data {case}",
         f"talk to it:    {jtune} chat {case}",
         f"change it:     {jtune} train {case} num_train_epochs=3 output_dir=out/shorter",
+        f"prefer:        {jtune} train {preferring}   (dates in words without a year; then {jtune} chat {preferring})",
         "your own data: see README.md",
     ]
     log.info("%s", "\n".join(lines))
@@ -78,13 +83,8 @@ def split_folder(words: Sequence[str]) -> tuple[Path, list[str]]:
     return Path("out/quickstart"), rest
 
 
-def _with_paths(yaml: str, folder: Path) -> str:
-    """The YAML with its three paths filled in."""
-    paths = {
-        "model_name_or_path": MODEL,
-        "dataset_dir": DATA,
-        "output_dir": folder / "run",
-    }
+def _with_paths(yaml: str, paths: Mapping[str, Path]) -> str:
+    """The YAML with its paths filled in."""
     lines = []
     for line in yaml.splitlines():
         key = line.split(":")[0]

@@ -9,7 +9,6 @@ import numpy as np
 from rich.text import Text
 
 from jtune.config import Config
-from jtune.config.stages import rules_of
 from jtune.data.batching.updates import plan_updates
 from jtune.data.encode.encoded import IGNORED, Encoded
 from jtune.data.stream import Stream
@@ -84,8 +83,6 @@ def statistics(config: Config, encoded: Encoded, stream: Stream | None = None) -
         good = int(np.count_nonzero(encoded.rows[TAGS][:]))
         lines.append(f"{good} good answers, {len(encoded) - good} bad")
         lines.append(f"KL: {len(other)} rows, {int(other.lengths.sum(dtype=np.int64))} tokens, none of them trained on")
-    if not rules_of(config.finetuning.stage).learns_tokens:
-        return "\n".join(lines)
     plan = plan_updates(config, encoded, 1, stream)
     shapes = ", ".join("x".join(map(str, shape)) for shape in plan.shapes)
     steps = f"{plan.updates_per_epoch} steps an epoch, {plan.max_steps} in all" if stream is None else plan.describe()

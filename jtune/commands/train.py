@@ -31,6 +31,7 @@ from jtune.loading.data import data_template, load_data
 from jtune.loading.model import Model, abstract_like, load_model, with_remat
 from jtune.loading.second import fetch_second, load_second, with_second
 from jtune.loading.source import Source, fetch_model, read_source
+from jtune.loading.value_head import scores
 from jtune.losses.objective import PLAIN, Objective, describe_objective
 from jtune.losses.reference import frozen_of
 from jtune.losses.units import UnitObjective
@@ -150,7 +151,9 @@ def train(config: Config) -> dict[str, Any]:
 
 def say_how_to_serve(config: Config, output_dir: Path) -> None:
     """What to type to serve an adapter, or why it must be merged first. A model that is whole needs no words."""
-    if config.finetuning.finetuning_type == "lora" and processes.is_first():
+    if scores(config):
+        log.info("to score with transformers, write a classifier: jtune export %s export_dir=FOLDER", output_dir)
+    elif config.finetuning.finetuning_type == "lora" and processes.is_first():
         given = config.model.adapter_name_or_path
         before = given if config.finetuning.create_new_adapter else given[:-1]
         options = json.loads((output_dir / peft.CONFIG).read_bytes())
@@ -232,8 +235,9 @@ def prepare_model(config: Config, source: Source, rows: Rows, mesh: Mesh, *, rea
     model = load_model(config, source, mesh)
     preflight.check_weights(model.params)
     if source.second is not None and reads_second:
-        model = model._replace(second=load_second(source.second, mesh))
-        preflight.check_weights(model.second.params)
+        second = load_second(source.second, mesh)
+        preflight.check_weights(second.params)
+        model = model._replace(second=second)
     replicated = unsplit(tuning.prepared_axes(model.params, source.decoder), model.params, mesh)
     if replicated:
         log.info("%s", describe_unsplit(replicated))

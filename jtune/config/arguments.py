@@ -138,9 +138,9 @@ class DataArguments:
 class FinetuningArguments:
     """The parameters that train, and the loss."""
 
-    stage: Literal[tuple(RULES)] = arg(
+    stage: Literal[tuple(RULES)] = arg(  # type: ignore[valid-type]
         "sft", "pt: plain text; sft: prompts and answers; rm: a reward model; dpo: pairs; kto: feedback"
-    )  # type: ignore[valid-type]
+    )
     finetuning_type: Literal["lora", "freeze", "full", "oft"] = arg(
         "lora", "what trains: adapters, some layers, or all"
     )

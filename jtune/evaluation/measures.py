@@ -13,7 +13,7 @@ from jtune.data import Splits
 from jtune.errors import DataError
 from jtune.evaluation import predict
 from jtune.evaluation.loss import make_loss
-from jtune.evaluation.units import Reference, make_unit_loss
+from jtune.evaluation.units import Reference, Sums, make_unit_measure, score_lines
 from jtune.generation.settings import describe_sampling, read_generation_config, sampling_of
 from jtune.loading.source import Source
 from jtune.losses.objective import Objective
@@ -32,6 +32,7 @@ class Measures(NamedTuple):
     loss: Callable[[Any], dict[str, float]]  # metrics of every evaluation set
     answers: Callable[[Any, str], tuple[list[predict.Predicted], dict[str, float]]] | None  # predict_with_generate
     samples: Callable[[Any], list[dict[str, str]]] | None  # eval_samples
+    scores: Callable[[Any], tuple[list[dict[str, float]], dict[str, float]]] | None = None  # of a reward model
 
     def metrics(self, params: Any) -> dict[str, float]:
         """All figures of an evaluation."""
@@ -53,13 +54,16 @@ def make_measures(
 
     Args:
       end_ids: tokens that end an answer, besides those of the tokenizer and of generation_config.json.
-      references: see `jtune.evaluation.units.make_unit_loss`.
+      references: see `jtune.evaluation.units.make_unit_measure`.
     """
     training, generating, tokenizer = config.training, config.generating, source.tokenizer
     mesh = module.mesh
     assert isinstance(mesh, Mesh)
+    scores = None
     if isinstance(objective, UnitObjective):
-        loss = make_unit_loss(module, splits.eval, mesh, config, objective, references)
+        measure = make_unit_measure(module, splits.eval, mesh, config, objective, references)
+        loss = lambda params: measure(params, "eval")[1]
+        scores = (lambda params: _scored(*measure(params, "predict"))) if objective.scores else None
     else:
         _check_labelled(splits, training)
         loss = make_loss(module, splits.eval, mesh, config, objective.eval_loss)
@@ -74,7 +78,11 @@ def make_measures(
     shown = next(iter(splits.eval.values()), splits.train)
     if training.eval_samples and shown is not None:
         samples = predict.make_samples(module, shown, training.eval_samples, tokenizer, generating)
-    return Measures(loss, answers, samples)
+    return Measures(loss, answers, samples, scores)
+
+
+def _scored(sums: Mapping[str, Sums], metrics: dict[str, float]) -> tuple[list[dict[str, float]], dict[str, float]]:
+    return score_lines(sums), metrics
 
 
 def _check_labelled(splits: Splits, training: TrainingArguments) -> None:
@@ -117,4 +125,6 @@ def finish(config: Config, source: Source, splits: Splits, measures: Measures, p
         results.finish_prediction(
             predict.lines(source.tokenizer, answers, skip_special_tokens=skip), metrics, output_dir
         )
+    if measures.scores and training.do_predict:
+        results.finish_prediction(*measures.scores(params), output_dir)
     return results.read_results(output_dir)

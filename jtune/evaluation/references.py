@@ -111,7 +111,10 @@ def references_of(
 def start_of(config: Config, params: Any) -> Any:
     """The parameters of the reference: the model as it is, without the adapter that trains unless `ref_adapter: start`.
 
-    A run that only evaluates takes the model as it is for its own reference, as LLaMA-Factory does.
+    A run that only evaluates takes the model as it is for its own reference, as LLaMA-Factory does. An adapter that
+    begins as a part of the base (PiSSA) belongs to it.
     """
-    whole = not config.training.do_train or config.finetuning.ref_adapter == "start"
+    finetuning, model = config.finetuning, config.model
+    is_new = model.adapter_name_or_path == () or finetuning.create_new_adapter
+    whole = not config.training.do_train or finetuning.ref_adapter == "start" or (finetuning.pissa_init and is_new)
     return params if whole else lora.split(params)[0]

@@ -78,44 +78,61 @@ def make_reference(
     return lambda params: Reference(*(sums(params)[0] for sums in of))
 
 
-def make_unit_loss(
+def make_unit_measure(
     module: CausalLM,
     sets: Mapping[str, Encoded],
     mesh: Mesh,
     config: Config,
     objective: UnitObjective,
     references: Mapping[str, Reference],
-) -> Callable[[Any], dict[str, float]]:
-    """`loss(params)`: the loss and the metrics of every evaluation set, under `eval_` or `eval_<name>_`.
+) -> Callable[[Any, str], tuple[dict[str, Sums], dict[str, float]]]:
+    """`measure(params, "eval")`: the sums of every evaluation set by its name, and its loss and metrics, under `eval_`
+    or `eval_<name>_`.
 
     Args:
       references: the sums of the reference over each set, under `eval` or `eval_<name>`; empty without a reference.
     """
     stage, beyond = rules_of(config.finetuning.stage), config.finetuning.ld_alpha
     what, size = sums_of(module, objective), config.training.per_device_eval_batch_size * batch_shards(mesh)
+    # A model that is its own reference has no rewards; LLaMA-Factory leaves them out, too.
+    is_own = objective.anchored and not config.training.do_train and config.finetuning.ref_model is None
     prepared = {}
     for name, encoded in sets.items():
         units = units_of(encoded, stage, beyond)
         others = None if units.mismatched is None else make_sums(module, what, units.mismatched, mesh, config)[0]
         prepared[name] = units, *make_sums(module, what, units, mesh, config), others
 
-    def loss(params: Any) -> dict[str, float]:
+    def measure(params: Any, prefix: str) -> tuple[dict[str, Sums], dict[str, float]]:
+        every: dict[str, Sums] = {}
         metrics: dict[str, float] = {}
         for name, (units, sums, steps, others) in prepared.items():
             began = time.monotonic()
             reference = references[f"eval_{name}".rstrip("_")] if objective.anchored else None
             other = others(params)[0] if others else None
-            found = figures_of(objective, units, sums(params), other, reference, size)
+            every[name] = sums(params)
+            found = figures_of(objective, units, every[name], other, reference, size)
             seconds = max(1e-9, time.monotonic() - began)
+            if is_own:
+                found = {key: value for key, value in found.items() if not key.startswith("rewards/")}
             found |= {
                 "runtime": round(seconds, 4),
                 "samples_per_second": round(len(units) / seconds, 3),
                 "steps_per_second": round(steps / seconds, 3),
             }
-            metrics |= {f"{f'eval_{name}'.rstrip('_')}_{key}": value for key, value in found.items()}
-        return metrics
+            metrics |= {f"{f'{prefix}_{name}'.rstrip('_')}_{key}": value for key, value in found.items()}
+        return every, metrics
 
-    return loss
+    return measure
+
+
+def score_lines(sums: Mapping[str, Sums]) -> list[dict[str, float]]:
+    """The scores of all pairs of the sets, in their order, rounded as LLaMA-Factory writes them.
+
+    >>> score_lines({"": (np.array([[[0.5, 0.001], [-0.25, 0.0]]]), {})})
+    [{'chosen': 0.5, 'rejected': -0.25}]
+    """
+    pairs = (pair for parts, _ in sums.values() for pair in parts.sum(-1, dtype=np.float64))
+    return [{"chosen": round(float(chosen), 2), "rejected": round(float(rejected), 2)} for chosen, rejected in pairs]
 
 
 def figures_of(

@@ -17,6 +17,7 @@ from jtune.distributed import exchange, processes
 from jtune.errors import ConfigError, DataError
 from jtune.files import read_object, whole_or_absent
 from jtune.interop.layout import copied, of_decoder, open_decoder, to_place, turned
+from jtune.interop.value_head import BIAS, SCORE, WEIGHT
 from jtune.interop.weights import (
     BLOCK,
     DTYPES,
@@ -45,13 +46,12 @@ PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_prepro
 # What a decoder of ours does not use, though some files hold it: buffers that follow from the config, float8 scales.
 UNUSED = (
     "rotary_emb.inv_freq",
-    "attn.masked_bias",
+    ".masked_bias",
     ".attn.bias",
     ".attention.bias",
-    ".attention.masked_bias",
     ".activation_scale",
     ".input_scale",
-    "score.weight",  # of a classifier: `jtune.interop.value_head` reads it
+    *(SCORE, WEIGHT, BIAS),  # of reward models: `jtune.interop.value_head` reads them
 )
 PIECE_BYTES = 2**28  # of a leaf, read at a time; or one layer of it, where that is more
 STORED = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn")  # what a config.json may say of its weights

@@ -1,7 +1,8 @@
 """The value head of a reward model in files: LLaMA-Factory's `value_head.safetensors`, and transformers' classifiers.
 
-The file lies beside an adapter or a model. trl's `AutoModelForCausalLMWithValueHead` has the same tensors. A model of
-transformers for sequence classification, with one label, holds the kernel of a head as `score.weight`, and has no bias.
+The file lies beside an adapter or a model; trl's `AutoModelForCausalLMWithValueHead` saves the same tensors among those
+of the model. A model of transformers for sequence classification, with one label, holds the kernel of a head as
+`score.weight`, and has no bias.
 """
 
 from collections.abc import Mapping
@@ -45,16 +46,12 @@ def without_labels(config_json: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def holds_head(folder: Path) -> bool:
-    """Whether there is a value head in the folder of an adapter or a model.
-
-    Raises:
-      DataError: its config.json cannot be read.
-    """
+    """Whether there is a value head in the folder of an adapter or a model."""
     if any((folder / name).exists() for name in (FILE, PICKLE)):
         return True
     try:
-        return is_classifier(read_object(folder / "config.json"))
-    except FileNotFoundError:
+        return is_classifier(read_object(folder / "config.json")) or WEIGHT in open_weights(folder)
+    except (FileNotFoundError, DataError):  # of weights that cannot be read is told when they are read
         return False
 
 
@@ -72,7 +69,8 @@ def read_value_head(folder: Path, hidden_size: int) -> dict[str, np.ndarray]:
             f"{folder / PICKLE}: a pickle can run any code when it is read, so jtune does not.{_way(folder)}"
         )
     else:
-        path, stored, names = folder, open_weights(folder), {"kernel": SCORE}
+        path, stored = folder, open_weights(folder)
+        names = {"kernel": WEIGHT, "bias": BIAS} if WEIGHT in stored else {"kernel": SCORE}
     shapes = {"kernel": (1, hidden_size), "bias": (1,)}
     head = {"bias": np.zeros(1, np.float32)}
     for key, name in names.items():
@@ -105,6 +103,11 @@ def _way(folder: Path) -> str:
         f"save_file(torch.load('{folder / PICKLE}', map_location='cpu', weights_only=True), "
         f"'{folder / FILE}', metadata={{'format': 'pt'}})\""
     )
+
+
+def forget_value_head(folder: Path) -> None:
+    """Remove the value head of an earlier model, which would be read as that of the model that takes its place."""
+    (folder / FILE).unlink(missing_ok=True)
 
 
 def save_value_head(head: Mapping[str, Any], folder: Path) -> None:

@@ -81,8 +81,9 @@ def describe_objective(objective: Objective | UnitObjective) -> str:
     'loss: cross-entropy; noise on the embeddings, alpha 5'
     """
     noise = f"; noise on the embeddings, alpha {objective.noise_alpha:g}" if objective.noise_alpha else ""
-    is_told = isinstance(objective, Objective) and objective.anchored
-    anchor = f"; the reference is {objective.reference}" if is_told else ""
+    anchor = ""
+    if isinstance(objective, Objective) and objective.anchored:
+        anchor = f"; the reference is {objective.reference}"
     return f"loss: {objective.name}{anchor}{noise}"
 
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jtune.config.preference import WITHOUT_REFERENCE
+
 
 class Pair(NamedTuple):
     """What the loss of a pair may read, float32 `[U]` each."""
@@ -140,5 +142,4 @@ LOSSES: dict[str, PairLoss] = {
     "sft": lambda p, o: -p.logp_chosen,
 }
 # fmt: on
-WITHOUT_REFERENCE = {"orpo", "simpo", "sft"}
 ON_MEANS = {"ipo", "sigmoid_norm", *WITHOUT_REFERENCE}  # on means over an answer's tokens, and not on sums

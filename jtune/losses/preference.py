@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtune.config import FinetuningArguments, TrainingArguments
+from jtune.config.preference import WITHOUT_REFERENCE
 from jtune.errors import DataError
-from jtune.losses.pairs import LOSSES, ON_MEANS, WITHOUT_REFERENCE, Options, Pair, log_odds, logistic
+from jtune.losses.pairs import LOSSES, ON_MEANS, Options, Pair, log_odds, logistic
 from jtune.losses.units import (
     Shared,
     UnitLoss,
@@ -46,7 +47,7 @@ def pair_objective(finetuning: FinetuningArguments, training: TrainingArguments)
         loss=pair_loss(dict(zip(names, weights, strict=True)), options, bco_weight=bco_weight, ftx=ftx),
         shared=shared_of(needed, options.beta),
         running=running_start() if "bco_pair" in needed else None,
-        anchored=bool(needed - WITHOUT_REFERENCE),
+        anchored=not needed <= {*WITHOUT_REFERENCE},
         noise_alpha=training.neftune_noise_alpha or 0.0,
     )
 

@@ -99,7 +99,8 @@ def segment_sums(
 
     def sums(head_params, hidden_SKD, pairs_SK2, weights_SK):
         chunk = chunk_positions(weights_SK.shape[1], what.width, chunk_elements(model.mesh))
-        values, figures = position_values(what.value, head_params, hidden_SKD, pairs_SK2[..., 0], chunk)
+        found: Any = position_values(what.value, head_params, hidden_SKD, pairs_SK2[..., 0], chunk)
+        values, figures = found
         owner = pairs_SK2[..., 1].ravel()
         add = lambda x: jax.ops.segment_sum(x.ravel(), owner, owners.count)
         values = values * weights_SK
@@ -178,13 +179,14 @@ def make_unit_losses(
             return jax.tree.map(lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, index, 0), found, one)
 
         found = jax.lax.stop_gradient(jax.lax.fori_loop(0, used, fill, zeros))
+        assert objective.shared is not None
         shared, running = objective.shared(found, batch["group"], running)
         return {SHARED + name: x for name, x in shared.items()}, running
 
     def of_microbatch(trainable, frozen, micro, key, running):
         found, figures, hidden = units(trainable, frozen, micro, label_capacity, key)
         shared = {name.removeprefix(SHARED): x for name, x in micro.items() if name.startswith(SHARED)}
-        if objective.shared and not shared:  # the update is this microbatch
+        if objective.shared is not None and not shared:  # the update is this microbatch
             shared, running = objective.shared(jax.lax.stop_gradient(found), found.group, running)
         losses, metrics = objective.loss(found._replace(shared=shared))
         total = jnp.sum(found.share * losses)

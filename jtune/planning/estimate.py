@@ -11,6 +11,7 @@ from jtune.losses.chunked import chunk_elements
 from jtune.models import DecoderConfig
 from jtune.models.config import Delta
 from jtune.models.delta import CHUNK, delta_config
+from jtune.models.value_head import VALUE_HEAD
 from jtune.planning.shapes import batch_shapes, bytes_by_kind
 from jtune.sharding.mesh import BATCH_AXES
 from jtune.sharding.rules import ZERO_AXES
@@ -127,15 +128,16 @@ def estimate(program: Program, rows: Rows) -> dict[str, int]:
     # Gathered weights: of two layers, as the next one is fetched while one is at work; and of the head, with its
     # gradient in float32.
     gathered = 0
+    vocab = 0 if VALUE_HEAD in program.params else decoder.vocab_size  # scores need no logits
     if any(mesh.shape[axis] > 1 for axis in ZERO_AXES):
         layer = travelling(program.params["layers"], size) // decoder.num_hidden_layers
         head = size + (4 if any(jax.tree.leaves(program.mask.get("lm_head", program.mask["embed_tokens"]))) else 0)
-        gathered = (2 * layer + decoder.vocab_size * d * head) // split
+        gathered = (2 * layer + vocab * d * head) // split
     # Kernels that are kept in few bits are computed for the layer at work.
     is_quantized = lambda x: isinstance(x, Quantized)
     computed = [x.size for x in jax.tree.leaves(program.params["layers"], is_leaf=is_quantized) if is_quantized(x)]
     kernels = sum(computed) // decoder.num_hidden_layers * size // split
-    chunk = min(chunk_elements(module.mesh), int(tokens * rows.label_share) * decoder.vocab_size) * (8 + size) // split
+    chunk = min(chunk_elements(module.mesh), int(tokens * rows.label_share) * vocab) * (8 + size) // split
     temporaries = saved + gradients + max(scores, inside, chunk) + gathered + kernels + of_second(program, tokens)
     return {
         "arguments": kept,

@@ -1,4 +1,5 @@
-"""Writes the quickstart's data set: questions about dates, with dates held out that no training row mentions.
+"""Writes the quickstart's data sets: questions about dates, with dates held out that no training row mentions, and
+pairs of answers to some of them.
 
     python -m jtune.quickstart.make_data [FOLDER]
 
@@ -13,7 +14,7 @@ from random import Random
 
 FOLDER = Path(__file__).parent / "data"
 FIRST, LAST = date(1950, 1, 1), date(2049, 12, 31)
-TRAIN_DATES, TEST_DATES = 1800, 100
+TRAIN_DATES, TEST_DATES, PAIR_DATES = 1800, 100, 200
 
 
 def questions(day: date) -> list[dict[str, str]]:
@@ -26,6 +27,18 @@ def questions(day: date) -> list[dict[str, str]]:
     ]
 
 
+def pairs(day: date) -> list[dict[str, str]]:
+    """The questions about one date, each with the answer that is preferred. In words the date is to lose its year;
+    other answers are to stay as they are, and not to lose their ends."""
+    words, *others = questions(day)
+    learned = words.pop("output")
+    preferred = [words | {"chosen": f"{day.day} {day:%B}", "rejected": learned}]
+    for question in others:
+        answer = question.pop("output")
+        preferred.append(question | {"chosen": answer, "rejected": answer[:-3].rstrip()})
+    return preferred
+
+
 def write(folder: Path) -> None:
     random = Random(0)
     span = (LAST - FIRST).days + 1
@@ -35,7 +48,12 @@ def write(folder: Path) -> None:
         rows = [row for day in part for row in questions(day)]
         random.shuffle(rows)
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    info = {name: {"file_name": f"{name}.jsonl"} for name in ("dates_train", "dates_test")}
+    preferred = [row for day in days[:PAIR_DATES] for row in pairs(day)]
+    random.shuffle(preferred)
+    (folder / "dates_pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preferred))
+    info: dict[str, dict] = {name: {"file_name": f"{name}.jsonl"} for name in ("dates_train", "dates_test")}
+    columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
+    info["dates_pairs"] = {"file_name": "dates_pairs.jsonl", "ranking": True, "columns": columns}
     (folder / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
 

@@ -9,7 +9,7 @@ from jtune.data import Plan, StreamPlan
 from jtune.distributed import processes
 from jtune.interop import hf, manifest, peft
 from jtune.interop.endings import Endings, write_generation, write_tokenizer
-from jtune.interop.value_head import save_value_head
+from jtune.interop.value_head import forget_value_head, save_value_head
 from jtune.loading.source import Source
 from jtune.models.value_head import split_head
 from jtune.train import results
@@ -84,6 +84,8 @@ def save_model(folder: Path, params: Any, files: ModelFiles) -> None:
     (params, head), (mask, _) = split_head(params), split_head(files.mask)
     if head is not None:
         save_value_head(head, folder)
+    elif processes.is_first():
+        forget_value_head(folder)
     if finetuning.finetuning_type == "lora":
         peft.save_adapter(
             params,

@@ -96,11 +96,12 @@ def unstacked(program: Program) -> Program:
 
 def losses_of(program: Program, sizes: Sizes) -> Losses:
     """What the step sums over a microbatch."""
-    how = {"label_capacity": sizes.labelled, "batch_shards": batch_shards(program.mesh)}  # type: ignore[arg-type]
+    shards: int = batch_shards(program.mesh)  # type: ignore[arg-type]
+    how: dict[str, Any] = {"label_capacity": sizes.labelled, "batch_shards": shards, "second": program.second}
     if not isinstance(program.objective, UnitObjective):
-        return token_losses(make_loss_sum(program.module, objective=program.objective, second=program.second, **how))
-    how |= {"other_capacity": sizes.other[1].labelled if sizes.other else 0, "second": program.second}
-    return make_unit_losses(program.module, program.objective, **how)
+        return token_losses(make_loss_sum(program.module, objective=program.objective, **how))
+    other_capacity = sizes.other[1].labelled if sizes.other else 0
+    return make_unit_losses(program.module, program.objective, other_capacity=other_capacity, **how)
 
 
 def lower_step(program: Program, batch: Mapping[str, jax.ShapeDtypeStruct], sizes: Sizes) -> Any:
@@ -147,10 +148,8 @@ def compile_steps(
     abstract = program._replace(constants=abstract_like(constants))
 
     def update(state: TrainState, batch: Mapping[str, jax.Array], learning_rate: float):
-        shape, other = (
-            batch["input_ids"].shape,
-            batch[f"{OTHER}input_ids"].shape if f"{OTHER}input_ids" in batch else None,
-        )
+        shape: Any = batch["input_ids"].shape
+        other: Any = batch[f"{OTHER}input_ids"].shape if f"{OTHER}input_ids" in batch else None
         if (shape, other) not in compiled:
             log.info("compiling the step for [accum, batch, seq] = %s", list(shape))
             with timing.spent("compile"):

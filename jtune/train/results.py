@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,14 @@ def finish_evaluation(metrics: dict[str, float], output_dir: Path) -> None:
     log.info("evaluation: %s", "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
 
 
-def finish_prediction(lines: list[dict[str, str]], metrics: dict[str, float], output_dir: Path) -> None:
-    """Write answers (`generated_predictions.jsonl`) and their metrics (`predict_results.json`); log the metrics."""
+def finish_prediction(lines: Sequence[Mapping[str, Any]], metrics: dict[str, float], output_dir: Path) -> None:
+    """Write answers or scores (`generated_predictions.jsonl`) and metrics (`predict_results.json`); log the metrics."""
     path = output_dir / "generated_predictions.jsonl"
     if processes.is_first():
         with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     save_results(output_dir, "predict", metrics)
-    log.info("answers: %s", path)
+    log.info("predictions: %s", path)
     log.info("prediction: %s", "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
 
 

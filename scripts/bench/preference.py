@@ -7,6 +7,7 @@ What is compared and how is said in scripts/bench/README.md.
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from cpu import (
     Side,
     append,
     commit,
+    cost,
     find,
     jtune_side,
     largest_difference,
@@ -81,7 +83,7 @@ def main() -> int:
         runs = run_alternately(sides, case, work / "out" / cell.name.replace(" ", "-"), args.runs)
         results.append((cell, runs))
         print("\n".join(table(results[-1:], args)), flush=True)
-    text = render(results, noise, lf, args)
+    text = render(results, noise, lf, args) + memory(work, data, jtune, args)
     print("\n" + text)
     if not args.quick:
         append(text, args.report)
@@ -177,6 +179,30 @@ def write_case(work: Path, data: Path, cell: Cell, args: argparse.Namespace) -> 
     return path
 
 
+def memory(work: Path, data: Path, jtune: Side, args: argparse.Namespace) -> str:
+    """What the steps take of memory, beside supervised ones on the same rows."""
+    lines = ["", "| YAML | batch | recomputed | peak, MiB | supervised, MiB | ratio |", "|---|---|---|---|---|---|"]
+    for cell in (CELLS[0], CELLS[-1]):
+        case = write_case(work, data, cell, args)
+        other = write_case(work, data, supervised(cell), args)
+        script = Path(__file__).with_name("preference_memory.py")
+        done = subprocess.run([sys.executable, script, case, other], env=jtune.env, capture_output=True, text=True)
+        if done.returncode:
+            raise Failed(f"{script.name} {case}: {done.stderr[-1000:]}")
+        found = json.loads(done.stdout.splitlines()[-1])
+        for policy in ("none", "full"):
+            ours, theirs = found[policy]["preferences"], found[policy]["supervised"]
+            sizes = f"{ours / 2**20:,.1f} | {theirs / 2**20:,.1f} | {ours / theirs:.4f}"
+            lines.append(f"| {cell.name} | {found['shape']} | {policy} | {sizes} |")
+    return "\n".join(lines) + "\n"
+
+
+def supervised(cell: Cell) -> Cell:
+    """The same method without preferences; its rows are not read."""
+    kept = {key: value for key, value in cell.changes.items() if not key.startswith("pref_")}
+    return cell._replace(name=f"{cell.name} supervised", changes=kept | {"stage": "sft"})
+
+
 # ---------------------------------------------------------------------- what comes out
 
 
@@ -187,22 +213,24 @@ def speeds(run: Run, units: int) -> list[float]:
 
 def table(results: list[tuple[Cell, dict[str, list[Run]]]], args: argparse.Namespace) -> list[str]:
     rows = [
-        "| YAML | side | pairs/s | of single runs | s/update | jtune's over it | goal | first update after "
-        "| largest loss difference |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| YAML | side | pairs/s | of single runs | s/update | CPU s/pair | jtune's speed over it | by CPU time | goal "
+        "| first update after | largest loss difference |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell, sides in results:
         speed = {s: median(x for run in runs for x in speeds(run, units_of(args))) for s, runs in sides.items()}
+        spent = {s: cost(runs, dict.fromkeys(runs[0].seconds, 1000 * units_of(args))) for s, runs in sides.items()}
         for side, runs in sides.items():
             single = [median(speeds(run, units_of(args))) for run in runs]
             is_other = side != "jtune"
             ratio = f"{speed['jtune'] / speed[side]:.2f}x" if is_other else ""
+            by_cpu = f"{spent[side] / spent['jtune']:.2f}x" if is_other else ""
             versus = max(largest_difference(j, run) for j in sides["jtune"] for run in runs)
             goal = f"{cell.goal}x" if cell.goal and side == "LLaMA-Factory" else ""
             rows.append(
                 f"| {cell.name} | {side} | {speed[side]:.2f} | {min(single):.2f} to {max(single):.2f} "
-                f"| {units_of(args) / speed[side]:.2f} | {ratio} | {goal} | {runs[-1].seconds[1]:.1f} s "
-                f"| {f'{versus:.1e}' if is_other else ''} |"
+                f"| {units_of(args) / speed[side]:.2f} | {spent[side]:.2f} | {ratio} "
+                f"| {by_cpu} | {goal} | {runs[-1].seconds[1]:.1f} s | {f'{versus:.1e}' if is_other else ''} |"
             )
     return rows
 

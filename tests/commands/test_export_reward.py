@@ -11,7 +11,7 @@ import yaml
 from jtune.cli.main import main
 from jtune.interop import hf, peft
 from jtune.interop.classifier import CLASSIFIERS, padding_token
-from jtune.interop.value_head import read_value_head, save_value_head
+from jtune.interop.value_head import FILE, read_value_head, save_value_head
 from jtune.loading.inference import load_model
 from jtune.models.decoder import hidden_states
 from jtune.models.families import FAMILIES, SAME_AS, decoder_config
@@ -116,6 +116,10 @@ def test_without_a_value_head_there_is_no_reward_model_and_one_that_is_left_out_
     assert not (tmp_path / "out" / "config.json").exists()
     assert export(tmp_path, base, adapter, stage="sft") == 0
     assert "is left out: `stage: rm` exports the reward model" in capsys.readouterr().out
+    assert export(tmp_path, base, adapter) == 0
+    assert (tmp_path / "out" / FILE).exists()
+    assert export(tmp_path, base, adapter, stage="sft") == 0
+    assert not (tmp_path / "out" / FILE).exists()  # it would be read as that of this model
 
 
 def test_the_table_of_classifiers_is_that_of_transformers():

@@ -9,7 +9,9 @@ import yaml
 from small import state, train
 
 CASES = {"dpo_lora": 200, "dpo_full_ftx": 21, "orpo_full": 90, "kto_lora": 180, "rm_lora": 90}  # rows of training
-TOLERANCES = {"learning_rate": 1e-9, "grad_norm": 1e-3}  # of other figures 1e-4
+TOLERANCES = {"learning_rate": 1e-9, "grad_norm": 1e-3}  # relative; of other figures 1e-4
+# Differences of sums of log-probabilities in the thousands, which float32 knows to 0.0002; rewards are a tenth of them.
+ROUNDED = {"kl": 5e-4, "rewards": 5e-5}
 # Means over all logits, padding included; and what the clock says.
 LEFT_OUT = ("logits/", "runtime", "per_second", "step")
 
@@ -64,4 +66,6 @@ def test_losses_and_rewards_are_llamafactorys(name, reference, checkpoints, tmp_
     assert ours.keys() == expected.keys()
     for when, record in expected.items():
         for key, value in record.items():
-            assert ours[when][key] == pytest.approx(value, rel=TOLERANCES.get(key, 1e-4), abs=1e-6), (when, key)
+            rounded = ROUNDED.get(key.removeprefix("eval_").split("/")[0], 0.0)
+            tolerance = TOLERANCES.get(key, 1e-4)
+            assert ours[when][key] == pytest.approx(value, rel=tolerance, abs=rounded), (when, key)

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from small import case, command, curve, environment, rows, state, train, write_data, write_model
+from small import case, command, curve, environment, state, train, write_model, write_preferences
 
 METHODS = {
     "full": {"finetuning_type": "full"},
@@ -29,19 +29,7 @@ PREFERENCES = {
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
-    answers = rows()
-    of_others = [row["output"] for row in answers[1:] + answers[:1]]
-    pairs = [
-        {"instruction": row["instruction"], "chosen": row["output"], "rejected": other}
-        for row, other in zip(answers, of_others, strict=True)
-    ]
-    marked = [row | {"kto_tag": i % 3 != 0} for i, row in enumerate(answers)]
-    data = write_data(folder / "data", pairs=pairs, marked=marked)
-    info = json.loads((data / "dataset_info.json").read_text())
-    info["pairs"] |= {"ranking": True, "columns": {"chosen": "chosen", "rejected": "rejected"}}
-    info["marked"] |= {"columns": {"kto_tag": "kto_tag"}}
-    (data / "dataset_info.json").write_text(json.dumps(info))
-    return write_model(folder / "model"), data
+    return write_model(folder / "model"), write_preferences(folder / "data")
 
 
 def weights(folder):

@@ -1,6 +1,7 @@
 """Reward models in files: torch scores what we write as we do, we read it back, and what does not fit is named."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import jax
@@ -17,7 +18,7 @@ from jtune.interop.value_head import FILE, read_value_head, save_value_head
 from jtune.loading.model import load_model
 from jtune.loading.source import read_source
 from jtune.models.decoder import hidden_states
-from jtune.models.value_head import draw_value_head, score
+from jtune.models.value_head import draw_value_head, score, split_head
 from jtune.sharding import make_mesh
 from jtune.train.output import ModelFiles, check_writable, save_model
 from jtune.tuning.show import tensor
@@ -41,9 +42,8 @@ def arguments(base, **options):
 
 def load(base, **options):
     """(source, model) of a run in stage rm."""
-    config = arguments(base, **options)
-    source = read_source(config)
-    return source, load_model(config, source, make_mesh())
+    source = read_source(arguments(base, **options))
+    return source, load_model(source.config, source, make_mesh())
 
 
 def moved(model, amount=0.05):
@@ -138,6 +138,15 @@ def test_the_head_of_the_last_adapter_counts_then_that_of_the_model_else_it_is_d
         load(tmp_path / "model", do_train=False)
 
 
+def test_no_value_head_is_left_where_another_model_takes_the_place_of_a_reward_model(bases, tmp_path):
+    source, model = load(bases[True], lora_target="q_proj")
+    write(tmp_path, source, model, model.params)
+    assert (tmp_path / FILE).exists()
+    (params, _), (mask, _) = split_head(model.params), split_head(model.mask)
+    write(tmp_path, source, model._replace(mask=mask), params)
+    assert not (tmp_path / FILE).exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -209,6 +218,21 @@ def test_a_classifier_of_one_label_is_a_reward_model(tied, bases, tmp_path):
     assert "id2label" not in written
     _, again = load(tmp_path / "written", finetuning_type="full", do_train=False)
     np.testing.assert_allclose(scores(again, again.params), expected, atol=1e-5)
+
+
+def test_a_value_head_among_the_tensors_of_a_model_is_read_as_trl_saves_it(bases, tmp_path):
+    head = draw_value_head(32, jax.random.key(4))
+    save_value_head(head, shutil.copytree(bases[False], tmp_path / "trl"))
+    tensors = load_file(tmp_path / "trl" / "model.safetensors") | load_file(tmp_path / "trl" / FILE)
+    save_file(tensors, tmp_path / "trl" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "trl" / FILE).unlink()
+    source, model = load(tmp_path / "trl", finetuning_type="full", do_train=False)
+    jax.tree.map(np.testing.assert_array_equal, model.params["v_head"], head)
+    write(tmp_path / "written", source, model, model.params)
+    assert (
+        load_file(tmp_path / "written" / "model.safetensors").keys()
+        == load_file(bases[False] / "model.safetensors").keys()
+    )
 
 
 def test_a_classifier_of_two_labels_is_none(bases, tmp_path):

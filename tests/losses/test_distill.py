@@ -13,7 +13,7 @@ from jtune import tuning
 from jtune.config import FinetuningArguments, TrainingArguments
 from jtune.data import Sizes
 from jtune.loading.model import abstract_like, placement
-from jtune.losses.batch import make_loss_sum
+from jtune.losses.batch import make_loss_sum, token_losses
 from jtune.losses.distill import distilled
 from jtune.losses.objective import describe_objective, objective_of
 from jtune.losses.reference import WithSecond, step_constants
@@ -131,7 +131,8 @@ def train(rows, seq, kind, *, method="full", accum=1, updates=2, form=None):
     modules = {"second": CausalLM(TEACHER)}
     loss_sum = make_loss_sum(CausalLM(STUDENT), label_capacity=capacity, batch_shards=1, objective=goal, **modules)
     tx = adamw(trainable)
-    step, state, figures = jax.jit(make_train_step(loss_sum, tx, max_grad_norm=1.0)), init_state(trainable, tx), []
+    step = jax.jit(make_train_step(token_losses(loss_sum), tx, max_grad_norm=1.0))
+    state, figures = init_state(trainable, tx), []
     for _ in range(updates):
         state, metrics = step(state, held, batch, RATE)
         figures.append((float(metrics.loss), float(metrics.grad_norm)))

@@ -175,6 +175,16 @@ def test_remat_auto_computes_again_what_memory_makes_necessary(only_config, tmp_
     assert asked["remat"] == "none"
 
 
+def test_a_reward_model_is_planned_without_logits(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**small.CONFIG, "vocab_size": 2**17}))
+    needed = {}
+    for stage in ("rm", "sft"):
+        config = configured(tmp_path, tmp_path, stage=stage)
+        shapes = abstract_program(config, read_bare_source(config, tmp_path), make_mesh(), platform="cpu")
+        needed[stage] = estimate(shapes, Rows(accum=1, per_shard=1, seq=512, label_share=1.0))["temporaries"]
+    assert needed["sft"] - needed["rm"] > 100e6
+
+
 def test_remat_auto_asks_the_compiler_where_the_estimate_could_be_wrong(only_config, tmp_path):
     config = configured(only_config, tmp_path, finetuning_type="full")
     source = read_bare_source(config, only_config)

@@ -150,9 +150,10 @@ class StreamPlan:
         """As of a `BatchPlan`."""
         layout = self._layout(step)
         arrays = lay_out(layout, self.shards, only, f"update {step}")
-        if layout.units is None or layout.encoded.mismatched is None:
+        units = layout.encoded
+        if not isinstance(units, UnitSet) or units.mismatched is None:
             return arrays
-        other = self._placed(layout.encoded.mismatched, layout.examples, layout.examples, self.mismatched_capacities)
+        other = self._placed(units.mismatched, layout.examples, layout.examples, self.mismatched_capacities)
         rows = None if only is None else same_rows(only, layout.shape, other.shape)
         laid = lay_out(other, self.shards, rows, f"update {step}")
         return arrays | {f"kl_{name}": x for name, x in laid.items() if name != "divisor"}

@@ -40,7 +40,7 @@ class UnitSet:
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each unit, int32 `[n]`."""
-        return np.sum([side.lengths for side in self.sides], axis=0, dtype=np.int32)
+        return np.stack([side.lengths for side in self.sides]).sum(axis=0, dtype=np.int32)
 
     @cached_property
     def labelled(self) -> np.ndarray:
@@ -132,7 +132,9 @@ def array_shapes(shape: tuple[int, ...], sizes: Sizes) -> dict[str, tuple[tuple[
     """
     accum, batch, _ = shape
     integer, real = np.dtype(np.int32), np.dtype(np.float32)
-    found = {name: (tuple(shape), integer) for name in ("input_ids", "targets", "positions", "segment_ids")}
+    found: dict[str, Any] = {
+        name: (tuple(shape), integer) for name in ("input_ids", "targets", "positions", "segment_ids")
+    }
     found["loss_weights"] = tuple(shape), real
     if sizes.width:
         of_units = accum, batch, sizes.width

@@ -224,6 +224,7 @@ def test_of_conversations_nothing_of_the_kind_is_said(template, tmp_path, caplog
 def shown(folder, template, capsys, stage):
     template.tokenizer.save_pretrained(folder / "model")
     words = [f"model_name_or_path={folder / 'model'}", "template=chatml", f"dataset_dir={folder}", "dataset=a"]
+    words += ["per_device_train_batch_size=2", "num_train_epochs=2"]
     assert show_data(load_config([*words, f"stage={stage}"], command="data"), rows=1) == 0
     return capsys.readouterr().out
 
@@ -238,6 +239,7 @@ def test_both_answers_of_a_pair_are_shown_with_what_is_trained_on(template, tmp_
     assert "\u27e6A!<|im_end|>\n\u27e7" in text
     assert "\u27e6B, I think.<|im_end|>\n\u27e7" in text
     assert "\n3 pairs, " in text
+    assert "\non one device: 2 steps an epoch, 4 in all; batches [accum x batch x seq] " in text
 
 
 def test_feedback_is_shown_with_its_tag_and_the_row_of_another_answer(template, tmp_path, capsys):
@@ -250,3 +252,4 @@ def test_feedback_is_shown_with_its_tag_and_the_row_of_another_answer(template, 
     assert "\u27e6A2<|im_end|>\n\u27e7" in text
     assert f"3 rows, {made.lengths.sum()} tokens, {made.labelled.sum()} of them trained on" in text
     assert "\n2 good answers, 1 bad\nKL: 3 rows, " in text
+    assert "\non one device: 2 steps an epoch, 4 in all" in text
