@@ -83,6 +83,7 @@ def train(config: Config) -> dict[str, Any]:
     source = prepare_source(config)
     config = source.config
     rows = prepare_rows(config, source)
+    preflight.check_model_files(model_folders(source))
     objective = stage_of(config.finetuning.stage).objective(config.finetuning, training)
     references = of_second(config, source, rows.splits, mesh, objective)
     model = prepare_model(config, source, rows, mesh, reads_second=references is None)
@@ -231,7 +232,6 @@ def prepare_model(config: Config, source: Source, rows: Rows, mesh: Mesh, *, rea
     Args:
       reads_second: and those of the second model, if there is one.
     """
-    preflight.check_model_files(model_folders(source))
     model = load_model(config, source, mesh)
     preflight.check_weights(model.params)
     if source.second is not None and reads_second:

@@ -45,7 +45,7 @@ def content_digest(units: UnitSet) -> str:
             for name in sorted(segment):
                 values = np.ascontiguousarray(segment[name])
                 content.update(f"{name} {len(values)} ".encode())
-                content.update(values)
+                content.update(values.data)
     return content.hexdigest()
 
 

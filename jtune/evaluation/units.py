@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jtune.config import Config
 from jtune.config.stages import rules_of
 from jtune.data import Encoded, EvalBatch, Segments, UnitSet, eval_batches, grouped, units_of
+from jtune.loading.second import role_of
 from jtune.losses.feedback import with_margins
 from jtune.losses.segments import Figures, Owners, SumsOf, mean_logits, of_sums, segment_sums, sums_of
 from jtune.losses.units import UnitObjective
@@ -95,7 +96,7 @@ def make_unit_measure(
     stage, beyond = rules_of(config.finetuning.stage), config.finetuning.ld_alpha
     what, size = sums_of(module, objective), config.training.per_device_eval_batch_size * batch_shards(mesh)
     # A model that is its own reference has no rewards; LLaMA-Factory leaves them out, too.
-    is_own = objective.anchored and not config.training.do_train and config.finetuning.ref_model is None
+    is_own = objective.anchored and not config.training.do_train and role_of(config) is None
     prepared = {}
     for name, encoded in sets.items():
         units = units_of(encoded, stage, beyond)

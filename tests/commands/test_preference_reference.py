@@ -243,10 +243,13 @@ def test_the_plan_holds_a_reference_only_where_the_step_does(parts, other, tmp_p
     assert of("pref_loss=simpo", "ref_model=nowhere")["second_model"] == 0  # it has no reference, and none is read
 
 
-def test_a_run_that_only_evaluates_has_its_reference(parts, other, tmp_path):
+def test_a_run_that_only_evaluates_has_its_reference(parts, adapter, other, tmp_path):
     asked = {**RUN, "do_train": False, "do_eval": True, "eval_strategy": "no"}
     assert run(small.case(tmp_path / "own", *parts, **asked)) == 0
     assert run(small.case(tmp_path / "other", *parts, **asked, ref_model=str(other))) == 0
-    own, of_other = (json.loads((tmp_path / n / "out" / "eval_results.json").read_text()) for n in ("own", "other"))
-    assert own["eval_rewards/margins"] == 0
-    assert abs(of_other["eval_rewards/margins"]) > 1e-3
+    assert run(small.case(tmp_path / "tuned", *parts, **asked, ref_model_adapters=str(adapter))) == 0
+    names = "own", "other", "tuned"
+    own, *others = (json.loads((tmp_path / name / "out" / "eval_results.json").read_text()) for name in names)
+    assert own["eval_loss"] == pytest.approx(np.log(2))
+    assert "eval_rewards/margins" not in own  # it is its own reference
+    assert all(abs(found["eval_rewards/margins"]) > 1e-3 for found in others)

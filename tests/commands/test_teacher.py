@@ -32,7 +32,8 @@ def run(path, *overrides):
 
 
 def write_teacher(folder, **changes):
-    """Another width, depth and number of heads, and a head of its own with rows to spare."""
+    """Another family, width, depth and number of heads, and a head of its own with rows to spare."""
+    changes |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
     other = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "tie_word_embeddings": False}
     small.write_model(folder, **other, **changes)
     config = hf.read_config(folder)
