@@ -108,6 +108,17 @@ def test_a_stream_logs_what_a_set_does(stage, parts, tmp_path):
     assert of_stream[0].keys() == of_set[0].keys()
 
 
+@pytest.mark.parametrize("command", ["train", "data"])
+def test_margins_that_no_loss_reads_are_refused_before_rows_are_read(command, parts, tmp_path, capsys):
+    changes = settings("dpo", dataset="margins", pref_loss="hinge, ipo", **EIGHT)
+    assert main([command, str(case(tmp_path, *parts, **changes))]) == 3
+    said = "".join(capsys.readouterr())
+    assert "dataset 'margins': column 'better' is the margin of its pairs, which pref_loss: hinge, ipo does not" in said
+    assert "reading dataset" not in said
+    assert main(["data", str(case(tmp_path, *parts, **changes | {"pref_loss": "hinge, sigmoid"}))]) == 0
+    assert main(["data", str(case(tmp_path, *parts, **changes | {"stage": "rm", "pref_loss": None}))]) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora", "freeze"])
 def test_scores_are_learned(method, parts, tmp_path):
