@@ -85,8 +85,11 @@ def make_unit_loss(
     config: Config,
     objective: UnitObjective,
     references: Mapping[str, Reference],
-) -> Callable[[Any], dict[str, float]]:
-    """`loss(params)`: the loss and the metrics of every evaluation set, under `eval_` or `eval_<name>_`.
+) -> Callable[..., dict[str, float]]:
+    """`loss(params, running)`: the loss and the metrics of every evaluation set, under `eval_` or `eval_<name>_`.
+
+    `running` is what training has kept from update to update so far (`UnitObjective.running`); None: its first value.
+    Each set goes on from there, and what it would make of it is forgotten: an evaluation does not change training.
 
     Args:
       references: the sums of the reference over each set, under `eval` or `eval_<name>`; empty without a reference.
@@ -99,13 +102,14 @@ def make_unit_loss(
         others = None if units.mismatched is None else make_sums(module, what, units.mismatched, mesh, config)[0]
         prepared[name] = units, *make_sums(module, what, units, mesh, config), others
 
-    def loss(params: Any) -> dict[str, float]:
+    def loss(params: Any, running: Any = None) -> dict[str, float]:
+        of_run = objective if running is None else objective._replace(running=jax.device_get(running))
         metrics: dict[str, float] = {}
         for name, (units, sums, steps, others) in prepared.items():
             began = time.monotonic()
             reference = references[f"eval_{name}".rstrip("_")] if objective.anchored else None
             other = others(params)[0] if others else None
-            found = figures_of(objective, units, sums(params), other, reference, size)
+            found = figures_of(of_run, units, sums(params), other, reference, size)
             seconds = max(1e-9, time.monotonic() - began)
             found |= {
                 "runtime": round(seconds, 4),
@@ -129,6 +133,7 @@ def figures_of(
     """The mean loss of units, and the means of what is logged of them, over LLaMA-Factory's batches of `size`.
 
     Args:
+      objective: its `running` is what the set goes on from.
       other: sums of the mismatched answers, of feedback.
     """
     group, share = map(jnp.asarray, grouped(len(units), size))

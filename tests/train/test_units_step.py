@@ -15,11 +15,11 @@ from jtune.config import DataArguments, FinetuningArguments, TrainingArguments
 from jtune.data import Sizes, UnitSet
 from jtune.data.batching.shapes import Shape
 from jtune.data.batching.train import Layout, UnitLayout, lay_out
-from jtune.evaluation.units import make_reference
+from jtune.evaluation.units import Reference, make_reference, make_sums, make_unit_loss
 from jtune.loading.model import abstract_like, placement
 from jtune.losses.batch import sharding_of
 from jtune.losses.reference import step_constants
-from jtune.losses.segments import make_unit_losses
+from jtune.losses.segments import make_unit_losses, sums_of
 from jtune.losses.units import UnitObjective
 from jtune.models import CausalLM
 from jtune.models.config import Experts
@@ -319,3 +319,27 @@ def test_eight_devices_equal_one(name, method, sizes, config, monkeypatch):
         state, metrics = step(state, constants, batch, jax.device_put(jnp.float32(RATE), replicated(mesh)))
         found.append(figures_of(metrics, state))
     assert_same(found, one_each(name, method, config), rtol=2e-4)
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+def test_an_evaluation_goes_on_from_what_training_has_kept():
+    """BCO's delta is the mean reward of all groups so far: 100 of training, then those of the set."""
+    mesh, name = make_mesh(fsdp=1, devices=jax.devices()[:1]), "bco_pair"
+    module, goal, units = CausalLM(SMALL, mesh=mesh), goal_of(name), units_of(name)
+    params, _ = model_of(name)
+    params = jax.device_put(params, placement(params, SMALL, mesh))
+    encoded = units.sides[0]
+    encoded.rejected = units.sides[1]  # as an `Encoded` has it
+    zeros = Reference(np.zeros((UNITS, 2, 2), np.float32))
+    loss = make_unit_loss(module, {"": encoded}, mesh, settings("dpo"), goal, {"eval": zeros})
+    first, later = loss(params), loss(params, {"mean": jnp.float32(-3), "groups": jnp.float32(100)})
+    assert first["eval_loss"] == loss(params, goal.running)["eval_loss"] == loss(params)["eval_loss"]
+    rewards = np.array([first["eval_rewards/chosen"], first["eval_rewards/rejected"]])
+    logps = jax.device_get(make_sums(module, sums_of(module, goal), units, mesh, settings("dpo"))[0](params)[0]).sum(-1)
+    np.testing.assert_allclose(0.1 * logps.mean(0), rewards, rtol=1e-5)
+    group_means = 0.1 * logps.reshape(UNITS // 2, 2, 2).mean((1, 2))  # groups of two, as they are evaluated
+    deltas = (-300 + np.cumsum(group_means)) / (100 + np.arange(1, UNITS // 2 + 1))
+    chosen, rejected = (0.1 * logps - np.repeat(deltas, 2)[:, None]).T
+    same(later["eval_loss"], np.mean(np.log1p(np.exp(-chosen)) + np.log1p(np.exp(rejected))), rtol=1e-4)
