@@ -64,7 +64,9 @@ def precompute(
     for name, encoded in sets.items():
         log.info("reference: log-probabilities of %d rows (%s)", len(encoded), name)
         units = units_of(encoded, stage, beyond)
-        found[name] = make_reference(model.module, objective, units, mesh, config)(params)
+        # Of the training set a step has no more tokens than an update that is padded: what trains fits here, too.
+        per_device = config.training.per_device_train_batch_size * len(units.sides) if name == TRAIN else None
+        found[name] = make_reference(model.module, objective, units, mesh, config, per_device)(params)
     return found
 
 

@@ -31,15 +31,19 @@ class Reference(NamedTuple):
 
 
 def make_sums(
-    module: CausalLM, what: SumsOf, units: UnitSet, mesh: Mesh, config: Config
+    module: CausalLM, what: SumsOf, units: UnitSet, mesh: Mesh, config: Config, per_device: int | None = None
 ) -> tuple[Callable[[Any], Sums], int]:
-    """`sums(params)` over all units of a set, and the number of its steps. Segments lie in rows without their units."""
+    """`sums(params)` over all units of a set, and the number of its steps. Segments lie in rows without their units.
+
+    Args:
+      per_device: rows as long as the longest segment of a step, on each shard; None: `per_device_eval_batch_size`.
+    """
     segments, shards = Segments(units), batch_shards(mesh)
     rows, everywhere = batch_sharding(mesh, accumulated=False), replicated(mesh)
     plan = eval_batches(
         segments,
         stage=rules_of(config.finetuning.stage),
-        per_device_batch_size=config.training.per_device_eval_batch_size,
+        per_device_batch_size=per_device or config.training.per_device_eval_batch_size,
         batch_shards=shards,
         cutoff_len=config.data.cutoff_len,
     )
@@ -70,11 +74,20 @@ def make_sums(
 
 
 def make_reference(
-    module: CausalLM, objective: UnitObjective, units: UnitSet, mesh: Mesh, config: Config
+    module: CausalLM,
+    objective: UnitObjective,
+    units: UnitSet,
+    mesh: Mesh,
+    config: Config,
+    per_device: int | None = None,
 ) -> Callable[[Any], Reference]:
-    """`reference(params)`: the sums of a reference model with these parameters over a set."""
+    """`reference(params)`: the sums of a reference model with these parameters over a set.
+
+    Args:
+      per_device: see `make_sums`.
+    """
     what = sums_of(module, objective)
-    of = [make_sums(module, what, x, mesh, config)[0] for x in (units, units.mismatched) if x is not None]
+    of = [make_sums(module, what, x, mesh, config, per_device)[0] for x in (units, units.mismatched) if x is not None]
     return lambda params: Reference(*(sums(params)[0] for sums in of))
 
 

@@ -15,6 +15,7 @@ from jtune.config import DataArguments, FinetuningArguments, TrainingArguments
 from jtune.data import Sizes, UnitSet
 from jtune.data.batching.shapes import Shape
 from jtune.data.batching.train import Layout, UnitLayout, lay_out
+from jtune.evaluation.references import precompute
 from jtune.evaluation.units import Reference, make_reference, make_sums, make_unit_loss
 from jtune.loading.model import abstract_like, placement
 from jtune.losses.batch import sharding_of
@@ -322,6 +323,25 @@ def test_eight_devices_equal_one(name, method, sizes, config, monkeypatch):
 
 
 # ---------------------------------------------------------------------- evaluation
+
+
+def test_the_reference_of_the_training_set_takes_no_longer_rows_than_training(monkeypatch):
+    """Evaluation may have larger steps; a run without any must not need their memory."""
+    mesh = make_mesh(fsdp=1, devices=jax.devices()[:1])
+    config, asked = settings("dpo"), {}
+    config.training = TrainingArguments(per_device_train_batch_size=1, per_device_eval_batch_size=6, do_train=True)
+
+    def spy(module, objective, units, mesh, config, per_device=None):
+        asked[len(asked)] = per_device
+        return lambda params: Reference(np.zeros(0))
+
+    monkeypatch.setattr("jtune.evaluation.references.make_reference", spy)
+    encoded = units_of("sigmoid").sides[0]
+    encoded.rejected = units_of("sigmoid").sides[1]
+    splits = SimpleNamespace(train=encoded, eval={"": encoded})
+    model = SimpleNamespace(module=None, params=model_of("sigmoid")[0])
+    assert precompute(config, model, splits, mesh, goal_of("sigmoid")).keys() == {"eval", "train"}
+    assert list(asked.values()) == [None, 2]
 
 
 def test_an_evaluation_goes_on_from_what_training_has_kept():
