@@ -22,6 +22,7 @@ from jtune.data.stream import one_pass
 from jtune.data.templates.template import Template, template_of
 from jtune.data.tokens.tokenizer import add_model_tokens, load_tokenizer
 from jtune.errors import ConfigError, DataError
+from jtune.loading.data import check_margins
 
 log = logging.getLogger("jtune")
 
@@ -124,6 +125,7 @@ def encode_sets(
 ) -> tuple[Template, Splits]:
     """The template of `config` and its encoded sets; without `train`, no training set."""
     data, model = config.data, config.model
+    check_margins(config)
     name = model.model_name_or_path or ""
     tokenizer = load_tokenizer(name, split_special_tokens=model.split_special_tokens, **model.hub)
     add_model_tokens(tokenizer, model)

@@ -142,7 +142,7 @@ def train(config: Config) -> dict[str, Any]:
         # ------------------------------------------------------------------ finish
         state = best_state(config, program, state, progress)
         write_results(output, state, progress, start, parameters)
-        written = finish(config, source, rows.splits, measures, whole(program, state))
+        written = finish(config, source, rows.splits, measures, whole(program, state), state.running)
         mark_finished(output_dir, training, run)
     log.info("wrote %s", output_dir)
     say_how_to_serve(config, output_dir)
@@ -330,7 +330,7 @@ def make_hooks(
         update=update,
         tokens=plan.tokens,
         epoch_at=plan.epoch_at,
-        evaluate=(lambda state: measures.metrics(whole(program, state))) if evaluates else None,
+        evaluate=(lambda state: measures.metrics(whole(program, state), state.running)) if evaluates else None,
         samples=(lambda state: samples(whole(program, state))) if samples else None,
         save=partial(output.save_checkpoint, only_model=training.save_only_model),
         save_to_stop=partial(output.save_checkpoint, only_model=False),

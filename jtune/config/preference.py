@@ -21,6 +21,7 @@ LOSSES = (
 )
 SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")  # dpo_label_smoothing is in their formula
 WITHOUT_REFERENCE = ("orpo", "simpo", "sft")
+WITH_MARGIN = ("sigmoid",)  # by how much the chosen answer is better, where rows say so, is in their formula
 _SIGMOID_THERE = ("hinge", "ipo", "kto_pair")
 
 REFERENCE = ("ref_model", "ref_model_adapters", "ref_model_quantization_bit")

@@ -29,14 +29,18 @@ log = logging.getLogger("jtune")
 class Measures(NamedTuple):
     """What is measured of a model, each a function of its parameters."""
 
-    loss: Callable[[Any], dict[str, float]]  # metrics of every evaluation set
+    loss: Callable[[Any, Any], dict[str, float]]  # metrics of every evaluation set; also of `TrainState.running`
     answers: Callable[[Any, str], tuple[list[predict.Predicted], dict[str, float]]] | None  # predict_with_generate
     samples: Callable[[Any], list[dict[str, str]]] | None  # eval_samples
     scores: Callable[[Any], tuple[list[dict[str, float]], dict[str, float]]] | None = None  # of a reward model
 
-    def metrics(self, params: Any) -> dict[str, float]:
-        """All figures of an evaluation."""
-        losses = self.loss(params)
+    def metrics(self, params: Any, running: Any = None) -> dict[str, float]:
+        """All figures of an evaluation.
+
+        Args:
+          running: of the run so far (`jtune.evaluation.units.make_unit_measure`).
+        """
+        losses = self.loss(params, running)
         return predict.joined(losses, self.answers(params, "eval")[1]) if self.answers else losses
 
 
@@ -62,11 +66,12 @@ def make_measures(
     scores = None
     if isinstance(objective, UnitObjective):
         measure = make_unit_measure(module, splits.eval, mesh, config, objective, references)
-        loss = lambda params: measure(params, "eval")[1]
+        loss = lambda params, running: measure(params, "eval", running)[1]
         scores = (lambda params: _scored(*measure(params, "predict"))) if objective.scores else None
     else:
         _check_labelled(splits, training)
-        loss = make_loss(module, splits.eval, mesh, config, objective.eval_loss)
+        of_tokens = make_loss(module, splits.eval, mesh, config, objective.eval_loss)
+        loss = lambda params, running: of_tokens(params)
     answers = samples = None
     if training.predict_with_generate:
         stop_ids = (*predict.stop_ids(tokenizer), *end_ids)
@@ -110,15 +115,20 @@ def log_samples(measures: Measures, params: Any) -> None:
         log.info("%s", describe_sample(line))
 
 
-def finish(config: Config, source: Source, splits: Splits, measures: Measures, params: Any) -> dict[str, Any]:
+def finish(
+    config: Config, source: Source, splits: Splits, measures: Measures, params: Any, running: Any = None
+) -> dict[str, Any]:
     """Measure the finished model as `do_eval` and `do_predict` say; write and log the figures.
+
+    Args:
+      running: see `Measures.metrics`.
 
     Returns:
       The content of `all_results.json`.
     """
     training, output_dir = config.training, Path(config.training.output_dir)
     if training.do_eval and splits.eval:
-        results.finish_evaluation(measures.metrics(params), output_dir)
+        results.finish_evaluation(measures.metrics(params, running), output_dir)
     if measures.answers and training.do_predict:
         answers, metrics = measures.answers(params, "predict")
         skip = config.generating.skip_special_tokens

@@ -1,6 +1,7 @@
 """The sums of a reference model over the sets of a run, computed once before the first update."""
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -103,7 +104,10 @@ def references_of(
     digest, sums = tree_fingerprint(params), {}
     for name, encoded in sets.items():
         units = units_of(encoded, stage, beyond)
-        compute = lambda units=units: make_reference(module, objective, units, mesh, config)(params)
+        # Of the training set a step has no more tokens than an update that is padded: what trains fits here, too.
+        per_device = config.training.per_device_train_batch_size * len(units.sides) if name == TRAIN else None
+        make = partial(make_reference, module, objective, units, mesh, config, per_device)
+        compute = lambda make=make: make()(params)
         sums[name] = kept(config, name, key_of(module, digest, units), units, compute)
     return References(sums, digest)
 

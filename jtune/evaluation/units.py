@@ -32,15 +32,19 @@ class Reference(NamedTuple):
 
 
 def make_sums(
-    module: CausalLM, what: SumsOf, units: UnitSet, mesh: Mesh, config: Config
+    module: CausalLM, what: SumsOf, units: UnitSet, mesh: Mesh, config: Config, per_device: int | None = None
 ) -> tuple[Callable[[Any], Sums], int]:
-    """`sums(params)` over all units of a set, and the number of its steps. Segments lie in rows without their units."""
+    """`sums(params)` over all units of a set, and the number of its steps. Segments lie in rows without their units.
+
+    Args:
+      per_device: rows as long as the longest segment of a step, on each shard; None: `per_device_eval_batch_size`.
+    """
     segments, shards = Segments(units), batch_shards(mesh)
     rows, everywhere = batch_sharding(mesh, accumulated=False), replicated(mesh)
     plan = eval_batches(
         segments,
         stage=rules_of(config.finetuning.stage),
-        per_device_batch_size=config.training.per_device_eval_batch_size,
+        per_device_batch_size=per_device or config.training.per_device_eval_batch_size,
         batch_shards=shards,
         cutoff_len=config.data.cutoff_len,
     )
@@ -71,11 +75,20 @@ def make_sums(
 
 
 def make_reference(
-    module: CausalLM, objective: UnitObjective, units: UnitSet, mesh: Mesh, config: Config
+    module: CausalLM,
+    objective: UnitObjective,
+    units: UnitSet,
+    mesh: Mesh,
+    config: Config,
+    per_device: int | None = None,
 ) -> Callable[[Any], Reference]:
-    """`reference(params)`: the sums of a reference model with these parameters over a set."""
+    """`reference(params)`: the sums of a reference model with these parameters over a set.
+
+    Args:
+      per_device: see `make_sums`.
+    """
     what = sums_of(module, objective)
-    of = [make_sums(module, what, x, mesh, config)[0] for x in (units, units.mismatched) if x is not None]
+    of = [make_sums(module, what, x, mesh, config, per_device)[0] for x in (units, units.mismatched) if x is not None]
     return lambda params: Reference(*(sums(params)[0] for sums in of))
 
 
@@ -86,9 +99,12 @@ def make_unit_measure(
     config: Config,
     objective: UnitObjective,
     references: Mapping[str, Reference],
-) -> Callable[[Any, str], tuple[dict[str, Sums], dict[str, float]]]:
-    """`measure(params, "eval")`: the sums of every evaluation set by its name, and its loss and metrics, under `eval_`
-    or `eval_<name>_`.
+) -> Callable[..., tuple[dict[str, Sums], dict[str, float]]]:
+    """`measure(params, "eval", running)`: the sums of every evaluation set by its name, and its loss and metrics, under
+    `eval_` or `eval_<name>_`.
+
+    `running` is what training has kept from update to update so far (`UnitObjective.running`); None: its first value.
+    Each set goes on from there, and what it would make of it is forgotten: an evaluation does not change training.
 
     Args:
       references: the sums of the reference over each set, under `eval` or `eval_<name>`; empty without a reference.
@@ -103,7 +119,8 @@ def make_unit_measure(
         others = None if units.mismatched is None else make_sums(module, what, units.mismatched, mesh, config)[0]
         prepared[name] = units, *make_sums(module, what, units, mesh, config), others
 
-    def measure(params: Any, prefix: str) -> tuple[dict[str, Sums], dict[str, float]]:
+    def measure(params: Any, prefix: str, running: Any = None) -> tuple[dict[str, Sums], dict[str, float]]:
+        of_run = objective if running is None else objective._replace(running=jax.device_get(running))
         every: dict[str, Sums] = {}
         metrics: dict[str, float] = {}
         for name, (units, sums, steps, others) in prepared.items():
@@ -111,7 +128,7 @@ def make_unit_measure(
             reference = references[f"eval_{name}".rstrip("_")] if objective.anchored else None
             other = others(params)[0] if others else None
             every[name] = sums(params)
-            found = figures_of(objective, units, every[name], other, reference, size)
+            found = figures_of(of_run, units, every[name], other, reference, size)
             seconds = max(1e-9, time.monotonic() - began)
             if is_own:
                 found = {key: value for key, value in found.items() if not key.startswith("rewards/")}
@@ -147,6 +164,7 @@ def figures_of(
     """The mean loss of units, and the means of what is logged of them, over LLaMA-Factory's batches of `size`.
 
     Args:
+      objective: its `running` is what the set goes on from.
       other: sums of the mismatched answers, of feedback.
     """
     group, share = map(jnp.asarray, grouped(len(units), size))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtune.config import FinetuningArguments, TrainingArguments
-from jtune.config.preference import WITHOUT_REFERENCE
+from jtune.config.preference import WITH_MARGIN, WITHOUT_REFERENCE
 from jtune.errors import DataError
 from jtune.losses.pairs import LOSSES, ON_MEANS, Options, Pair, log_odds, logistic
 from jtune.losses.units import (
@@ -97,9 +97,10 @@ def pair_of(units: Units, names: Mapping[str, float]) -> Pair:
     """What the losses read of units of two segments.
 
     Raises:
-      DataError: rows have a margin, and none of the losses reads it.
+      DataError: rows have a margin, and none of the losses reads it (`jtune.loading.data` has looked before, but not
+        at rows that were encoded by an earlier run).
     """
-    if units.margin is not None and "sigmoid" not in names:
+    if units.margin is not None and not set(WITH_MARGIN) & set(names):
         losses = ", ".join(names)
         raise DataError(
             f"the rows have a margin, which pref_loss: {losses} does not use: take sigmoid, or drop the column"
