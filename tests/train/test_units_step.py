@@ -11,13 +11,13 @@ import pytest
 from steps import CONFIG, RATE, adamw, prepared, program_of, same, weights
 
 from jtune import tuning
-from jtune.config import DataArguments, FinetuningArguments, TrainingArguments
+from jtune.config import DataArguments, FinetuningArguments, ModelArguments, TrainingArguments
 from jtune.data import Sizes, UnitSet
 from jtune.data.batching.shapes import Shape
 from jtune.data.batching.train import Layout, UnitLayout, lay_out
-from jtune.evaluation.references import precompute
-from jtune.evaluation.units import Reference, make_reference, make_sums, make_unit_loss
-from jtune.loading.model import abstract_like, placement
+from jtune.evaluation.references import of_model
+from jtune.evaluation.units import Reference, make_reference, make_sums, make_unit_measure
+from jtune.loading.model import Model, abstract_like, placement
 from jtune.losses.batch import sharding_of
 from jtune.losses.reference import step_constants
 from jtune.losses.segments import make_unit_losses, sums_of
@@ -203,8 +203,9 @@ def test_the_loss_is_the_mean_of_llamafactorys_microbatches():
 def settings(stage):
     return SimpleNamespace(
         data=DataArguments(cutoff_len=32),
-        training=TrainingArguments(per_device_eval_batch_size=2),
+        training=TrainingArguments(per_device_eval_batch_size=2, do_train=True),
         finetuning=FinetuningArguments(stage=stage),
+        model=ModelArguments(),
     )
 
 
@@ -336,11 +337,13 @@ def test_the_reference_of_the_training_set_takes_no_longer_rows_than_training(mo
         return lambda params: Reference(np.zeros(0))
 
     monkeypatch.setattr("jtune.evaluation.references.make_reference", spy)
+    monkeypatch.setattr("jtune.evaluation.references.key_of", lambda *_: "key")
+    monkeypatch.setattr("jtune.evaluation.references.kept", lambda config, name, key, units, compute: compute())
     encoded = units_of("sigmoid").sides[0]
     encoded.rejected = units_of("sigmoid").sides[1]
     splits = SimpleNamespace(train=encoded, eval={"": encoded})
-    model = SimpleNamespace(module=None, params=model_of("sigmoid")[0])
-    assert precompute(config, model, splits, mesh, goal_of("sigmoid")).keys() == {"eval", "train"}
+    model = Model(None, *model_of("sigmoid"))
+    assert of_model(config, model, splits, mesh, goal_of("sigmoid")).sums.keys() == {"eval", "train"}
     assert list(asked.values()) == [None, 2]
 
 
@@ -353,7 +356,8 @@ def test_an_evaluation_goes_on_from_what_training_has_kept():
     encoded = units.sides[0]
     encoded.rejected = units.sides[1]  # as an `Encoded` has it
     zeros = Reference(np.zeros((UNITS, 2, 2), np.float32))
-    loss = make_unit_loss(module, {"": encoded}, mesh, settings("dpo"), goal, {"eval": zeros})
+    measure = make_unit_measure(module, {"": encoded}, mesh, settings("dpo"), goal, {"eval": zeros})
+    loss = lambda params, running=None: measure(params, "eval", running)[1]
     first, later = loss(params), loss(params, {"mean": jnp.float32(-3), "groups": jnp.float32(100)})
     assert first["eval_loss"] == loss(params, goal.running)["eval_loss"] == loss(params)["eval_loss"]
     rewards = np.array([first["eval_rewards/chosen"], first["eval_rewards/rejected"]])
