@@ -268,7 +268,7 @@ def _values_forward(value, head_params, hidden, targets, chunk):
 
 def _values_backward(value, chunk, residuals, cotangents):
     d_hidden, again, gradients, join_head = residuals
-    d_values = cotangents[0]
+    d_values: Any = cotangents[0]
     if isinstance(d_values, jax.custom_derivatives.SymbolicZero):  # what is differentiated depends on figures alone
         d_values = jnp.zeros(d_values.shape, d_values.dtype)
     if again is None:
