@@ -221,8 +221,10 @@ summed_loss.defvjp(_forward, _backward, symbolic_zeros=True)
 # ---------------------------------------------------------------------- values of positions
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 4))
-def position_values(value: Callable, head_params, hidden_SKD, targets_SK, chunk: int) -> tuple[jax.Array, Any]:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 5))
+def position_values(
+    value: Callable, head_params, hidden_SKD, targets_SK, weights_SK, chunk: int
+) -> tuple[jax.Array, Any]:
     """`value(head_params, hidden_k, target_k)` of positions, differentiable by any cotangent, and figures of them.
 
     Nothing of the size of logits is kept. Where the head is frozen, the gradient of each position by its hidden state
@@ -232,13 +234,25 @@ def position_values(value: Callable, head_params, hidden_SKD, targets_SK, chunk:
     Args:
       value: `value(head_params, hidden [..., D], targets int32 [...]) -> (float32 [...], figures)`, where figures are a
         tree of float32 `[...]` through which no gradient passes; a static, hashable callable.
+      weights_SK: a chunk in which all are 0 is not computed: positions that count come first (`gather_labelled`), and
+        most microbatches have fewer than their capacity.
 
     Returns:
-      The values, float32 `[S, K]`, and the figures, each `[S, K]`.
+      The values, float32 `[S, K]`, and the figures, each `[S, K]`; 0 where they are not computed.
     """
-    body = lambda _, xs: (None, value(head_params, *xs))
-    _, out = jax.lax.scan(body, None, cut(chunk, hidden_SKD, targets_SK))
+
+    def body(_, xs):
+        x, y, w = xs
+        return None, _if_any(w, lambda: value(head_params, x, y))
+
+    _, out = jax.lax.scan(body, None, cut(chunk, hidden_SKD, targets_SK, weights_SK))
     return jax.tree.map(partial(_joined, size=targets_SK.shape[1]), out)
+
+
+def _if_any(weights_SJ: jax.Array, compute: Callable[[], Any]) -> Any:
+    """`compute()`, or zeros if no position counts."""
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
+    return jax.lax.cond(jnp.any(weights_SJ != 0), compute, zeros)
 
 
 def _joined(x_CSJ: jax.Array, size: int) -> jax.Array:
@@ -247,20 +261,23 @@ def _joined(x_CSJ: jax.Array, size: int) -> jax.Array:
     return whole.reshape(whole.shape[0], -1, *whole.shape[3:])[:, :size]
 
 
-def _values_forward(value, head_params, hidden, targets, chunk):
+def _values_forward(value, head_params, hidden, targets, weights, chunk):
     moving, fixed, join_head = _part(head_params)
     head = join_head(moving, fixed)
 
-    def body(_, xs):
-        x, y = xs
+    def at(x, y):
         if moving or not hidden.perturbed:
-            return None, (value(head, x, y), None)
+            return value(head, x, y), None
         v, pull, figures = jax.vjp(lambda x: value(head, x, y), x, has_aux=True)
-        return None, ((v, figures), pull(jnp.ones_like(v))[0])
+        return (v, figures), pull(jnp.ones_like(v))[0]
 
-    _, out = jax.lax.scan(body, None, cut(chunk, hidden.value, targets.value))
+    def body(_, xs):
+        x, y, w = xs
+        return None, _if_any(w, lambda: at(x, y))
+
+    _, out = jax.lax.scan(body, None, cut(chunk, hidden.value, targets.value, weights.value))
     found, d_hidden = jax.tree.map(partial(_joined, size=targets.value.shape[1]), out)
-    again = (moving, fixed, hidden.value, targets.value) if moving else None
+    again = (moving, fixed, hidden.value, targets.value, weights.value) if moving else None
     # A function among residuals must be a tree without leaves, as `Partial` is.
     join = jax.tree_util.Partial(lambda moving: join_head(moving, [None] * len(fixed)))
     return found, (d_hidden, again, join, jax.tree_util.Partial(join_head))
@@ -273,19 +290,23 @@ def _values_backward(value, chunk, residuals, cotangents):
         d_values = jnp.zeros(d_values.shape, d_values.dtype)
     if again is None:
         d_hidden = None if d_hidden is None else (d_values[..., None] * d_hidden).astype(d_hidden.dtype)
-        return gradients([]), d_hidden, None
-    moving, fixed, hidden, targets = again
+        return gradients([]), d_hidden, None, None
+    moving, fixed, hidden, targets, weights = again
 
     def body(grads, xs):
-        x, y, d = xs
-        _, pull = jax.vjp(lambda m, x: value(join_head(m, fixed), x, y)[0], moving, x)
-        d_moving, d_x = pull(d)
-        return [g + m.astype(g.dtype) for g, m in zip(grads, d_moving)], d_x
+        x, y, w, d = xs
+
+        def add():
+            _, pull = jax.vjp(lambda m, x: value(join_head(m, fixed), x, y)[0], moving, x)
+            d_moving, d_x = pull(d)
+            return [g + m.astype(g.dtype) for g, m in zip(grads, d_moving)], d_x
+
+        return jax.lax.cond(jnp.any(w != 0), add, lambda: (grads, jnp.zeros_like(x)))
 
     zeros = [jnp.zeros(m.shape, jnp.float32) for m in moving]
-    grads, d_hidden = jax.lax.scan(body, zeros, cut(chunk, hidden, targets, d_values))
+    grads, d_hidden = jax.lax.scan(body, zeros, cut(chunk, hidden, targets, weights, d_values))
     d_head = gradients([g.astype(m.dtype) for g, m in zip(grads, moving)])
-    return d_head, _joined(d_hidden, targets.shape[1]), None
+    return d_head, _joined(d_hidden, targets.shape[1]), None, None
 
 
 position_values.defvjp(_values_forward, _values_backward, symbolic_zeros=True)

@@ -24,6 +24,7 @@ from jtune.tuning import prepared_axes
 
 Figures = dict[str, jax.Array]  # sums over segments of what is logged of their tokens
 SHARED = "shared_"  # begins the names of what follows from all units of an update, among the arrays of a microbatch
+SMALL_CHUNK = 256  # positions; chunks without any that counts are left out, so there are several
 STEP = 1 / 16  # float32 sums of multiples of it are exact up to a million
 
 
@@ -99,8 +100,9 @@ def segment_sums(
     """
 
     def sums(head_params, hidden_SKD, pairs_SK2, weights_SK):
-        chunk = chunk_positions(weights_SK.shape[1], what.width, chunk_elements(model.mesh))
-        found: Any = position_values(what.value, head_params, hidden_SKD, pairs_SK2[..., 0], chunk)
+        K = weights_SK.shape[1]
+        chunk = min(chunk_positions(K, what.width, chunk_elements(model.mesh)), max(SMALL_CHUNK, -(-K // 8)))
+        found: Any = position_values(what.value, head_params, hidden_SKD, pairs_SK2[..., 0], weights_SK, chunk)
         values, figures = found
         owner = pairs_SK2[..., 1].ravel()
         add = lambda x: jax.ops.segment_sum(x.ravel(), owner, owners.count)

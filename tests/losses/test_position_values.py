@@ -41,7 +41,7 @@ def case():
 
 
 def chunked(chunk, params, hidden, targets):
-    return position_values(value, params, hidden, targets, chunk)
+    return position_values(value, params, hidden, targets, jnp.ones(targets.shape), chunk)
 
 
 def differentiated(form, trains, case, dtype=jnp.float32):
@@ -149,7 +149,7 @@ def test_temperature_divides_logits_and_entropy_is_that_of_what_is_left():
 def test_no_gradient_passes_through_figures():
     model, params, hidden, targets = model_case()
     of = log_probabilities(model, entropy=True).value
-    for form in (of, lambda *xs: position_values(of, *xs, 2)):
+    for form in (of, lambda *xs: position_values(of, *xs, jnp.ones(xs[-1].shape), 2)):
         loss = lambda params, hidden, form=form: sum(map(jnp.sum, form(params, hidden, targets)[1].values()))
         for x in jax.tree.leaves(jax.grad(loss, (0, 1))(params, hidden)):
             assert not np.any(x)
