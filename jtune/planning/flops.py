@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jtune.losses.units import UnitObjective
 from jtune.models import DecoderConfig
 from jtune.models.config import Layer
 from jtune.models.decoder import numbered, stacks
@@ -75,7 +76,6 @@ def flops_per_token(
     *,
     lengths: Sequence[int] | np.ndarray,
     label_share: float = 1.0,
-    reference: bool = False,
 ) -> float:
     """Model FLOPs of one token: forward and backward.
 
@@ -86,7 +86,6 @@ def flops_per_token(
       mask: tree of bool like it: what trains.
       lengths: tokens of the segments; what matters is how far a token sees on average.
       label_share: share of the tokens that carry a label, the only ones that go through the head.
-      reference: add the forward pass of a reference model, which is this one without its adapter.
     """
     products = list(_products(config, params, mask, label_share))
     embedding_trains = _any(mask["embed_tokens"])
@@ -96,23 +95,27 @@ def flops_per_token(
     for number, layer in enumerate(config.layers):
         passes = 3 if lowest < number * _STAGES_OF_A_LAYER + _ATTENTION else 1  # the backward pass has four products
         total += passes * _mixing(config, layer, lengths)
-    if reference:
-        base = lora.split(params)[0]
-        nothing = jax.tree.map(lambda _: False, base)
-        total += flops_per_token(config, base, nothing, lengths=lengths, label_share=label_share)
     return total
 
 
 def program_flops(program: Program, *, lengths: Sequence[int] | np.ndarray, label_share: float) -> float:
-    """`flops_per_token` of a program, that of its reference included."""
+    """`flops_per_token` of a program, that of its reference included; and of mismatched answers, which are about as
+    long as the others, the forward pass."""
+    objective, config = program.objective, program.module.config
     given = {"lengths": lengths, "label_share": label_share}
-    config, own = program.module.config, program.objective.anchored and program.second is None
-    total = flops_per_token(config, program.params, program.mask, reference=own, **given)
-    if program.second is None:
-        return total
-    params = program.constants.second
-    nothing = jax.tree.map(lambda _: False, params)
-    return total + flops_per_token(program.second.config, params, nothing, **given)
+
+    def forward(config: DecoderConfig, params: Any) -> float:
+        return flops_per_token(config, params, jax.tree.map(lambda _: False, params), **given)
+
+    reference = 0.0
+    if program.second is not None:
+        reference = forward(program.second.config, program.constants.second)
+    elif objective.anchored:
+        reference = forward(config, lora.split(program.params)[0])
+    total = flops_per_token(config, program.params, program.mask, **given) + reference
+    if isinstance(objective, UnitObjective) and objective.mismatched:
+        total += forward(config, program.params) + reference
+    return total
 
 
 def recomputed_per_token(config: DecoderConfig, params: Any, *, lengths: Sequence[int] | np.ndarray) -> float:

@@ -52,6 +52,8 @@ class Batches(NamedTuple):
     shapes: tuple[tuple[int, int, int], ...]  # [accum, batch, seq] that the step is compiled for
     sizes: tuple[Sizes, ...]  # of each shape
     tokens: float  # of an update, padding not counted
+    units: int  # of an update: pairs, marked answers, examples, or packed rows
+    reference: int  # segments whose reference is computed before the first update
     lengths: np.ndarray  # of the segments
     label_share: float
     steps: int | None  # None: not known
@@ -160,6 +162,11 @@ def plan_case(config: Config, case: Case) -> dict[str, Any]:
         "flops_per_token": work.model,
         "flops_per_step": flops,
         "tokens_per_step": batches.tokens,
+        "rows": {
+            "kind": rules_of(config.finetuning.stage).rows,
+            "per_step": batches.units,
+            "reference": batches.reference,
+        },
         "seconds_per_step": seconds,
         "tokens_per_second": batches.tokens / seconds if seconds else None,
         "utilisation": UTILISATION,
@@ -227,7 +234,9 @@ def updates(config: Config, case: Case, shards: int) -> Batches:
             (shape,),
             (assumed_sizes(stage, shape, shards),),
             math.prod(shape),
-            np.array([seq]),
+            rows * shards * training.gradient_accumulation_steps,
+            0,
+            np.array([config.data.cutoff_len]),
             1.0,
             steps,
             0.0,
@@ -239,12 +248,17 @@ def updates(config: Config, case: Case, shards: int) -> Batches:
     stage = rules_of(config.finetuning.stage)
     segments = segments_of(encoded, stage)
     objective = stage_of(stage.name).objective(config.finetuning, training)
+    referenced = 0
     if is_precomputed(config, objective):
-        found = with_reference(found, no_reference(units_of(encoded, stage, config.finetuning.ld_alpha)))
+        units = units_of(encoded, stage, config.finetuning.ld_alpha)
+        found = with_reference(found, no_reference(units))
+        referenced = len(segments) * (1 if units.mismatched is None else 2)
     return Batches(
         tuple((s.accum, s.batch, s.seq) for s in found.shapes),
         tuple(found.sizes(s) for s in found.shapes),
         found.mean_tokens(SAMPLED_UPDATES),
+        training.per_device_train_batch_size * shards * training.gradient_accumulation_steps,
+        referenced,
         segments.lengths,
         float(segments.labelled.sum() / segments.lengths.sum()),
         found.max_steps,

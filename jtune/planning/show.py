@@ -5,6 +5,8 @@ from typing import Any
 
 from jtune.tuning.show import human
 
+UNITS = {"pair": "pairs", "feedback": "marked answers"}  # what rows of preferences are counted in
+
 
 def show(result: Mapping[str, Any], say: Callable[[str], None] = print) -> None:
     """The plan as text."""
@@ -42,13 +44,17 @@ def show(result: Mapping[str, Any], say: Callable[[str], None] = print) -> None:
     if result["refused"]:
         say(f"  the compiler: {result['refused']}")
     say("")
-    say(f"update       {result['tokens_per_step']:,.0f} tokens, {result['flops_per_token'] / 1e9:,.4g} GFLOP each, "
-        f"{result['flops_per_step'] / 1e12:,.4g} TFLOP")  # fmt: skip
+    of_rows = result["rows"]
+    counted = f"{of_rows['per_step']:,} {UNITS[of_rows['kind']]}, " if of_rows["kind"] in UNITS else ""
+    say(f"update       {counted}{result['tokens_per_step']:,.0f} tokens, "
+        f"{result['flops_per_token'] / 1e9:,.4g} GFLOP each, {result['flops_per_step'] / 1e12:,.4g} TFLOP")  # fmt: skip
     if result["seconds_per_step"]:
         say(f"time         {result['seconds_per_step']:.3f} s an update, {result['tokens_per_second']:,.0f} tokens/s, "
             f"if {result['utilisation']:.0%} of the peak is reached")  # fmt: skip
     else:
         say(f"time         unknown: no peak FLOP/s on record for {result['device_kind']}")
+    if of_rows["reference"]:
+        say(f"reference    of {of_rows['reference']:,} answers, once before the first update")
     run = f", {result['run_seconds'] / 3600:,.2f} hours" if result["run_seconds"] else ""
     steps = f"{result['steps']:,} updates{run}" if result["steps"] else "as many updates as the rows make"
     say(f"run          {steps}; a checkpoint takes {human(result['checkpoint_bytes'])}")

@@ -120,6 +120,25 @@ def test_margins_that_no_loss_reads_are_refused_before_rows_are_read(command, pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "changes", "said", "reference"),
+    [
+        ("dpo", {}, "8 pairs", 72),
+        ("kto", {}, "8 marked answers", 72),  # 36 answers, and as many to other prompts
+        ("rm", {}, "8 pairs", 0),
+        ("dpo", {"precompute_ref_log_probs": False}, "8 pairs", 0),
+        ("dpo", {"dataset": None, "val_size": None, "eval_strategy": None, "max_samples": None}, "8 pairs", 0),
+    ],
+)
+def test_a_plan_counts_pairs_and_references(stage, changes, said, reference, parts, tmp_path, capsys):
+    assert main(["plan", str(case(tmp_path, *parts, **settings(stage, **EIGHT) | changes))]) == 0
+    out = capsys.readouterr().out
+    assert f"update       {said}, " in out
+    assert ("reference    " in out) == bool(reference)
+    assert f"reference    of {reference} answers, once before the first update" in out or not reference
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora", "freeze"])
 def test_scores_are_learned(method, parts, tmp_path):
     """Eight pairs, by heart."""

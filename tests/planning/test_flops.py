@@ -3,17 +3,19 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from jtune import tuning
+from jtune.losses.units import UnitObjective
 from jtune.models import DecoderConfig, abstract_params
 from jtune.models.config import Delta, Experts, Indexer, Latent, Layer, ShortConv
 from jtune.models.families import decoder_config
 from jtune.models.value_head import draw_value_head
 from jtune.planning.chips import peak_flops
-from jtune.planning.flops import flops_per_token, mean_attended, recomputed_per_token
+from jtune.planning.flops import flops_per_token, mean_attended, program_flops, recomputed_per_token
 from jtune.tuning.freeze import freeze
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
@@ -185,10 +187,20 @@ def test_peaks_by_kind():
 
 
 def test_a_reference_is_one_more_forward_pass_of_the_model_without_its_adapter():
+    """Mismatched answers are one more of both, and where the batches bring the reference of the model alone."""
     params = abstract_params(TINY)
-    plain = flops_per_token(TINY, params, jax.tree.map(lambda _: False, params), lengths=[4])
+    given = {"lengths": [4], "label_share": 0.5}
+    forward = lambda tree: flops_per_token(TINY, tree, jax.tree.map(lambda _: False, tree), **given)
     adapted = jax.eval_shape(lambda p: tuning.lora.add(p, ("all",), rank=2), params)
+    plain = forward(params)
+    loss = UnitObjective("some", loss=lambda units: (units.policy, {}))
     for tree in (params, adapted):
-        given = TINY, tree, tuning.trainable_mask(tree)
-        with_reference = flops_per_token(*given, lengths=[4], reference=True)
-        assert with_reference == flops_per_token(*given, lengths=[4]) + plain
+        mask = tuning.trainable_mask(tree)
+        program = lambda tree=tree, mask=mask, **changes: SimpleNamespace(
+            module=SimpleNamespace(config=TINY), objective=loss._replace(**changes), params=tree, mask=mask, second=None
+        )
+        own = flops_per_token(TINY, tree, mask, **given)
+        assert program_flops(program(), **given) == own
+        assert program_flops(program(anchored=True), **given) == own + plain
+        assert program_flops(program(anchored=True, mismatched=True), **given) == own + plain + forward(tree) + plain
+        assert program_flops(program(mismatched=True), **given) == own + forward(tree)
