@@ -1,6 +1,7 @@
 """The loss of a microbatch of units: sums over the segments of its rows, and a function of those.
 
-Shape suffixes: A microbatches, B batch, T tokens in a row, U units of a row, S segments of a unit, D embed.
+Shape suffixes: A microbatches, B batch, T tokens in a row, U units that are told of beside a row, S segments of a unit,
+D embed.
 """
 
 from collections.abc import Callable, Mapping
@@ -152,8 +153,7 @@ def make_unit_losses(
         inputs = micro["input_ids"], micro["positions"], micro["segment_ids"]
         hidden: Hidden = hidden_states(model, params, *inputs, dropout_key=key, embedding_noise=noise)
         B, U, S = micro["counts"].shape
-        row = jnp.arange(B, dtype=jnp.int32)[:, None] * (U * S)
-        owner_BT = jnp.clip(row + micro["segment_ids"] - 1, 0, B * U * S - 1)
+        owner_BT = jnp.take_along_axis(micro["owner"], jnp.maximum(micro["segment_ids"] - 1, 0), axis=1)
         owners = Owners(owner_BT, B * U * S)
         how = {"capacity": capacity, "shards": batch_shards}
         found = segment_sums(model, sums_of(model, objective), params, hidden.x, micro, owners, **how)

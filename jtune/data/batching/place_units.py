@@ -6,16 +6,19 @@ several shards, but not in several microbatches. So rows need be no longer than 
 Shape suffixes: U updates, N units of an update, S segments of a unit, M microbatches, R rows of a microbatch.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from jtune.data.batching.shapes import ATTENTION_LENGTH, LONG_ROW, MICROBATCH_TOKENS, SHORT_ROW, Shape, rung
+from jtune.data.batching.units import UnitSet
 
 SAMPLED_UNITS = 20_000  # by which a shape is chosen
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)  # by which the tokens of a microbatch may be divided
 
 
 def place_units(lengths_UNS: np.ndarray, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """Lay each update's units into the rows of `shape`, the longest first, each into the first microbatch that takes it.
+    """Lay each update's units into the rows of `shape`: the longest first, each into the first microbatch with room.
 
     Of a microbatch its segments get the fullest rows that still take them.
 
@@ -116,5 +119,47 @@ def choose_unit_shape(lengths_UNS: np.ndarray, *, longest: np.ndarray, per_devic
 
 
 def microbatches_at_most(lengths_UNS: np.ndarray, tokens: int) -> int:
-    """Microbatches of so many tokens that surely take every update: one takes a unit, and two are more than half full."""
+    """Microbatches of so many tokens that take every update: a bound, as each takes a unit, and few stay half empty."""
     return min(lengths_UNS.shape[1], 4 * -(-int(lengths_UNS.sum(axis=(1, 2)).max()) // tokens) + 1)
+
+
+def plan_units(
+    units: UnitSet, tables: Sequence[np.ndarray], per_device: int, shards: int
+) -> tuple[list[Shape], np.ndarray, list[int], int]:
+    """Lay out the units of every update of a run, all in one shape.
+
+    Args:
+      tables: the updates in pieces, int32 `[updates, units of an update]`, -1 for none.
+
+    Returns:
+      the shape; for each update its number, 0; the most labelled targets of a (microbatch, shard); and the token slots
+      of all microbatches that are used.
+    """
+    lengths = units.segment_lengths
+    of = lambda table: lengths[table] * (table >= 0)[..., None]
+    longest = np.array([lengths.max(), lengths.sum(axis=1).max()])
+    shape = choose_unit_shape(of(tables[0]), longest=longest, per_device=per_device, shards=shards)
+    used = []
+    for table in tables:  # the shape was chosen by some updates: others may need more microbatches
+        most = microbatches_at_most(of(table), shape.batch * shape.seq)
+        used.append(place_units(of(table), shape._replace(accum=most))[1])
+    microbatches = np.concatenate(used)
+    shape = shape._replace(accum=int(microbatches.max()))
+    peak = max(int(placed_units(units, table, shape, shards)[1].max()) for table in tables)
+    return [shape], np.zeros(len(microbatches), np.uint8), [peak], int(microbatches.sum()) * shape.batch * shape.seq
+
+
+def placed_units(units: UnitSet, table_UN: np.ndarray, shape: Shape, shards: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the units of updates lie, as of `deal`.
+
+    Args:
+      table_UN: which units, in the order of each update; -1 for none.
+
+    Raises:
+      ValueError: an update does not fit.
+    """
+    here = (table_UN >= 0)[..., None]
+    slots_UNS, used_U = place_units(units.segment_lengths[table_UN] * here, shape)
+    if used_U.max() > shape.accum:
+        raise ValueError(f"an update needs {used_U.max()} microbatches, and its shape has {shape.accum}")
+    return deal(slots_UNS, units.counts[table_UN] * here, shape, shards)

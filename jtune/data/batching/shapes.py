@@ -70,9 +70,9 @@ def costs(rows_U: np.ndarray, batch: int, seq: int, shards: int) -> np.ndarray:
 
 
 def choose_shapes(
-    sorted_UN: np.ndarray, *, updates: int, longest: int, per_device: int, shards: int, most: int = MAX_SHAPES
+    sorted_UN: np.ndarray, *, updates: int, longest: int, per_device: int, shards: int
 ) -> list[tuple[int, int]]:
-    """At most `most` (batch, seq) that make the updates cheap. The first has room for the longest example.
+    """At most four (batch, seq) that make the updates cheap. The first has room for the longest example.
 
     A microbatch has no more tokens on a shard than the padded layout would have: `per_device` rows as long as the
     longest example. Facility location by greedy addition, replacing one shape at a time for as long as that helps.
@@ -101,7 +101,7 @@ def choose_shapes(
         return cost_CU[chosen].min(axis=0).sum()
 
     chosen = [min(universal, key=lambda c: cost([c]))]
-    while len(chosen) < most:
+    while len(chosen) < MAX_SHAPES:
         better = _improve([*chosen, chosen[0]], universal, cost_CU)
         if (cost(chosen) - cost(better)) * updates <= COMPILE_UPDATES * cost(better):
             break

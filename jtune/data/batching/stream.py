@@ -17,6 +17,7 @@ import numpy as np
 
 from jtune.data.batching.order import epoch_order
 from jtune.data.batching.pack import Packs, pack
+from jtune.data.batching.place_units import deal, place_units
 from jtune.data.batching.shapes import Shape, costs, place, rows_needed, rung
 from jtune.data.batching.train import (
     BatchPlan,
@@ -88,7 +89,7 @@ class StreamPlan:
         self.size = batch * accumulation  # units of an update
         # As many rows as an update has units, each as long as one can be, all labelled: more cannot come. The further
         # microbatch, always empty, makes it another shape than full rows are usually in.
-        segments = len(model.encoded.segments(0))
+        segments = len(model.encoded.sides) if isinstance(model.encoded, UnitSet) else 1
         last = Shape(accumulation + 1, batch, cutoff_len if self.packed else rung(segments * cutoff_len))
         self.capacities = capacities_of(model, last)
         self.shapes = tuple(self.capacities)
@@ -134,8 +135,9 @@ class StreamPlan:
         if self.model.mismatched is not None:
             of_other = next(iter(self.mismatched_capacities)) if other is None else Shape(*other)
             of_fields = sizes_of_fields(self.model.mismatched.fields or {})
-            more = of_other, Sizes(self.mismatched_capacities[of_other], self.size, of_fields)
-        return Sizes(self.label_capacity(shape), self.size, fields, more)
+            more = of_other, Sizes(self.mismatched_capacities[of_other], self.size, self.size, of_fields)
+        segments = self.size * len(self.model.encoded.sides)  # type: ignore[attr-defined]
+        return Sizes(self.label_capacity(shape), self.size, segments, fields, more)
 
     def epoch_at(self, step: int) -> float:
         """The share of the run that is done: how long a pass is, nobody knows. So has the Trainer, in a first pass."""
@@ -244,9 +246,8 @@ class StreamPlan:
             peak = np.bincount(units // per_shard, labelled[0]).max()
             shape = next(s for s in self.shapes if peak <= capacities[s])
             return Layout(encoded, examples, units, shape, capacities[shape])
-        of_units = None
         if isinstance(encoded, UnitSet):
-            of_units = UnitLayout(encoded.fields, self.model.epochs.batch, self.size)
+            return self._placed_units(encoded, examples, capacities)
         by_length = -np.sort(-lengths, axis=1)
         *usual, last = capacities
         rows = [rows_needed(by_length, s.seq) for s in usual]
@@ -257,8 +258,22 @@ class StreamPlan:
         for shape in (*cheapest, last):
             slots, peak = place(lengths, labelled, shape, self.shards)
             if peak[0] <= capacities[shape]:
-                return Layout(encoded, examples, slots[0], shape, capacities[shape], of_units)
+                return Layout(encoded, examples, slots[0], shape, capacities[shape])
         raise AssertionError("the last shape takes whatever can come")
+
+    def _placed_units(self, units: UnitSet, examples: np.ndarray, capacities: Mapping[Shape, int]) -> Layout:
+        """Units in the first shape that takes them."""
+        lengths, counts = units.segment_lengths[examples][None], units.counts[examples][None]
+        of_units = UnitLayout(units.fields, self.model.epochs.batch, (self.size, self.size * len(units.sides)))
+        for shape in capacities:
+            slots, used = place_units(lengths, shape) if lengths.max() <= shape.seq else (None, [shape.accum + 1])
+            if slots is None or used[0] > shape.accum:
+                continue
+            slots, peak = deal(slots, counts, shape, self.shards)
+            if peak[0] <= capacities[shape]:
+                return Layout(units, examples, slots[0], shape, capacities[shape], of_units)
+        each_in_a_row = np.repeat(np.arange(len(examples))[:, None], len(units.sides), axis=1)
+        return Layout(units, examples, each_in_a_row, shape, capacities[shape], of_units)
 
 
 def capacities_of(model: BatchPlan, last: Shape) -> dict[Shape, int]:
@@ -285,8 +300,8 @@ class Joined:
         at = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.sets[at][index - int(self.starts[at])]
 
-    def segments(self, index: int) -> tuple[Any, ...]:
-        return (self[index],)
+    def segment(self, index: int) -> Any:
+        return self[index]
 
     def column(self, name: str) -> np.ndarray | None:
         found = [encoded.column(name) for encoded in self.sets]

@@ -4,7 +4,7 @@
 Arrays are `[accum, batch, seq]`; shard s of the batch axis owns rows s * batch/shards up to (s+1) * batch/shards.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -15,8 +15,9 @@ from jtune.config.packing import PADDING
 from jtune.config.stages import StageRules
 from jtune.data.batching.order import Epochs, plan_epochs
 from jtune.data.batching.pack import Packs, pack
-from jtune.data.batching.shapes import MAX_SHAPES, Shape, choose_shapes, costs, place, rows_needed
-from jtune.data.batching.units import Segment, Sizes, UnitSet, grouped, sizes_of_fields, unit_arrays
+from jtune.data.batching.place_units import placed_units, plan_units
+from jtune.data.batching.shapes import Shape, choose_shapes, costs, place, rows_needed
+from jtune.data.batching.units import Segment, Segments, Sizes, UnitSet, grouped, sizes_of_fields, unit_arrays
 from jtune.data.encode.encoded import IGNORED, Encoded
 from jtune.errors import DataError
 
@@ -33,8 +34,8 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def segments(self, index: int) -> Sequence[Segment]:
-        """`input_ids` and `labels`, int32 `[length]`, of each segment of an example; as many for all examples."""
+    def segment(self, index: int) -> Segment:
+        """`input_ids` and `labels`, int32 `[length]`, of an example that is one sequence."""
         ...
 
 
@@ -112,9 +113,12 @@ class BatchPlan:
         """Tokens of update `step` that are learned from, padding not counted."""
         return int(self.encoded.lengths[self.examples(step)].sum())
 
-    def width(self, shape: tuple[int, int, int]) -> int:
-        """Units that a row of `shape` may hold, at most."""
-        return min(self.epochs.batch * self.epochs.accumulation, max(1, shape[2] // int(self.encoded.lengths.min())))
+    def widths(self, shape: tuple[int, int, int]) -> tuple[int, int]:
+        """Units whose first segment a row of `shape` may hold, and segments of any unit, at most."""
+        assert isinstance(self.encoded, UnitSet)
+        lengths, units = self.encoded.segment_lengths, self.epochs.batch * self.epochs.accumulation
+        fit = max(1, shape[2] // max(1, int(lengths.min())))
+        return min(units, fit), min(units * lengths.shape[1], fit)
 
     def sizes(self, shape: tuple[int, int, int], other: tuple[int, int, int] | None = None) -> Sizes:
         """The static sizes of a batch of `shape`, and of its mismatched answers, whose shape is `other`."""
@@ -124,7 +128,7 @@ class BatchPlan:
         if self.mismatched is not None:
             (only,) = self.mismatched.shapes
             more = only, self.mismatched.sizes(only)
-        return Sizes(self.label_capacity(shape), self.width(shape), sizes_of_fields(self.fields), more)
+        return Sizes(self.label_capacity(shape), *self.widths(shape), sizes_of_fields(self.fields), more)
 
     def shape(self, step: int) -> Shape:
         """`[accum, batch, seq]` of update `step`."""
@@ -150,11 +154,13 @@ class BatchPlan:
         shape = self.shape(step)
         if self.packs is not None:
             examples, slots = self.packs.take(rows)
+        elif isinstance(self.encoded, UnitSet):
+            examples, slots = rows, placed_units(self.encoded, rows[None], shape, self.shards)[0][0]
         else:
             examples = rows
             sizes = self.encoded.lengths[rows][None], self.encoded.labelled[rows][None]
             slots = place(*sizes, shape, self.shards)[0][0]
-        units = None if self.fields is None else UnitLayout(self.fields, self.epochs.batch, self.width(shape))
+        units = None if self.fields is None else UnitLayout(self.fields, self.epochs.batch, self.widths(shape))
         layout = Layout(self.encoded, examples, slots, shape, self.capacities[shape], units)
         arrays = lay_out(layout, self.shards, only, f"update {step}")
         if self.mismatched is None:
@@ -173,7 +179,7 @@ class UnitLayout(NamedTuple):
 
     fields: Mapping[str, np.ndarray]  # of all units of the set, [n, ...]
     batch: int  # units of a group, LLaMA-Factory's microbatch
-    width: int  # units of a row, at most
+    widths: tuple[int, int]  # units, and segments, of a row, at most
 
 
 class Layout(NamedTuple):
@@ -181,7 +187,7 @@ class Layout(NamedTuple):
 
     encoded: Examples
     examples: np.ndarray  # int32 [n]
-    slots: np.ndarray  # int64 [n], `microbatch * batch + row`
+    slots: np.ndarray  # int64 [n], `microbatch * batch + row`; of units [n, segments]
     shape: Shape
     capacity: int  # targets of a (microbatch, shard), at most
     units: UnitLayout | None = None
@@ -190,23 +196,30 @@ class Layout(NamedTuple):
 def lay_out(layout: Layout, shards: int, only: tuple[int, int] | None, name: str) -> dict[str, np.ndarray]:
     """The arrays of an update (see `BatchPlan.update`); `name` is what it is called when something is wrong."""
     encoded, examples, slots, shape, capacity, units = layout
-    group, share = grouped(len(examples), units.batch if units else 1)
-    divisor = np.asarray(group[-1] + 1 if units else divisor_of(encoded, examples), np.float32)
-    if only is not None and only != (0, shape.batch):
-        first, stop = only
+    first, stop = (0, shape.batch) if only is None else only
+    beside: dict[str, np.ndarray] = {}
+    if units is None:
+        divisor = divisor_of(encoded, examples)
+    else:
+        group, share = grouped(len(examples), units.batch)
+        divisor = group[-1] + 1
+        fields = {"group": group, "share": share} | {name: x[examples] for name, x in units.fields.items()}
+        beside = unit_arrays(fields, slots, shape, units.widths)
+        encoded = Segments(encoded)  # type: ignore[arg-type]
+        examples = (examples[:, None] * encoded.width + np.arange(encoded.width)).ravel()
+        slots = slots.ravel()
+    by_microbatch = lambda x: x.reshape(shape.accum, -1, *x.shape[1:])
+    beside = {key: by_microbatch(x)[:, first:stop] for key, x in beside.items()}
+    if (first, stop) != (0, shape.batch):
         microbatch, row = np.divmod(slots, shape.batch)
         mine = (row >= first) & (row < stop)
         examples, slots = examples[mine], (microbatch * (stop - first) + row - first)[mine]
-        group, share = group[mine], share[mine]
         shards = shards * (stop - first) // shape.batch
         shape = shape._replace(batch=stop - first)
     arrays = fill(encoded, examples, slots, shape.accum * shape.batch, shape.seq)
     check_capacity(arrays["loss_weights"], shape.accum * shards, capacity, name)
-    if units is not None:
-        fields = {"group": group, "share": share} | {name: x[examples] for name, x in units.fields.items()}
-        arrays |= unit_arrays(fields, slots, shape.accum * shape.batch, units.width)
-    by_microbatch = lambda x: x.reshape(shape.accum, shape.batch, *x.shape[1:])
-    return {key: by_microbatch(x) for key, x in arrays.items()} | {"divisor": divisor}
+    arrays = {key: by_microbatch(x) for key, x in arrays.items()} | beside
+    return arrays | {"divisor": np.asarray(divisor, np.float32)}
 
 
 def divisor_of(encoded: Examples, examples: np.ndarray) -> int:
@@ -289,7 +302,10 @@ def plan_batches(
     if order.by_length and packs is None:
         epochs = replace(epochs, lengths=np.asarray(encoded.lengths))
     tables = list(_tables(epochs))
-    if packs is None:
+    if isinstance(encoded, UnitSet):
+        shapes, shape_of, peaks, slots = plan_units(encoded, tables, size.per_device, size.shards)
+        lengths = np.append(encoded.lengths, 0)
+    elif packs is None:
         shapes, shape_of, peaks, slots = _plan_layouts(encoded, epochs, tables, size.per_device, size.shards)
         lengths = np.append(encoded.lengths, 0)
     else:
@@ -305,13 +321,11 @@ def plan_batches(
 
 
 def with_units(plan: BatchPlan, units: UnitSet, tables: list[np.ndarray], size: Size) -> BatchPlan:
-    """The plan of units: with what a loss sees of them, and of feedback with the same updates of mismatched answers,
-    which are all of one shape: for each pair of shapes a step is compiled.
-    """
+    """The plan of units: with what a loss sees of them, and of feedback with the same updates of mismatched answers."""
     other = units.mismatched
     if other is None:
         return replace(plan, fields=units.fields)
-    shapes, shape_of, peaks, _ = _plan_layouts(other, plan.epochs, tables, size.per_device, size.shards, most=1)
+    shapes, shape_of, peaks, _ = plan_units(other, tables, size.per_device, size.shards)
     capacities = {s: capacity_of(peak, s.batch * s.seq // size.shards) for s, peak in zip(shapes, peaks)}
     mismatched = replace(
         plan, encoded=other, shapes=tuple(shapes), shape_of=shape_of, capacities=capacities, fields=other.fields
@@ -326,9 +340,7 @@ def _tables(epochs: Epochs) -> Iterator[np.ndarray]:
         yield from np.array_split(table, -(-table.size // PLANNED_ENTRIES))
 
 
-def _plan_layouts(
-    encoded: Examples, epochs: Epochs, tables: list[np.ndarray], per_device: int, shards: int, most: int = MAX_SHAPES
-):
+def _plan_layouts(encoded: Examples, epochs: Epochs, tables: list[np.ndarray], per_device: int, shards: int):
     """Lay out every update. Returns the shapes, the shape of each update (an index), for each shape the most labelled
     targets of a (microbatch, shard), and the token slots of all microbatches that are used."""
     lengths, labelled = np.append(encoded.lengths, 0), np.append(encoded.labelled, 0)
@@ -339,7 +351,6 @@ def _plan_layouts(
         longest=int(lengths.max()),
         per_device=per_device,
         shards=shards,
-        most=most,
     )
     rows = [np.concatenate([rows_needed(x, seq) for x in by_length]) for _, seq in chosen]
     shape_of = np.argmin([costs(r, *shape, shards) for r, shape in zip(rows, chosen)], axis=0)
@@ -377,7 +388,7 @@ def check_capacity(loss_weights: np.ndarray, groups: int, capacity: int, name: s
 
 
 def fill(encoded: Examples, examples: np.ndarray, slots: np.ndarray, rows: int, seq: int) -> dict[str, np.ndarray]:
-    """Read `examples` and lay their segments in this order into `slots` (the row of each): arrays `[rows, seq]`.
+    """Read `examples` and lay them, as segments in this order, into `slots` (the row of each): arrays `[rows, seq]`.
 
     The target of a position is the label of the next one within the segment; the last position of a segment has none.
     """
@@ -386,9 +397,7 @@ def fill(encoded: Examples, examples: np.ndarray, slots: np.ndarray, rows: int, 
         return {key: np.zeros((rows, seq), t) for key, t in (dtypes | {"loss_weights": np.float32}).items()}
     order = np.argsort(slots, kind="stable")
     examples, slots = examples[order], slots[order]
-    by_example = [encoded.segments(int(i)) for i in examples]
-    slots = np.repeat(slots, len(by_example[0]))
-    read = [segment for segments in by_example for segment in segments]
+    read = [encoded.segment(int(i)) for i in examples]
     lengths = np.array([len(r["input_ids"]) for r in read])
     number = np.arange(len(read))
     row_first = np.maximum.accumulate(np.where(np.diff(slots, prepend=-1) != 0, number, 0))
@@ -396,7 +405,7 @@ def fill(encoded: Examples, examples: np.ndarray, slots: np.ndarray, rows: int, 
     begins = ends - lengths
     columns = begins - begins[row_first]
     if (columns + lengths).max() > seq:
-        example = examples[(columns + lengths).argmax() // len(by_example[0])]
+        example = examples[(columns + lengths).argmax()]
         raise DataError(
             f"example {example} no longer fits into its row of {seq} tokens: "
             "the encoded rows have changed since the plan was made. Start again with overwrite_cache: true."

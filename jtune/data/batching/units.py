@@ -38,9 +38,14 @@ class UnitSet:
         return len(self.sides[0])
 
     @cached_property
+    def segment_lengths(self) -> np.ndarray:
+        """Tokens of each segment, int64 `[n, segments]`."""
+        return np.stack([side.lengths for side in self.sides], axis=1).astype(np.int64)
+
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each unit, int32 `[n]`."""
-        return np.stack([side.lengths for side in self.sides]).sum(axis=0, dtype=np.int32)
+        return self.segment_lengths.sum(axis=1, dtype=np.int32)
 
     @cached_property
     def labelled(self) -> np.ndarray:
@@ -109,13 +114,15 @@ class Sizes(NamedTuple):
 
     Attributes:
       labelled: positions with a weight of a microbatch on a shard, at most.
-      width: units of a row, at most; 0: there are no units.
+      width: units whose first segment is in a row, at most; 0: there are no units.
+      segments: of a row, at most.
       fields: of units, the names of what a loss sees of each, besides group and share, and the axes of one.
       other: of feedback, the shape and sizes of the mismatched answers.
     """
 
     labelled: int
     width: int = 0
+    segments: int = 0
     fields: tuple[tuple[str, tuple[int, ...]], ...] = ()
     other: "tuple[Shape, Sizes] | None" = None
 
@@ -139,6 +146,7 @@ def array_shapes(shape: tuple[int, ...], sizes: Sizes) -> dict[str, tuple[tuple[
     if sizes.width:
         of_units = accum, batch, sizes.width
         found |= {"group": (of_units, integer), "share": (of_units, real)}
+        found["owner"] = (accum, batch, sizes.segments), integer
         found |= {name: ((*of_units, *axes), real) for name, axes in sizes.fields}
     if sizes.other is not None:
         found |= {f"kl_{name}": x for name, x in array_shapes(*sizes.other).items()}
@@ -153,7 +161,7 @@ def assumed_sizes(stage: StageRules, shape: tuple[int, int, int], shards: int) -
     segments = 2 if stage.rows == "pair" else 1
     fields = (("counts", (segments,)), ("reference", (segments, 2)), *([("wanted", ())] if segments == 1 else []))
     of_scores = shape[1] // shards * segments
-    sizes = Sizes(of_scores if stage.scores else labelled, 1, fields)
+    sizes = Sizes(of_scores if stage.scores else labelled, 1, segments, fields)
     return sizes if segments == 2 else sizes._replace(other=(Shape(*shape), sizes))
 
 
@@ -175,8 +183,8 @@ class Segments:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def segments(self, index: int) -> tuple[Segment, ...]:
-        return (self.units.segments(index // self.width)[index % self.width],)
+    def segment(self, index: int) -> Segment:
+        return self.units.segments(index // self.width)[index % self.width]
 
 
 def grouped(units: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -189,19 +197,38 @@ def grouped(units: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return group, (1 / np.bincount(group)[group]).astype(np.float32) if units else np.zeros(0, np.float32)
 
 
-def unit_arrays(fields: Mapping[str, np.ndarray], slots: np.ndarray, rows: int, width: int) -> dict[str, np.ndarray]:
-    """Fields of units, `[n, ...]`, laid out as their segments are: `[rows, width, ...]`, 0 where no unit is.
+def unit_arrays(
+    fields: Mapping[str, np.ndarray], slots: np.ndarray, shape: Shape, widths: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """Fields of units, `[n, ...]`, laid out beside the rows of their first segments: `[accum * batch, width, ...]`, 0
+    where no unit is; and `owner` int32 `[accum * batch, segments of a row]`: of each segment of a row, in their order,
+    which one of its microbatch it is, `(row * width + unit) * S + side`.
 
     Args:
-      slots: the row of each unit; those of a row lie in it in this order.
+      slots: the row of each segment, `microbatch * batch + row`, int64 `[n, S]`; in this order they lie in it.
+      widths: units whose first segment is in a row, and segments of a row, at most.
     """
-    order = np.argsort(slots, kind="stable")
-    number = np.arange(len(slots))
-    place = np.empty(len(slots), np.int64)
-    first = np.maximum.accumulate(np.where(np.diff(slots[order], prepend=-1) != 0, number, 0)) if len(slots) else number
-    place[order] = number - first
+    S, (accum, batch, _), (width, segments) = slots.shape[1], shape, widths
+    rows, first = accum * batch, slots[:, 0]
+    place = places(first)
     found = {}
     for name, values in fields.items():
         found[name] = np.zeros((rows, width, *values.shape[1:]), values.dtype)
-        found[name][slots, place] = values
-    return found
+        found[name][first, place] = values
+    owner = np.zeros((rows, segments), np.int32)
+    mine = (first % batch * width + place)[:, None] * S + np.arange(S)
+    owner[slots.ravel(), places(slots.ravel())] = mine.ravel()
+    return found | {"owner": owner}
+
+
+def places(slots: np.ndarray) -> np.ndarray:
+    """The place of each item in its row, of items that lie in rows in their order.
+
+    >>> places(np.array([1, 0, 1, 1]))
+    array([0, 0, 1, 2])
+    """
+    order, number = np.argsort(slots, kind="stable"), np.arange(len(slots))
+    first = np.maximum.accumulate(np.where(np.diff(slots[order], prepend=-1) != 0, number, 0)) if len(slots) else number
+    place = np.empty(len(slots), np.int64)
+    place[order] = number - first
+    return place

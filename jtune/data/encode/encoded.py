@@ -45,9 +45,9 @@ class Encoded:
         table = self.table.select_columns(names)
         return table if self.kept is None else table.select(self.kept)
 
-    def segments(self, index: int) -> tuple[dict[str, np.ndarray], ...]:
-        """The segments of example `index`: it is one."""
-        return (self[index],)
+    def segment(self, index: int) -> dict[str, np.ndarray]:
+        """Example `index`, which is one sequence."""
+        return self[index]
 
     @property
     def rejected(self) -> "Encoded":
