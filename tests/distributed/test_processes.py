@@ -91,8 +91,8 @@ class Rows:
         ids = np.full(self.lengths[i], i, np.int32)
         return {"input_ids": ids, "labels": ids}
 
-    def segments(self, i):
-        return (self[i],)
+    def segment(self, i):
+        return self[i]
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -95,7 +95,9 @@ def batch_of(units, where, others=OTHERS[1], reference=None):
 
     def laid(units, slots, shape, sums):
         fields = units.fields if sums is None else units.fields | {"reference": sums}
-        layout = Layout(units, np.arange(UNITS), slots, shape, 10**6, UnitLayout(fields, GROUP, WIDTH))
+        slots = slots if slots.ndim == 2 else np.repeat(slots[:, None], len(units.sides), axis=1)
+        widths = WIDTH, WIDTH * len(units.sides)
+        layout = Layout(units, np.arange(UNITS), slots, shape, 10**6, UnitLayout(fields, GROUP, widths))
         return lay_out(layout, 1, None, "update")
 
     first, other = reference or (None, None)

@@ -33,8 +33,8 @@ class Examples:
         labels = np.where(np.arange(len(ids)) >= len(ids) - self.tail[i], ids, -100)
         return {"input_ids": ids.astype(np.int32), "labels": labels.astype(np.int32)}
 
-    def segments(self, i):
-        return (self[i],)
+    def segment(self, i):
+        return self[i]
 
 
 def chat(n, cap=512, seed=0, mean=4.7):

@@ -1,4 +1,4 @@
-"""Units in a plan: a pair is one item of two segments, in LLaMA-Factory's microbatches, wherever its row lies."""
+"""Units in a plan: a pair is one item of two segments, in LLaMA-Factory's microbatches, wherever its rows lie."""
 
 import json
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ from sets import write
 from jtune.config import DataArguments, FinetuningArguments, TrainingArguments
 from jtune.config.stages import rules_of
 from jtune.data import eval_batches, load_datasets, plan_updates, units_of
+from jtune.data.batching.shapes import Shape
 from jtune.data.batching.train import Order, Size, plan_batches
 from jtune.data.batching.units import Segments, UnitSet, array_shapes, grouped, segments_of, unit_arrays
 from jtune.data.pipeline import Wanted
@@ -60,34 +61,37 @@ def planned(units, *, per_device=2, shards=1, accumulation=3, **order):
 
 
 def found_units(batch, firsts, prefix=""):
-    """Every unit of an update by plain loops: number -> (group, share, place (microbatch, row), fields of its slot)."""
+    """Every unit of an update by plain loops: number -> (group, share, microbatch, fields of its slot)."""
     batch = {k.removeprefix(prefix): x for k, x in batch.items() if k.startswith(prefix) and x.ndim}
     width, sides = batch["counts"].shape[2:]
-    fields = {k: x for k, x in batch.items() if x.shape[2:3] == (width,) and k not in ("group", "share", "input_ids")}
-    fields = {k: fields[k] for k in ("counts", "margin", "wanted", "reference") if k in fields}
-    found = {}
-    for at in np.ndindex(batch["input_ids"].shape[:2]):
-        ids, segment, weights = (batch[k][at] for k in ("input_ids", "segment_ids", "loss_weights"))
-        used = segment.max() // sides
-        assert segment.max() % sides == 0, "half a unit"
-        assert (np.diff(segment[segment > 0]) >= 0).all()
-        for unit in range(used):
-            tokens = []
-            for side in range(sides):
-                (where,) = np.nonzero(segment == unit * sides + side + 1)
+    fields = {k: batch[k] for k in ("counts", "margin", "wanted", "reference") if k in batch}
+    found, used = {}, np.zeros(batch["share"].shape, bool)
+    for m in range(len(batch["input_ids"])):
+        tokens = {}  # of each segment of the microbatch
+        for row in range(batch["input_ids"].shape[1]):
+            ids, segment, weights = (batch[k][m, row] for k in ("input_ids", "segment_ids", "loss_weights"))
+            assert (np.diff(segment[segment > 0]) >= 0).all()
+            for k in range(segment.max()):
+                (where,) = np.nonzero(segment == k + 1)
                 assert len(set(ids[where])) == 1, "a segment of several answers"
                 assert (np.diff(where) == 1).all()
-                assert (batch["positions"][at][where] == np.arange(len(where))).all()
-                assert (weights[where] != 0).sum() == batch["counts"][at][unit, side]
-                tokens.append(int(ids[where[0]]))
-            numbers = {token - first for token, first in zip(tokens, firsts, strict=True)}
-            assert len(numbers) == 1, "the segments of a row's units are not those of its slots"
+                assert (batch["positions"][m, row][where] == np.arange(len(where))).all()
+                owner = int(batch["owner"][m, row, k])
+                assert owner not in tokens
+                tokens[owner] = int(ids[where[0]]), int((weights[where] != 0).sum())
+        assert len(tokens) % sides == 0, "half a unit"
+        for owner in (owner for owner in tokens if owner % sides == 0):
+            at = m, *divmod(owner // sides, width)
+            segments = [tokens[owner + side] for side in range(sides)]
+            numbers = {token - first for (token, _), first in zip(segments, firsts, strict=True)}
+            assert len(numbers) == 1, "the segments of a unit are not those of its slot"
+            assert [count for _, count in segments] == batch["counts"][at].tolist()
             (number,) = numbers
             assert number not in found
-            slot = {k: x[at][unit] for k, x in fields.items()}
-            found[number] = int(batch["group"][at][unit]), float(batch["share"][at][unit]), at, slot
-        assert not batch["share"][at][used:].any()
-        assert not any(x[at][used:].any() for x in fields.values())
+            found[number] = int(batch["group"][at]), float(batch["share"][at]), m, {k: x[at] for k, x in fields.items()}
+            used[at] = True
+    assert not batch["share"][~used].any()
+    assert not any(x[~used].any() for x in fields.values())
     return found
 
 
@@ -141,19 +145,28 @@ def test_groups_are_in_order_and_the_last_may_be_smaller():
     assert [len(x) for x in grouped(0, 3)] == [0, 0]
 
 
-def test_fields_of_units_lie_as_their_segments_do():
-    slots = np.array([2, 0, 2, 0, 0])
-    laid = unit_arrays({"x": np.arange(1, 6), "y": np.arange(10).reshape(5, 2)}, slots, 3, 4)
-    assert laid["x"].tolist() == [[2, 4, 5, 0], [0] * 4, [1, 3, 0, 0]]
-    assert laid["y"][2].tolist() == [[0, 1], [4, 5], [0, 0], [0, 0]]
-    assert unit_arrays({"x": np.zeros(0)}, np.zeros(0, np.int64), 2, 1)["x"].tolist() == [[0], [0]]
+def test_fields_of_units_lie_beside_their_first_segments_and_segments_know_their_units():
+    slots = np.array([[2, 2], [0, 1], [2, 0], [0, 0], [0, 5]])  # two microbatches of three rows
+    laid = unit_arrays({"x": np.arange(1, 6), "y": np.arange(10).reshape(5, 2)}, slots, Shape(2, 3, 8), (3, 5))
+    assert laid["x"].tolist() == [[2, 4, 5], [0] * 3, [1, 3, 0], *[[0] * 3] * 3]
+    assert laid["y"][2].tolist() == [[0, 1], [4, 5], [0, 0]]
+    # Of slot k of row r the sides are (3 r + k) * 2 and one more.
+    assert laid["owner"].tolist() == [
+        [0, 15, 2, 3, 4],
+        [1, 0, 0, 0, 0],
+        [12, 13, 14, 0, 0],
+        *[[0] * 5] * 2,
+        [5, *[0] * 4],
+    ]
+    empty = unit_arrays({"x": np.zeros(0)}, np.zeros((0, 1), np.int64), Shape(1, 2, 8), (1, 1))
+    assert empty["x"].tolist() == empty["owner"].tolist() == [[0], [0]]
 
 
 def test_segments_are_the_units_one_side_after_the_other():
     units = pairs(6)
     line = Segments(units)
     assert len(line) == 12
-    assert [int(line.segments(k)[0]["input_ids"][0]) for k in range(4)] == [1, 1001, 2, 1002]
+    assert [int(line.segment(k)["input_ids"][0]) for k in range(4)] == [1, 1001, 2, 1002]
     assert line.lengths[:2].tolist() == [int(side.lengths[0]) for side in units.sides]
     np.testing.assert_array_equal(line.labelled.reshape(6, 2), units.counts)
     first, second = units.sides
@@ -265,8 +278,8 @@ def test_the_parts_of_processes_are_the_whole(kind):
                 np.testing.assert_array_equal(np.concatenate([half[name] for half in halves], axis=1), x)
             else:
                 assert halves[0][name] == halves[1][name] == x
-        read.append(len(found_units(halves[0], (1, 1001) if kind is pairs else (1,))))
-    assert 0 < read[0] < 12
+        read.append(int(halves[0]["segment_ids"].max(axis=-1).sum()))
+    assert 0 < read[0] < 12 * len(plan.encoded.sides)
 
 
 # ---------------------------------------------------------------------- streams
@@ -302,16 +315,19 @@ def plan_of(folder, template, stage, streaming, shards=1, **changes):
 def texts_of(template, batch, prefix=""):
     """group -> the texts, weights and fields of its units, whatever rows they lie in."""
     batch = {k.removeprefix(prefix): x for k, x in batch.items() if k.startswith(prefix) and x.ndim}
-    sides, found = batch["counts"].shape[-1], {}
-    for at in np.ndindex(batch["input_ids"].shape[:2]):
-        for unit in range(batch["segment_ids"][at].max() // sides):
-            where = [batch["segment_ids"][at] == unit * sides + side + 1 for side in range(sides)]
-            told = [template.tokenizer.decode(batch["input_ids"][at][w]) for w in where]
-            told += [batch["loss_weights"][at][w].tolist() for w in where]
-            told += [
-                np.asarray(batch[k][at][unit]).tolist() for k in ("share", "counts", "margin", "wanted") if k in batch
-            ]
-            found.setdefault(int(batch["group"][at][unit]), []).append(told)
+    (width, sides), found = batch["counts"].shape[2:], {}
+    for m in range(len(batch["input_ids"])):
+        told = {}
+        for row in range(batch["input_ids"].shape[1]):
+            ids, segment, weights = (batch[k][m, row] for k in ("input_ids", "segment_ids", "loss_weights"))
+            for k in range(segment.max()):
+                where = segment == k + 1
+                told[int(batch["owner"][m, row, k])] = template.tokenizer.decode(ids[where]), weights[where].tolist()
+        for owner in (owner for owner in told if owner % sides == 0):
+            at = m, *divmod(owner // sides, width)
+            unit = [told[owner + side] for side in range(sides)]
+            unit += [np.asarray(batch[k][at]).tolist() for k in ("share", "counts", "margin", "wanted") if k in batch]
+            found.setdefault(int(batch["group"][at]), []).append(unit)
     return {group: sorted(units) for group, units in found.items()}
 
 
