@@ -1,4 +1,4 @@
-"""Pairs and marked answers as what a plan lays out: each is one item, whose segments lie side by side in a row.
+"""Pairs and marked answers as what a plan lays out: each is one item, whose segments lie in rows of one microbatch.
 
 Where a token counts, and for how much, is said by weights: of answers their tokens, of scores the last token.
 """
