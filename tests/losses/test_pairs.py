@@ -9,6 +9,7 @@ import pytest
 from pairs64 import BETA, FORMULAS, GAMMA, SMOOTHING, TAU, Sides, by_group, held_fixed, units, update_loss
 
 from jtune.config import preference
+from jtune.config.preference import LOSSES as names_of_cases
 from jtune.errors import DataError
 from jtune.losses.pairs import LOSSES, ON_MEANS, WITHOUT_REFERENCE
 from jtune.losses.preference import pair_objective
@@ -105,7 +106,7 @@ def test_a_policy_that_is_its_reference_has_a_known_loss(name):
 
 
 def test_losses_that_need_a_reference_say_so():
-    assert {name for name in LOSSES if not objective(name).anchored} == WITHOUT_REFERENCE == {"orpo", "simpo", "sft"}
+    assert {name for name in LOSSES if not objective(name).anchored} == {*WITHOUT_REFERENCE} == {"orpo", "simpo", "sft"}
     assert objective("sft", "sigmoid").anchored
     assert objective("simpo", pref_bco_weight=1.0).anchored
 
@@ -263,3 +264,7 @@ def test_what_both_models_have_in_common_may_be_left_out_of_both(name):
     close(found[0], loss, rtol=1e-5)
     close(found[1], gradient, rtol=1e-4, atol=1e-6)
     assert found[2] == pytest.approx(logged, rel=1e-4, abs=1e-5)
+
+
+def test_the_losses_that_a_case_may_name_are_those_that_there_are():
+    assert set(names_of_cases) == LOSSES.keys()

@@ -173,3 +173,25 @@ def test_sums_in_two_parts_keep_what_two_models_differ_by():
     assert abs(float(log_ratios(units)[0]) - exact) < 2e-5
     gradient = jax.grad(lambda x: find(x).sum())(jnp.asarray(moved))
     close(gradient, 1)  # the multiples of STEP are held fixed, and what is left moves with the value
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_chunks_in_which_nothing_counts_are_left_out(trains):
+    """The positions that count come first; the values of a chunk without any are 0, and so are its gradients."""
+    random = np.random.default_rng(3)
+    head, hidden = (jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in ((5, 7), (1, 8, 5)))
+    targets, weights = jnp.asarray(random.integers(0, 7, (1, 8))), jnp.asarray([[1.0] * 3 + [0.0] * 5])
+    of = lambda head, x, y: (jnp.take_along_axis(jax.nn.log_softmax(x @ head), y[..., None], -1)[..., 0], {})
+
+    def weighed(form):
+        def total(head, hidden):
+            return jnp.sum(form(head if trains else jax.lax.stop_gradient(head), hidden) * weights)
+
+        return jax.value_and_grad(total, argnums=(0, 1))(head, hidden)
+
+    ours = weighed(lambda head, hidden: position_values(of, head, hidden, targets, weights, 2)[0])
+    plain = weighed(lambda head, hidden: of(head, hidden, targets)[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, plain)
+    values = np.asarray(position_values(of, head, hidden, targets, weights, 2)[0])
+    assert values[0, 3] != 0, "its chunk has a position that counts"
+    assert (values[0, 4:] == 0).all()
