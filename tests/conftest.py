@@ -29,14 +29,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 
 
+LOGGER = logging.getLogger("jtune")
+AT_FIRST = LOGGER.handlers[:], LOGGER.level, LOGGER.propagate
+
+
 @pytest.fixture(autouse=True)
-def logger_as_before():
-    """A command sets up jtune's logger for its process; in tests it must not stay so for the next one."""
-    logger = logging.getLogger("jtune")
-    handlers, level, propagates = logger.handlers[:], logger.level, logger.propagate
+def logger_as_at_first():
+    """A command sets up jtune's logger for its process; in tests it must not stay so for the next one. Not as it was
+    before the test: a fixture of its module may have run a command."""
     yield
-    logger.handlers[:], logger.propagate = handlers, propagates
-    logger.setLevel(level)
+    LOGGER.handlers[:], LOGGER.propagate = AT_FIRST[0], AT_FIRST[2]
+    LOGGER.setLevel(AT_FIRST[1])
 
 
 @pytest.fixture(scope="session")

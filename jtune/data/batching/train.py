@@ -143,9 +143,10 @@ class BatchPlan:
         Returns:
           input_ids, targets (the next token of the segment, 0 where it does not count), positions (from 0 in each
           segment), segment_ids (from 1 in each row, 0 is padding), int32; loss_weights (1 where the target counts),
-          float32; and the scalar divisor, float32. Of units besides, `[accum, batch, units]` or with an axis for their
-          segments: group int32, share and `fields` float32; and of feedback all this of the mismatched answers, with
-          `kl_` before its name, in a shape of their own.
+          float32; and the scalar divisor, float32. Of units besides, beside the row of their first segment,
+          `[accum, batch, units]` or with an axis for their segments: group int32, share and `fields` float32; and owner
+          int32, which unit and side each segment of a row is (`jtune.data.batching.units.unit_arrays`). Of feedback all
+          this of the mismatched answers, too, with `kl_` before its name, in a shape of their own.
 
         Raises:
           DataError: the data is not what it was when the plan was made.
