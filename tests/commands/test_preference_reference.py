@@ -109,9 +109,7 @@ METHODS = {
 AT_START = ("adapter off", "full", "freeze", "start")  # the reference is the model as it is
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in ("start", "other model") else pytest.param(n, marks=pytest.mark.slow) for n in METHODS]
-)
+@pytest.mark.parametrize("name", [n if n == "start" else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
 def test_a_reference_that_is_computed_before_is_the_one_in_the_step(name, parts, adapter, other, tmp_path):
     named = {"ADAPTER": str(adapter), "OTHER": str(other)}
     asked = {key: named.get(value, value) for key, value in METHODS[name].items()}
@@ -130,6 +128,7 @@ def test_a_reference_that_is_computed_before_is_the_one_in_the_step(name, parts,
     assert found[1]["loss"] != first["loss"]
 
 
+@pytest.mark.slow
 def test_the_reference_is_another_model_by_the_formula(parts, other, tmp_path):
     """The first margin, of logits of both models."""
     path = small.case(tmp_path, *parts, **RUN | {"ref_model": str(other), "max_steps": 1, "eval_strategy": "no"})
@@ -186,6 +185,7 @@ def test_sums_are_kept_and_a_moved_reference_is_noticed(parts, other, tmp_path, 
     assert "teacher or reference: " in "".join(capsys.readouterr())
 
 
+@pytest.mark.slow
 def test_a_second_model_is_given_up_when_its_sums_are_known(parts, other, tmp_path):
     path = small.case(tmp_path, *parts, **RUN | {"ref_model": str(other)})
     config, mesh = load_config([str(path), "overwrite_cache=true"], command="train"), make_mesh()
@@ -219,6 +219,7 @@ def test_processes_read_sums_only_if_all_have_the_same(tmp_path, monkeypatch):
     assert (keep(), len(made)) == (1, 3)  # the first has written
 
 
+@pytest.mark.slow
 def test_a_damaged_file_of_sums_is_made_again(parts, tmp_path, monkeypatch):
     path = small.case(tmp_path, *parts, **RUN | {"compile_cache_dir": str(tmp_path / "cache"), "max_steps": 1})
     assert run(path, "eval_strategy=no", "val_size=0", "do_eval=false") == 0
@@ -235,6 +236,7 @@ def test_a_damaged_file_of_sums_is_made_again(parts, tmp_path, monkeypatch):
     assert reference_cache.read(file, units) is None
 
 
+@pytest.mark.slow
 def test_the_plan_holds_a_reference_only_where_the_step_does(parts, other, tmp_path):
     path = small.case(tmp_path, *parts, **RUN | {"ref_model": str(other), "max_steps": 1})
     of = lambda *asked: plan.plan(load_config([str(path), *asked], command="plan"))["per_device_bytes"]["by_kind"]

@@ -106,6 +106,7 @@ def test_a_run_with_a_teacher_resumes_to_the_bit_and_another_teacher_is_another_
     assert "teacher or reference: " in "".join(capsys.readouterr())
 
 
+@pytest.mark.slow
 def test_the_base_with_an_adapter_in_four_bits_teaches_a_new_adapter(parts, tmp_path):
     given = {"finetuning_type": "lora", "lora_target": "q_proj,v_proj", **RUN, "save_strategy": "no"}
     assert run(small.case(tmp_path / "first", *parts, **given | {"max_steps": 3, "learning_rate": 0.05})) == 0
@@ -117,6 +118,7 @@ def test_the_base_with_an_adapter_in_four_bits_teaches_a_new_adapter(parts, tmp_
 
 
 @pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.slow
 def test_what_is_planned_of_the_teacher_is_what_is_loaded(parts, teacher, tmp_path, bits, monkeypatch):
     asked = {"teacher_model": str(teacher), "teacher_model_quantization_bit": bits, **RUN, "bf16": True}
     config = load_config([str(small.case(tmp_path, *parts, **asked))], command="plan")
@@ -198,6 +200,7 @@ def test_a_teacher_that_cannot_teach_is_refused(case, words, parts, teacher, tmp
     assert ("reading weights" in said) != early
 
 
+@pytest.mark.slow
 def test_a_teacher_may_know_more_tokens(parts, teacher, tmp_path, capsys):
     wide = with_tokens(tmp_path / "wide", "<blue>", "<red>", source=teacher)
     assert run(small.case(tmp_path, *parts, **RUN, teacher_model=str(wide)), "max_steps=1") == 0

@@ -10,6 +10,7 @@ from jtune.cli.main import main
 
 
 @pytest.mark.parametrize(("stage", "rows", "loss"), [("dpo", "pairs", math.log(2)), ("kto", "marked", 0.5)])
+@pytest.mark.slow
 def test_a_model_that_is_its_own_reference_has_no_rewards(stage, rows, loss, tmp_path):
     parts = write_model(tmp_path / "model"), write_preferences(tmp_path / "data")
     how = {"do_train": False, "do_eval": True, "dataset": None, "val_size": 0, "eval_strategy": "no", "mesh_fsdp": -1}

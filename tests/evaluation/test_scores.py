@@ -111,6 +111,7 @@ def test_predictions_are_the_scores_of_the_pairs_in_their_order(full):
     assert evaluated["eval_accuracy"] == metrics(full)["predict_accuracy"]
 
 
+@pytest.mark.slow
 def test_every_folder_of_a_reward_model_gives_its_scores(full, adapter, parts, tmp_path):
     data = parts[1]
     assert main(["export", str(adapter), f"export_dir={tmp_path / 'exported'}"]) == 0
@@ -127,6 +128,7 @@ def test_every_folder_of_a_reward_model_gives_its_scores(full, adapter, parts, t
     assert lines(adapter) != lines(full)
 
 
+@pytest.mark.slow
 def test_a_reward_model_resumes_to_the_bit_and_its_head_is_in_every_checkpoint(full, parts, tmp_path):
     run(tmp_path, *parts, max_steps=2)
     out = run(tmp_path, *parts)
@@ -141,6 +143,7 @@ def test_a_reward_model_resumes_to_the_bit_and_its_head_is_in_every_checkpoint(f
     np.testing.assert_array_equal(heads[1], load_file(full / FILE)["v_head.summary.weight"])
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_from_another_value_head(adapter, full, parts, tmp_path):
     base = shutil.copytree(full, tmp_path / "base")
     shutil.copytree(adapter, tmp_path / "out")

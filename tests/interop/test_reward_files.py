@@ -138,6 +138,7 @@ def test_the_head_of_the_last_adapter_counts_then_that_of_the_model_else_it_is_d
         load(tmp_path / "model", do_train=False)
 
 
+@pytest.mark.slow
 def test_no_value_head_is_left_where_another_model_takes_the_place_of_a_reward_model(bases, tmp_path):
     source, model = load(bases[True], lora_target="q_proj")
     write(tmp_path, source, model, model.params)

@@ -268,7 +268,8 @@ def test_an_update_that_is_skipped_leaves_the_running_means_as_they_were():
     assert float(state.running["mean"]) == pytest.approx(train("bco_pair", good)[1]["running mean"], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", pytest.param("kto", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sigmoid", "kto"])
 def test_the_load_of_experts_is_balanced_once(name):
     """Neither the reference nor mismatched answers add to it."""
     batch = batch_of(units_of(name), ONE_EACH)
@@ -288,7 +289,7 @@ def test_the_load_of_experts_is_balanced_once(name):
     ("name", "method", "sizes", "config"),
     [
         ("sigmoid", "lora", {"fsdp": 8}, SMALL),
-        ("kto", "lora", {"data": 2, "fsdp": 2, "tensor": 2}, SMALL),
+        pytest.param("kto", "lora", {"data": 2, "fsdp": 2, "tensor": 2}, SMALL, marks=pytest.mark.slow),
         ("rm", "full", {"fsdp": 2, "context": 2, "tensor": 2}, SMALL),
         pytest.param("orpo", "full", {"fsdp": 2, "context": 4}, SMALL, marks=pytest.mark.slow),
         pytest.param("sigmoid", "full", {"fsdp": 2, "context": 2, "tensor": 2}, SMALL, marks=pytest.mark.slow),
