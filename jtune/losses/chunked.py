@@ -287,7 +287,7 @@ def _values_backward(value, chunk, residuals, cotangents):
     d_hidden, again, gradients, join_head = residuals
     d_values: Any = cotangents[0]
     if isinstance(d_values, jax.custom_derivatives.SymbolicZero):  # what is differentiated depends on figures alone
-        d_values = jnp.zeros(d_values.shape, d_values.dtype)
+        d_values = jnp.zeros(d_values.shape, jnp.float32)
     if again is None:
         d_hidden = None if d_hidden is None else (d_values[..., None] * d_hidden).astype(d_hidden.dtype)
         return gradients([]), d_hidden, None, None

@@ -237,7 +237,7 @@ class StreamPlan:
         return encoded, examples, np.concatenate([units for _, units in taken]) - first
 
     def _placed(
-        self, encoded: Examples, examples: np.ndarray, units: np.ndarray, capacities: Mapping[Shape, int]
+        self, encoded: Examples | UnitSet, examples: np.ndarray, units: np.ndarray, capacities: Mapping[Shape, int]
     ) -> Layout:
         """The examples in the cheapest shape that takes them."""
         lengths, labelled = encoded.lengths[examples][None], encoded.labelled[examples][None]

@@ -186,7 +186,7 @@ class UnitLayout(NamedTuple):
 class Layout(NamedTuple):
     """Where the examples of an update lie."""
 
-    encoded: Examples
+    encoded: Any  # `Examples`; of units a `UnitSet`
     examples: np.ndarray  # int32 [n]
     slots: np.ndarray  # int64 [n], `microbatch * batch + row`; of units [n, segments]
     shape: Shape
