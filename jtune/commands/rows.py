@@ -29,7 +29,7 @@ def sides(encoded: Encoded) -> dict[str, Encoded]:
     if encoded.prefix:
         return {"chosen": encoded, "rejected": encoded.rejected}
     if TAGS in encoded.table.column_names:
-        return {"answer": encoded, "KL": Encoded(encoded.table, encoded.kept, "kl_")}
+        return {"answer": encoded, "KL": encoded.mismatched}
     return {"": encoded}
 
 

@@ -42,10 +42,6 @@ def sharding_of(name: str, mesh: Mesh) -> NamedSharding:
     return batch_sharding(mesh, accumulated=True) if name.removeprefix(OTHER) in TOKENS else unit_sharding(mesh)
 
 
-def _no(accum: int) -> bool:
-    return False
-
-
 class Losses(NamedTuple):
     """What the train step calls.
 
@@ -54,13 +50,11 @@ class Losses(NamedTuple):
         losses, float32 scalar; of each metric the sum of values times weights, and of weights; and what is kept from
         update to update.
       before: `before(trainable, frozen, batch, running) -> (arrays, running)`, over a whole update, without gradient:
-        arrays `[accum, ...]` that every microbatch gets its part of.
-      needs_before: of the number of microbatches: whether `before` is called.
+        arrays `[accum, ...]` that every microbatch gets its part of, none where they need none.
     """
 
     of_microbatch: Callable[..., tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]], Any]]
     before: Callable[..., tuple[dict[str, jax.Array], Any]] | None = None
-    needs_before: Callable[[int], bool] = _no
 
 
 def token_losses(loss_sum: LossSum) -> Losses:

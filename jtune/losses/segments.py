@@ -170,6 +170,8 @@ def make_unit_losses(
         return of_sums(policy, **fields), figures, hidden
 
     def before(trainable, frozen, batch: Mapping[str, jax.Array], running):
+        if not objective.mismatched and len(batch["share"]) == 1:
+            return {}, running  # the update is one microbatch, which knows all of it
         prefix, capacity = (OTHER, other_capacity) if objective.mismatched else ("", label_capacity)
         first = {name.removeprefix(prefix): x for name, x in batch.items() if name.startswith(OTHER) == bool(prefix)}
         first = {name: x for name, x in first.items() if x.ndim}
@@ -198,10 +200,7 @@ def make_unit_losses(
             total += model.config.experts.aux_coef * balance_loss(hidden.load) * jnp.sum(found.share)
         return total, summed(metrics | mean_logits(found, figures)), running
 
-    def needs_more(accum: int) -> bool:
-        return objective.mismatched or (objective.shared is not None and accum > 1)
-
-    return Losses(of_microbatch, before, needs_more)
+    return Losses(of_microbatch, before if objective.shared else None)
 
 
 def of_sums(policy: jax.Array, reference: jax.Array | None = None, **fields: jax.Array | None) -> Units:

@@ -56,8 +56,7 @@ def make_train_step(
         # float16 scales the mean loss, as is usual, so that the scale means the same for every batch size.
         scale = 1.0 if state.loss_scale is None else state.loss_scale.scale / divisor
         rows: dict[str, Any] = {key: x for key, x in batch.items() if key != "divisor" and not key.startswith(OTHER)}
-        if losses.needs_before(len(rows["input_ids"])):
-            assert losses.before is not None
+        if losses.before is not None:
             more, running = losses.before(state.trainable, frozen, batch, running)
             rows |= more
 

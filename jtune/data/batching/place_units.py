@@ -10,7 +10,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jtune.data.batching.shapes import ATTENTION_LENGTH, LONG_ROW, MICROBATCH_TOKENS, SHORT_ROW, Shape, rung
+from jtune.data.batching.shapes import (
+    ATTENTION_LENGTH,
+    LONG_ROW,
+    MICROBATCH_TOKENS,
+    SHORT_ROW,
+    Shape,
+    rung,
+    to_and_fro,
+)
 from jtune.data.batching.units import UnitSet
 
 SAMPLED_UNITS = 20_000  # by which a shape is chosen
@@ -73,8 +81,7 @@ def deal(slots_UNS: np.ndarray, counts_UNS: np.ndarray, shape: Shape, shards: in
     line = np.arange(U)[:, None, None]
     labels_UMR = np.bincount((line * M * R + slots_UNS).ravel(), counts_UNS.ravel(), U * M * R).reshape(U, M, R)
     rank_UMR = np.argsort(np.argsort(-labels_UMR, axis=2, kind="stable"), axis=2)
-    turn, at = np.divmod(rank_UMR, shards)
-    shard = np.where(turn % 2 == 0, at, shards - 1 - at)
+    turn, shard = to_and_fro(rank_UMR, shards)
     row_UMR = shard * (R // shards) + turn
     peak = np.zeros((U, M, shards))
     np.add.at(peak, (line, np.arange(M)[:, None], shard), labels_UMR)
@@ -139,13 +146,16 @@ def plan_units(
     of = lambda table: lengths[table] * (table >= 0)[..., None]
     longest = np.array([lengths.max(), lengths.sum(axis=1).max()])
     shape = choose_unit_shape(of(tables[0]), longest=longest, per_device=per_device, shards=shards)
-    used = []
+    used, peak = [], 0
     for table in tables:  # the shape was chosen by some updates: others may need more microbatches
-        most = microbatches_at_most(of(table), shape.batch * shape.seq)
-        used.append(place_units(of(table), shape._replace(accum=most))[1])
+        mine = of(table)
+        roomy = shape._replace(accum=microbatches_at_most(mine, shape.batch * shape.seq))
+        slots_UNS, used_U = place_units(mine, roomy)
+        used.append(used_U)
+        counts_UNS = units.counts[table] * (table >= 0)[..., None]
+        peak = max(peak, int(deal(slots_UNS, counts_UNS, roomy, shards)[1].max()))
     microbatches = np.concatenate(used)
     shape = shape._replace(accum=int(microbatches.max()))
-    peak = max(int(placed_units(units, table, shape, shards)[1].max()) for table in tables)
     return [shape], np.zeros(len(microbatches), np.uint8), [peak], int(microbatches.sum()) * shape.batch * shape.seq
 
 

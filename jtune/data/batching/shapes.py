@@ -125,6 +125,16 @@ def _improve(chosen: list[int], universal: list[int], cost_CU: np.ndarray) -> li
             return chosen
 
 
+def to_and_fro(rank: np.ndarray, groups: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+    """Deal ranked things out to groups, every second round backwards: the round and the group of each.
+
+    >>> to_and_fro(np.arange(5), 2)
+    (array([0, 0, 1, 1, 2]), array([0, 1, 1, 0, 0]))
+    """
+    turn, at = np.divmod(rank, groups)
+    return turn, np.where(turn % 2 == 0, at, groups - 1 - at)
+
+
 def place(lengths_UN: np.ndarray, labelled_UN: np.ndarray, shape: Shape, shards: int) -> tuple[np.ndarray, np.ndarray]:
     """Lay each update's examples into the rows of `shape`.
 
@@ -161,8 +171,7 @@ def place(lengths_UN: np.ndarray, labelled_UN: np.ndarray, shape: Shape, shards:
     labels_UR = np.bincount((line * R + rows_UN).ravel(), labelled_UN.ravel(), U * R).reshape(U, R)
     rank_UR = np.argsort(np.argsort(-labels_UR, axis=1, kind="stable"), axis=1)
     groups_U1 = (-(-used_U // shape.batch) * shards)[:, None]
-    turn_UR, at_UR = np.divmod(rank_UR, groups_U1)
-    group_UR = np.where(turn_UR % 2 == 0, at_UR, groups_U1 - 1 - at_UR)
+    turn_UR, group_UR = to_and_fro(rank_UR, groups_U1)
     G = shape.accum * shards
     peak_U = np.bincount((line * G + group_UR).ravel(), labels_UR.ravel(), U * G).reshape(U, G).max(axis=1)
     # Groups are numbered microbatch by microbatch; each owns batch // shards rows in a line.

@@ -116,9 +116,8 @@ class BatchPlan:
     def widths(self, shape: tuple[int, int, int]) -> tuple[int, int]:
         """Units whose first segment a row of `shape` may hold, and segments of any unit, at most."""
         assert isinstance(self.encoded, UnitSet)
-        lengths, units = self.encoded.segment_lengths, self.epochs.batch * self.epochs.accumulation
-        fit = max(1, shape[2] // max(1, int(lengths.min())))
-        return min(units, fit), min(units * lengths.shape[1], fit)
+        units, fit = self.epochs.batch * self.epochs.accumulation, max(1, shape[2] // self.encoded.shortest)
+        return min(units, fit), min(units * len(self.encoded.sides), fit)
 
     def sizes(self, shape: tuple[int, int, int], other: tuple[int, int, int] | None = None) -> Sizes:
         """The static sizes of a batch of `shape`, and of its mismatched answers, whose shape is `other`."""
@@ -347,11 +346,7 @@ def _plan_layouts(encoded: Examples, epochs: Epochs, tables: list[np.ndarray], p
     lengths, labelled = np.append(encoded.lengths, 0), np.append(encoded.labelled, 0)
     by_length = [-np.sort(-lengths[t], axis=1) for t in tables]
     chosen = choose_shapes(
-        by_length[0],
-        updates=epochs.max_steps,
-        longest=int(lengths.max()),
-        per_device=per_device,
-        shards=shards,
+        by_length[0], updates=epochs.max_steps, longest=int(lengths.max()), per_device=per_device, shards=shards
     )
     rows = [np.concatenate([rows_needed(x, seq) for x in by_length]) for _, seq in chosen]
     shape_of = np.argmin([costs(r, *shape, shards) for r, shape in zip(rows, chosen)], axis=0)

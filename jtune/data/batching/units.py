@@ -43,6 +43,11 @@ class UnitSet:
         return np.stack([side.lengths for side in self.sides], axis=1).astype(np.int64)
 
     @cached_property
+    def shortest(self) -> int:
+        """Tokens of the shortest segment."""
+        return max(1, int(self.segment_lengths.min()))
+
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each unit, int32 `[n]`."""
         return self.segment_lengths.sum(axis=1, dtype=np.int32)
@@ -58,11 +63,6 @@ class UnitSet:
         if self.scores:
             return np.ones((len(self), len(self.sides)), np.float32)
         return np.stack([side.labelled for side in self.sides], axis=1).astype(np.float32)
-
-    @cached_property
-    def first_labelled(self) -> np.ndarray:
-        """0: the first token of a segment has no label that counts."""
-        return np.zeros(len(self), np.int32)
 
     @cached_property
     def fields(self) -> dict[str, np.ndarray]:
@@ -176,12 +176,22 @@ class Segments:
 
     def __init__(self, units: UnitSet):
         self.units, self.width = units, len(units.sides)
-        self.lengths = np.stack([side.lengths for side in units.sides], axis=1).ravel()
-        self.labelled = units.counts.ravel().astype(np.int32)
-        self.first_labelled = np.zeros(len(self.lengths), np.int32)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.units) * self.width
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return self.units.segment_lengths.ravel().astype(np.int32)
+
+    @cached_property
+    def labelled(self) -> np.ndarray:
+        return self.units.counts.ravel().astype(np.int32)
+
+    @cached_property
+    def first_labelled(self) -> np.ndarray:
+        """0: the first token of a segment has no label that counts."""
+        return np.zeros(len(self), np.int32)
 
     def segment(self, index: int) -> Segment:
         return self.units.segments(index // self.width)[index % self.width]
