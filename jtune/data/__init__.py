@@ -9,6 +9,8 @@ from jtune.data.batching.evaluation import EvalBatch, EvalPlan, eval_batches
 from jtune.data.batching.stream import StreamPlan
 from jtune.data.batching.train import packing_windows
 from jtune.data.batching.units import (
+    OTHER,
+    TOKENS,
     Segments,
     Sizes,
     UnitSet,
@@ -27,6 +29,8 @@ from jtune.data.templates.template import Template, get_template, template_of
 from jtune.data.tokens.tokenizer import load_tokenizer
 
 __all__ = [
+    "OTHER",
+    "TOKENS",
     "Encoded",
     "EvalBatch",
     "EvalPlan",

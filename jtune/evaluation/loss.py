@@ -6,6 +6,7 @@ Shape suffixes as in `jtune.losses.chunked`; E example slots of a batch.
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ from jtune.models.decoder import hidden_states
 from jtune.sharding import arrays, batch_sharding, batch_shards, check_row_length, replicated
 from jtune.sharding.compiler import compiler_options
 from jtune.tuning import prepared_axes
+
+AHEAD = 8  # steps that are dispatched and not read
 
 
 class ExampleSums(NamedTuple):
@@ -81,13 +84,30 @@ def make_eval_step(
     return eval_step
 
 
-def example_sums(eval_step: Callable[[EvalBatch], ExampleSums], plan: EvalPlan) -> ExampleSums:
-    """The sums of all examples, float64 `[n]` on the host."""
-    totals = ExampleSums(*(np.zeros(len(plan.encoded)) for _ in ExampleSums._fields))
-    running = [(batch.indices, eval_step(batch)) for batch in plan]  # dispatched, not awaited
-    for indices, sums in running:
-        for total, part in zip(totals, jax.device_get(sums)):
+def example_sums(eval_step: Callable[[EvalBatch], Any], plan: EvalPlan) -> Any:
+    """What a step gives of each example slot of a batch, a tree of arrays `[slots, ...]`, for all examples of a set:
+    the same tree, float64 `[n, ...]` on the host.
+
+    A few steps run ahead of what is read: their batches are on the devices.
+    """
+    totals: Any = None
+    running: deque[tuple[np.ndarray, Any]] = deque()
+
+    def read_oldest() -> None:
+        nonlocal totals
+        indices, sums = running.popleft()
+        sums = jax.device_get(sums)
+        if totals is None:
+            totals = jax.tree.map(lambda x: np.zeros((len(plan.encoded), *x.shape[1:])), sums)
+        for total, part in zip(jax.tree.leaves(totals), jax.tree.leaves(sums), strict=True):
             total[indices] = part[: len(indices)]
+
+    for batch in plan:
+        running.append((batch.indices, eval_step(batch)))
+        if len(running) > AHEAD:
+            read_oldest()
+    while running:
+        read_oldest()
     return totals
 
 

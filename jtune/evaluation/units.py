@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,14 +13,16 @@ from jax.sharding import Mesh
 from jtune.config import Config
 from jtune.config.stages import rules_of
 from jtune.data import Encoded, EvalBatch, Segments, UnitSet, eval_batches, grouped, units_of
+from jtune.evaluation.loss import example_sums
 from jtune.loading.second import role_of
 from jtune.losses.feedback import with_margins
-from jtune.losses.segments import Figures, Owners, SumsOf, mean_logits, of_sums, segment_sums, sums_of
+from jtune.losses.segments import Figures, Owners, SumsOf, mean_logits, of_sums, segment_sums, summed, sums_of
 from jtune.losses.units import UnitObjective
 from jtune.models import CausalLM
 from jtune.models.decoder import hidden_states
 from jtune.sharding import arrays, batch_sharding, batch_shards, check_row_length, replicated
 from jtune.sharding.compiler import compiler_options
+from jtune.train.loop import means_of
 
 Sums = tuple[np.ndarray, dict[str, np.ndarray]]  # float32 [n, S, 2] of units in two parts, and [n, S] of their figures
 
@@ -61,15 +64,8 @@ def make_sums(
         return compiled(params, *jax.tree.map(lambda x: arrays.put(x, rows), (batch.arrays, batch.example)))
 
     def sums(params: Any) -> Sums:
-        running = [(batch.indices, step(params, batch)) for batch in plan]  # dispatched, not awaited
-        found: Any = jax.tree.map(lambda x: np.zeros((len(segments), *x.shape[1:]), np.float32), running[0][1])
-
-        def put(indices: np.ndarray, total: np.ndarray, part: np.ndarray) -> None:
-            total[indices] = part[: len(indices)]
-
-        for indices, part in running:
-            jax.tree.map(lambda total, x, indices=indices: put(indices, total, x), found, jax.device_get(part))
-        return jax.tree.map(lambda x: x.reshape(len(units), segments.width, *x.shape[1:]), found)
+        of_unit = lambda x: x.reshape(len(units), segments.width, *x.shape[1:]).astype(np.float32)
+        return jax.tree.map(of_unit, example_sums(partial(step, params), plan))
 
     return sums, len(plan)
 
@@ -181,5 +177,5 @@ def figures_of(
         found = found._replace(shared=objective.shared(first, group, objective.running)[0])
     losses, metrics = objective.loss(found)
     metrics |= mean_logits(found, {name: jnp.asarray(x) for name, x in sums[1].items()})
-    totals = {name: (float(jnp.sum(v * w)), float(jnp.sum(w))) for name, (v, w) in metrics.items()}
-    return with_margins({"loss": float(jnp.mean(losses))} | {name: v / w for name, (v, w) in totals.items() if w})
+    totals = jax.tree.map(float, summed(metrics))
+    return with_margins({"loss": float(jnp.mean(losses))} | means_of(totals))

@@ -58,6 +58,11 @@ def load_model(config: Config, source: Source, mesh: Mesh) -> Model:
         width, trains = source.decoder.hidden_size, config.training.do_train
         head = load_value_head(config, source.value_head, width, trains=trains)
         params, mask = with_value_head(params, mask, head)
+    return on_devices(config, source, mesh, dtype, params, mask)
+
+
+def on_devices(config: Config, source: Source, mesh: Mesh, dtype: jnp.dtype, params: Any, mask: Any) -> Model:
+    """A model whose parameters are prepared: each where it belongs, with the attention that its devices have."""
     params = jax.tree.map(arrays.put, params, placement(params, source.decoder, mesh))
     backend, why = attention_of(config, source, mesh, dtype)
     log.info("attention: %s (%s)", backend, why)

@@ -21,11 +21,11 @@ from jtune.config.preference import needs_reference
 from jtune.config.stages import rules_of
 from jtune.errors import DataError
 from jtune.interop.peft_shapes import adapter_shapes
-from jtune.loading.model import Model, adapter_reader, attention_of, compute_dtype, form_of, placement, read_base
+from jtune.loading.model import Model, adapter_reader, compute_dtype, form_of, on_devices, placement, read_base
 from jtune.loading.source import Source, fetch_model, read_bare_source, read_source
 from jtune.models import CausalLM, abstract_params
 from jtune.models.attention import choose
-from jtune.sharding import arrays, check_experts
+from jtune.sharding import check_experts
 from jtune.tuning import is_adapter, is_node, lora, quantize
 from jtune.tuning.prepare import in_dtypes
 
@@ -151,10 +151,7 @@ def load_second(source: Source, mesh: Mesh) -> Model:
     params = read_base(args, source, mesh, seed=config.training.seed)
     dtype = compute_dtype(config, source)
     params, mask = _frozen(params, source, dtype, adapter_reader(args))
-    params = jax.tree.map(arrays.put, params, placement(params, source.decoder, mesh))
-    backend, why = attention_of(config, source, mesh, dtype)
-    log.info("attention: %s (%s)", backend, why)
-    return Model(CausalLM(source.decoder, dtype=dtype, attention=backend, mesh=mesh), params, mask)
+    return on_devices(config, source, mesh, dtype, params, mask)
 
 
 def abstract_second(source: Source, mesh: Mesh | AbstractMesh, *, platform: str) -> Model:

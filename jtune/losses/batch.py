@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from jtune.data import OTHER, TOKENS
 from jtune.losses.chunked import chunk_elements, chunk_positions, sum_labelled, summed_loss
 from jtune.losses.objective import PLAIN, Objective, embedding_noise
 from jtune.losses.reference import models_of
@@ -31,9 +32,6 @@ class Batch(TypedDict):
 
 
 LossSum = Callable[..., Any]
-
-OTHER = "kl_"  # begins the names of the arrays of mismatched answers
-TOKENS = ("input_ids", "targets", "positions", "segment_ids", "loss_weights")  # arrays [..., batch, seq]
 
 
 def sharding_of(name: str, mesh: Mesh) -> NamedSharding:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jtune.losses.batch import NOISE, OTHER, Losses
+from jtune.data import OTHER
+from jtune.losses.batch import NOISE, Losses
 from jtune.losses.chunked import chunk_elements, chunk_positions, position_values, sum_labelled
 from jtune.losses.objective import embedding_noise
 from jtune.losses.reference import models_of

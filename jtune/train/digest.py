@@ -63,8 +63,8 @@ def data_fingerprint(encoded: Encoded) -> str:
     if encoded.prefix:
         content.update(encoded.rejected.lengths.tobytes())
     for name in ("kto_tags", "margin"):
-        if name in encoded.table.column_names:
-            content.update(repr(encoded.rows[name][:]).encode())
+        if (values := encoded.column(name)) is not None:
+            content.update(values.tobytes())
     for row in sorted({0, len(encoded) // 2, len(encoded) - 1}):
         content.update(encoded[row]["input_ids"].tobytes())
     return content.hexdigest()

@@ -12,9 +12,9 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jtune import tuning
 from jtune.config import Config
-from jtune.data import Plan, Sizes
+from jtune.data import OTHER, Plan, Sizes
 from jtune.loading.model import Model, abstract_like
-from jtune.losses.batch import OTHER, Losses, make_loss_sum, token_losses
+from jtune.losses.batch import Losses, make_loss_sum, token_losses
 from jtune.losses.objective import Objective, step_key
 from jtune.losses.reference import frozen_of, step_constants, with_frozen
 from jtune.losses.segments import make_unit_losses

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jtune.losses.batch import OTHER, Batch, Losses
+from jtune.data import OTHER
+from jtune.losses.batch import Batch, Losses
 from jtune.train.optimizer import apply_update
 from jtune.train.state import LossScale, TrainState
 

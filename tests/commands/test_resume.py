@@ -74,36 +74,37 @@ def kill_when(path, folder, lines=0, delay=0.0, after=None):
     assert process.wait() == -signal.SIGKILL, (path.parent / "killed.log").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_killed_again_and_again_the_run_is_the_same_to_the_bit(method, parts, tmp_path):
-    whole, broken = (case(tmp_path / name, *parts, **METHODS[method]) for name in ("whole", "broken"))
+def killed_and_whole(tmp_path, parts, changes, kills):
+    """The output folders of two runs of a case: one whole, one killed after so many lines, a little later, each time.
+
+    They are the same to the bit.
+    """
+    whole, broken = (case(tmp_path / name, *parts, **changes) for name in ("whole", "broken"))
     done = train(whole)
     assert done.returncode == 0, done.stdout + done.stderr
     out = broken.parent / "out"
-    # Before the first checkpoint, while one is being written, and between two.
-    for lines, delay in ((2, 0.0), (4, 0.02), (9, 0.1)):
+    for lines, delay in kills:
         kill_when(broken, out, lines, delay)
     done = train(broken)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed from" in done.stdout
     assert_same_run(whole.parent / "out", out)
+    return whole.parent / "out", out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_again_and_again_the_run_is_the_same_to_the_bit(method, parts, tmp_path):
+    # Before the first checkpoint, while one is being written, and between two.
+    killed_and_whole(tmp_path, parts, METHODS[method], ((2, 0.0), (4, 0.02), (9, 0.1)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PREFERENCES)
 def test_a_run_of_preferences_that_is_killed_is_the_same_to_the_bit(name, parts, tmp_path):
-    whole, broken = (case(tmp_path / folder, *parts, **PREFERENCES[name]) for folder in ("whole", "broken"))
-    done = train(whole)
-    assert done.returncode == 0, done.stdout + done.stderr
-    out = broken.parent / "out"
-    for lines, delay in ((0, 0.5), (4, 0.02), (9, 0.1)):  # the first while it starts
-        kill_when(broken, out, lines, delay)
-    done = train(broken)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "resumed from" in done.stdout
-    assert logged(whole.parent / "out") == logged(out)
-    assert_same_run(whole.parent / "out", out)
+    # The first while it starts.
+    whole, out = killed_and_whole(tmp_path, parts, PREFERENCES[name], ((0, 0.5), (4, 0.02), (9, 0.1)))
+    assert logged(whole) == logged(out)
 
 
 @pytest.mark.slow

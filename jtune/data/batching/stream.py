@@ -30,7 +30,7 @@ from jtune.data.batching.train import (
     packing_windows,
     same_rows,
 )
-from jtune.data.batching.units import Sizes, UnitSet, sizes_of_fields
+from jtune.data.batching.units import OTHER, Sizes, UnitSet, sizes_of_fields
 from jtune.data.encode.encoded import Encoded
 from jtune.data.sources.load import places
 from jtune.data.stream import Position, Stream, windows
@@ -158,7 +158,7 @@ class StreamPlan:
         other = self._placed(units.mismatched, layout.examples, layout.examples, self.mismatched_capacities)
         rows = None if only is None else same_rows(only, layout.shape, other.shape)
         laid = lay_out(other, self.shards, rows, f"update {step}")
-        return arrays | {f"kl_{name}": x for name, x in laid.items() if name != "divisor"}
+        return arrays | {OTHER + name: x for name, x in laid.items() if name != "divisor"}
 
     def tokens(self, step: int) -> int:
         encoded, examples, _ = self._taken(step)

@@ -17,7 +17,17 @@ from jtune.data.batching.order import Epochs, plan_epochs
 from jtune.data.batching.pack import Packs, pack
 from jtune.data.batching.place_units import placed_units, plan_units
 from jtune.data.batching.shapes import Shape, choose_shapes, costs, place, rows_needed
-from jtune.data.batching.units import Segment, Segments, Sizes, UnitSet, grouped, sizes_of_fields, unit_arrays
+from jtune.data.batching.units import (
+    OTHER,
+    TOKENS,
+    Segment,
+    Segments,
+    Sizes,
+    UnitSet,
+    grouped,
+    sizes_of_fields,
+    unit_arrays,
+)
 from jtune.data.encode.encoded import IGNORED, Encoded
 from jtune.errors import DataError
 
@@ -166,7 +176,7 @@ class BatchPlan:
         if self.mismatched is None:
             return arrays
         rows = None if only is None else same_rows(only, shape, self.mismatched.shape(step))
-        return arrays | {f"kl_{name}": x for name, x in self.mismatched.update(step, rows).items() if name != "divisor"}
+        return arrays | {OTHER + name: x for name, x in self.mismatched.update(step, rows).items() if name != "divisor"}
 
 
 def same_rows(only: tuple[int, int], shape: Shape, other: Shape) -> tuple[int, int]:
@@ -389,8 +399,7 @@ def fill(encoded: Examples, examples: np.ndarray, slots: np.ndarray, rows: int, 
     The target of a position is the label of the next one within the segment; the last position of a segment has none.
     """
     if len(examples) == 0:  # a process may have no part in an update
-        dtypes = dict.fromkeys(("input_ids", "targets", "positions", "segment_ids"), np.int32)
-        return {key: np.zeros((rows, seq), t) for key, t in (dtypes | {"loss_weights": np.float32}).items()}
+        return {name: np.zeros((rows, seq), dtype) for name, dtype in TOKENS.items()}
     order = np.argsort(slots, kind="stable")
     examples, slots = examples[order], slots[order]
     read = [encoded.segment(int(i)) for i in examples]

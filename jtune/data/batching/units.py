@@ -14,6 +14,10 @@ from jtune.config.stages import StageRules
 from jtune.data.batching.shapes import Shape
 from jtune.data.encode.encoded import IGNORED
 
+OTHER = "kl_"  # begins the names of the arrays of mismatched answers
+TOKENS = {"input_ids": np.int32, "targets": np.int32, "positions": np.int32, "segment_ids": np.int32,
+          "loss_weights": np.float32}  # the arrays [..., batch, seq] of every batch  # fmt: skip
+
 Segment = Mapping[str, np.ndarray]  # input_ids, labels int32 [length]; perhaps weights float32 [length], of each target
 
 
@@ -139,17 +143,14 @@ def array_shapes(shape: tuple[int, ...], sizes: Sizes) -> dict[str, tuple[tuple[
     """
     accum, batch, _ = shape
     integer, real = np.dtype(np.int32), np.dtype(np.float32)
-    found: dict[str, Any] = {
-        name: (tuple(shape), integer) for name in ("input_ids", "targets", "positions", "segment_ids")
-    }
-    found["loss_weights"] = tuple(shape), real
+    found: dict[str, Any] = {name: (tuple(shape), np.dtype(of_token)) for name, of_token in TOKENS.items()}
     if sizes.width:
         of_units = accum, batch, sizes.width
         found |= {"group": (of_units, integer), "share": (of_units, real)}
         found["owner"] = (accum, batch, sizes.segments), integer
         found |= {name: ((*of_units, *axes), real) for name, axes in sizes.fields}
     if sizes.other is not None:
-        found |= {f"kl_{name}": x for name, x in array_shapes(*sizes.other).items()}
+        found |= {OTHER + name: x for name, x in array_shapes(*sizes.other).items()}
     return found
 
 
