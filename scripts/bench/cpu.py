@@ -49,15 +49,21 @@ class Side(NamedTuple):
     env: dict[str, str]
 
 
-def main() -> int:
-    args = parse()
+def begin(given: Path | None) -> tuple[str | None, Path | None]:
+    """Keep to the cores: why times will not be sound, if so, and where LLaMA-Factory is, both said."""
     machine.pin(CORES)
     noise = machine.noise()
     if noise:
         print(f"note: {noise}: the times will not be sound")
-    lf = find(args.lf)
+    lf = find(given)
     if lf is None:
         print("LLaMA-Factory is not installed (no llamafactory-cli on the PATH, none given with --lf): only jtune runs")
+    return noise, lf
+
+
+def main() -> int:
+    args = parse()
+    noise, lf = begin(args.lf)
     work = args.work.resolve() / args.model
     make_inputs(work, args.model, args.tokenizer)
     sides = [jtune_side(work)] + ([lf_side(lf, work)] if lf else [])

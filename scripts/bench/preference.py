@@ -21,9 +21,9 @@ from cpu import (
     MAX_OTHERS,
     Side,
     append,
+    begin,
     commit,
     cost,
-    find,
     jtune_side,
     largest_difference,
     lf_side,
@@ -62,13 +62,7 @@ CELLS = [
 
 def main() -> int:
     args = parse()
-    machine.pin(CORES)
-    noise = machine.noise()
-    if noise:
-        print(f"note: {noise}: the times will not be sound")
-    lf = find(args.lf)
-    if lf is None:
-        print("LLaMA-Factory is not installed (no llamafactory-cli on the PATH, none given with --lf): only jtune runs")
+    noise, lf = begin(args.lf)
     work = args.work.resolve()
     make_inputs(work, MODEL, reference("tokenizer"))
     data = preferences(work)
